@@ -1,0 +1,73 @@
+"""`crrelu COMMAND`: finds the command's file, runs it, and turns errors into one line and an exit status."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from crrelu_llm.errors import InputError
+
+# command -> (module in crrelu_llm.cli, one-line help). Modules are imported only when their command runs, so that
+# `crrelu --help` stays fast.
+COMMANDS = {
+    "quickstart": ("quickstart", "CRReLU against GELU on the embedded model: offline, on a laptop CPU"),
+    "inspect": ("inspect", "which activations of a model would be swapped, and which are left alone and why"),
+    "patch": ("patch", "checkpoint in, patched checkpoint out"),
+    "sft": ("sft", "one supervised fine-tuning run (TRL's SFTTrainer) of one activation"),
+    "dpo": ("dpo", "one preference-tuning run (TRL's DPOTrainer) of one activation"),
+    "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
+    "report": ("report", "rebuild a comparison's report from what is on disk"),
+    "recipes": ("recipes", "list, show or copy the shipped recipes"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+    argv = _underscores(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="crrelu",
+        description="Swap the MLP activation of a Hugging Face causal LM for CRReLU, fine-tune, and compare.",
+        epilog="example: crrelu quickstart",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
+    if argv and argv[0] in COMMANDS:
+        module = importlib.import_module(f"crrelu_llm.cli.{COMMANDS[argv[0]][0]}")
+        return _run(module, argv[0], argv[1:])
+    args = parser.parse_args(argv)
+    if args.version:
+        from crrelu_llm import __version__
+
+        print(__version__)
+    else:
+        parser.print_help()
+    return 0
+
+
+def _run(module, name: str, argv: list[str]) -> int:
+    try:
+        return module.run(argv) or 0
+    except InputError as error:
+        print(f"crrelu {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "nothing half-written was left behind; run the same command again"
+        print(f"\ncrrelu {name}: interrupted; {hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (`crrelu recipes show X | head`) has gone: not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _underscores(argv: list[str]) -> list[str]:
+    """`--output-dir x` and `--output-dir=x` become TRL's spelling, `--output_dir`."""
+    result = []
+    for argument in argv:
+        if argument.startswith("--") and len(argument) > 2:
+            option, equals, value = argument.partition("=")
+            argument = "--" + option[2:].replace("-", "_") + equals + value
+        result.append(argument)
+    return result

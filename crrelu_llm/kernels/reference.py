@@ -1,0 +1,22 @@
+"""The definition of CRReLU in plain torch: the formula word for word, the baseline that every other backend is
+measured against."""
+
+import torch
+
+
+def crrelu(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """Evaluates `f(x) = relu(x) + ε·x·exp(−x²/2)` in the dtype of `x`, differentiated by autograd.
+
+    It is the formula as it stands, with its numerical faults: NaN at ±inf (inf·0), in float16 a NaN gradient from
+    |x| ≈ 256 on (x² overflows), and several saved intermediates. Use it to check other backends, not to train.
+
+    Args:
+        x: floating point, any shape; with a per-channel ε, `(..., channels)`.
+        epsilon: shape `(1,)` or `(channels,)`; converted to the dtype of `x`.
+
+    Returns:
+        Shape and dtype of `x`.
+    """
+    # A single ε becomes 0-dimensional, so that it never adds a dimension to a 0-dimensional x.
+    epsilon = epsilon.to(x.dtype).squeeze()
+    return torch.relu(x) + epsilon * x * torch.exp(-x * x / 2)

@@ -1,0 +1,235 @@
+"""Reads and writes patched checkpoints: MODEL names, the hook into transformers, files that are whole or absent."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import section
+from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
+
+logger = logging.getLogger("crrelu_llm")
+
+
+def resolve(model: str) -> str:
+    """A MODEL as the user writes it, checked: `builtin:nano` becomes its directory.
+
+    Raises:
+        InputError: A path that does not exist, or a directory without a config.json.
+    """
+    if model.startswith("builtin:"):
+        from crrelu_llm.assets import nano_path
+
+        if model != "builtin:nano":
+            raise InputError(f"unknown model {model}; the built-in one is builtin:nano")
+        return str(nano_path())
+    path = Path(model).expanduser()
+    if is_gguf(model):
+        if not path.is_file():
+            raise InputError(f"no such file: {model}")
+        return str(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = " (an adapter: give the model it belongs to)" if (path / "adapter_config.json").is_file() else ""
+            raise InputError(f"{model}: no config.json in this directory{hint}")
+        return str(path)
+    if path.exists():
+        raise InputError(f"{model}: a model is a hub name, a directory or a .gguf file")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"no such directory: {model}")
+    return model
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a MODEL is a GGUF file."""
+    return model.endswith(".gguf")
+
+
+def load_config(model: str, **kwargs: Any) -> Any:
+    """The config of a MODEL; nothing else is read."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, model, **kwargs)
+
+
+def load_tokenizer(model: str, **kwargs: Any) -> Any:
+    """The tokenizer of a MODEL."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, model, **kwargs)
+
+
+def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
+    """A MODEL with its weights, in evaluation mode; a GGUF file is dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    if is_gguf(model):
+        from transformers import GgufConfig
+
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    return _load(AutoModelForCausalLM, model, dtype=dtype, **kwargs)
+
+
+def skeleton(model: str, **kwargs: Any) -> Any:
+    """A MODEL on the meta device: every module, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model, **kwargs)
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise InputError(f"{model}: {config.model_type} has no causal language model in transformers") from error
+
+
+def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, Any] | None = None) -> None:
+    """Writes a checkpoint beside `output_dir` and renames it, so that what bears the name is whole.
+
+    Args:
+        files: JSON documents to put into the same directory, by file name.
+    """
+    target = Path(output_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        for name, content in (files or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+        if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
+            target.rmdir()
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained` on a MODEL, with its errors in one line."""
+    source = resolve(model)
+    if is_gguf(source):
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise InputError("reading a .gguf file needs the gguf package: pip install 'crrelu_llm[gguf]'") from error
+        directory, name = os.path.split(source)
+        kwargs["gguf_file"] = name
+        source = directory or "."
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{model}: cannot be loaded: {first.strip()}") from error
+
+
+def install_hook() -> None:
+    """Makes transformers build patched models: called once, when transformers' modeling_utils has been imported."""
+    from transformers import PreTrainedModel
+    from transformers.activations import ACT2FN
+
+    if "crrelu" in ACT2FN:
+        return
+    ACT2FN["crrelu"] = CRReLU
+    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+    initialize_missing = PreTrainedModel._initialize_missing_keys
+
+    def swap_then_post_init(self: Any) -> None:
+        names = _swap_from_section(self)
+        post_init(self)
+        self._keep_in_fp32_modules_strict.update(names)
+
+    def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False) -> None:
+        # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
+        # whatever torch.empty gave.
+        if _is_ours(module) and not getattr(module, "_is_hf_initialized", False):
+            if any(not getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                reset_activation(module)
+            module._is_hf_initialized = True
+        else:
+            initialize(self, module, is_custom_code)
+
+    def warn_then_initialize_missing(self: Any, is_quantized: bool) -> None:
+        _check_swapped(self)
+        _warn_of_missing(self)
+        initialize_missing(self, is_quantized)
+
+    PreTrainedModel.post_init = swap_then_post_init
+    PreTrainedModel._initialize_weights = initialize_ours_too
+    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing
+
+
+def _is_ours(module: Any) -> bool:
+    return isinstance(module, CRReLU) or "activation_name" in module.__dict__
+
+
+def _swap_from_section(model: Any) -> set[str]:
+    """Swaps the sites that the config names; returns the parameter names that must stay float32."""
+    from transformers.activations import ACT2CLS
+
+    found = section.read(model.config)
+    if found is None:
+        return set()
+    names = set()
+    for site in found["sites"]:
+        path = _local_path(model, site["path"])
+        if path is None:  # this is a part of the model, and the site is in another part
+            continue
+        current = model.get_submodule(path)
+        if not (_is_ours(current) and "_swapped" in current.__dict__):
+            module = build_activation(
+                found["activation"], site["num_channels"], found["epsilon_per"], found["epsilon_init"]
+            )
+            module.__dict__["_swapped"] = True
+            # What the model has just built is the original only where no config key was changed.
+            swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
+        if found["activation"] == "crrelu":
+            names.add(f"{path.rpartition('.')[2]}.epsilon")
+    return names
+
+
+def _local_path(model: Any, path: str) -> str | None:
+    """`path` as seen from `model`, which may be the whole model or its base model."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (path, path.removeprefix(prefix)):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _check_swapped(model: Any) -> None:
+    found = section.read(model.config)
+    for site in found["sites"] if found else ():
+        path = _local_path(model, site["path"])
+        # A head on the base model, or another class of the same family, keeps the base model under its prefix.
+        if path is None:
+            raise InputError(
+                f"{model.config._name_or_path}: config.json names the site {site['path']}, "
+                f"which {type(model).__name__} does not have; load it with the class it was saved from"
+            )
+
+
+def _warn_of_missing(model: Any) -> None:
+    missing = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, CRReLU) and not getattr(module.epsilon, "_is_hf_initialized", False)
+    ]
+    if missing:
+        logger.warning(
+            "%s: the checkpoint has no epsilon for %d of its sites (first: %s); they start at %g",
+            model.config._name_or_path,
+            len(missing),
+            missing[0],
+            model.get_submodule(missing[0]).epsilon_init,
+        )

@@ -1,0 +1,108 @@
+"""The `crrelu` section of config.json: what a patched checkpoint says about itself."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+
+if TYPE_CHECKING:
+    from crrelu_llm.patching.sites import Site
+    from crrelu_llm.patching.swap import PatchConfig
+
+VERSION = 1
+_KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
+logger = logging.getLogger(__name__)
+
+
+def read(config: Any) -> dict[str, Any] | None:
+    """Returns the section of a config, or None for a model that is not patched.
+
+    Raises:
+        InputError: The section was written by a newer version of this package, or is not one.
+    """
+    section = getattr(config, "crrelu", None)
+    if section is None:
+        return None
+    where = getattr(config, "_name_or_path", "") or "the model's config"
+    if not isinstance(section, dict) or "version" not in section or "sites" not in section:
+        raise InputError(f"{where}: the crrelu section of config.json is not one that crrelu_llm wrote")
+    if section["version"] > VERSION:
+        raise InputError(
+            f"{where}: patched by a newer crrelu_llm (section version {section['version']}, this one reads up to "
+            f"{VERSION}); upgrade crrelu_llm"
+        )
+    return section
+
+
+def write(config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: dict[str, str]) -> None:
+    """Adds the section to a config, and sets the family's own activation keys to the new activation."""
+    config.crrelu = {
+        "version": VERSION,
+        "activation": patch_config.activation,
+        "epsilon_per": patch_config.epsilon_per,
+        "epsilon_init": patch_config.epsilon_init,
+        "config_keys": keys,
+        "sites": [
+            {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
+            for site in sites
+        ],
+    }
+    for key in keys:
+        _set(config, key, patch_config.activation)
+
+
+def remove(config: Any) -> None:
+    """Takes the section out, and gives the family's keys their original values."""
+    for key, value in config.crrelu["config_keys"].items():
+        _set(config, key, value)
+    delattr(config, "crrelu")
+
+
+def mlp_config_keys(model: nn.Module, sites: "list[Site]") -> dict[str, str]:
+    """Config keys (dotted) that reach sites and nothing else, with their values.
+
+    Found by trial: the model is built once more on the meta device with the key changed, and the key counts if the
+    modules that changed are all sites. A model with a convolution gets none: those families hand the same key to a
+    functional convolution, which no module shows.
+    """
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return {}
+    paths = {site.path for site in sites}
+    keys = {}
+    for key, value in _candidates(model.config.to_dict()):
+        config = copy.deepcopy(model.config)
+        _set(config, key, "crrelu")
+        try:
+            with torch.device("meta"):
+                probe = type(model)(config)
+        except Exception as error:  # the family looks the name up in a table of its own
+            logger.debug("config key %s is left alone: %s", key, error)
+            continue
+        changed = {path for path, module in probe.named_modules() if isinstance(module, CRReLU)}
+        if changed and changed <= paths:
+            keys[key] = value
+    return keys
+
+
+def _candidates(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    from transformers.activations import ACT2CLS
+
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            yield from _candidates(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and value in ACT2CLS and _KEY.search(key):
+            yield prefix + key, value
+
+
+def _set(config: Any, key: str, value: str) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    setattr(config, name, value)

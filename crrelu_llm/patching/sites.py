@@ -1,0 +1,227 @@
+"""Finds the sites of a model: the activation modules of its MLPs, told from everything else by structure."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+
+# Families whose MLP computes its activation inside a method, so that there is no module to swap for all of it.
+UNSUPPORTED_FAMILIES = {
+    "lfm2": "its MLP calls silu inside forward",
+    "lfm3": "its MLP calls silu inside forward",
+    "lfm2_moe": "its MLP calls silu inside forward",
+    "gpt_oss": "its experts compute a clamped sigmoid gate inside forward",
+    "minimax_m3_vl": "its MLP computes a clamped sigmoid gate inside forward",
+    "inkling2": "its MLP uses a gate of two inputs",
+    "rwkv": "its feed-forward computes a squared relu inside forward",
+    "hy_v4": "its experts compute their activation inside forward",
+    "aria_text": "its experts compute silu inside forward",
+}
+
+# A path component that says: what is below is not the MLP of a decoder layer.
+_ELSEWHERE = {
+    "vision tower": re.compile(r"vision|visual|image|vit\b|vq"),
+    "audio tower": re.compile(r"audio|speech|wav"),
+    "projector": re.compile(r"projector|connector|resampler|merger"),
+    "head": re.compile(r"^(predictions|lm_head|cls|classifier|score|pooler|generator_predictions)$"),
+    "router": re.compile(r"router"),
+    "adapter": re.compile(r"adapter"),
+    "normalisation": re.compile(r"norm"),
+    "attention": re.compile(r"attn|attention|xlstm|mlstm"),
+    "state-space mixer": re.compile(r"mamba|ssm|mixer$"),
+    "short convolution": re.compile(r"conv"),
+}
+# Direct children of an activation's owner that show it is no MLP although linear layers stand beside it.
+_FOREIGN_SIBLINGS = {"per_layer_input_gate": "per-layer input gate"}
+_DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo", "lin2", "output_linear", "out_proj")
+# What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
+_PEFT_WRAPPER = "ModulesToSaveWrapper"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MLP activation of a model.
+
+    Attributes:
+        path: Module path of the activation, e.g. `model.layers.0.mlp.act_fn`.
+        attribute: Its name in the module that owns it, e.g. `act_fn`.
+        original: Name of the activation found there: a name of transformers' ACT2FN where it has one.
+        num_channels: Width of its input's last dimension.
+        kind: `"gated"`, `"plain"` or `"experts"` (fused 3-D expert weights).
+    """
+
+    path: str
+    attribute: str
+    original: str
+    num_channels: int
+    kind: str
+
+    @property
+    def owner(self) -> str:
+        """Path of the module that owns the activation."""
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """An activation module that is not a site, and why."""
+
+    path: str
+    activation: str
+    reason: str
+
+
+class UnknownStructureError(InputError):
+    """A module looks like an MLP's activation, but its width cannot be told from the modules beside it."""
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Returns the MLP activations of a causal language model, in the order of its modules.
+
+    Args:
+        model: A Hugging Face causal LM, also on the meta device, quantised, or wrapped by PEFT.
+
+    Raises:
+        InputError: The model has no MLP activation, or its family is not supported.
+    """
+    return survey(model)[0]
+
+
+def survey(model: nn.Module) -> tuple[list[Site], list[LeftAlone]]:
+    """Returns the sites of a model and the activations that are left alone, with the reason for each."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type in UNSUPPORTED_FAMILIES:
+        raise InputError(f"model type {model_type} is not supported yet: {UNSUPPORTED_FAMILIES[model_type]}")
+    sites: list[Site] = []
+    left_alone: list[LeftAlone] = []
+    for path, module in _activations(model):
+        owner_path, _, attribute = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        name = activation_name(module)
+        reason = _reason_to_leave_alone(owner_path, owner)
+        if reason:
+            left_alone.append(LeftAlone(path, name, reason))
+            continue
+        shape = mlp_shape(owner)
+        if shape is None:
+            raise UnknownStructureError(
+                f"model type {model_type} is not supported yet: cannot tell the width of {path} ({name}) "
+                f"from the modules of {type(owner).__name__}"
+            )
+        sites.append(Site(path, attribute, name, *shape))
+    if not sites:
+        raise InputError(f"model type {model_type} has no MLP activation that could be swapped")
+    return sites, left_alone
+
+
+def activation_name(module: nn.Module) -> str:
+    """The activation's name in transformers' ACT2FN, `"crrelu"` for ours, else the name of its class."""
+    from transformers.activations import ACT2CLS
+
+    if type(module).__name__ == _PEFT_WRAPPER:
+        module = module.original_module
+    if isinstance(module, CRReLU):
+        return "crrelu"
+    # A name remembered by a swap is exact where one class serves several names (gelu_python, gelu_10, ...).
+    remembered = module.__dict__.get("activation_name")
+    if remembered:
+        return remembered
+    for name, entry in ACT2CLS.items():
+        if type(module) is (entry[0] if isinstance(entry, tuple) else entry):
+            return name
+    return type(module).__name__
+
+
+def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every activation module with its path; a module used in several places comes once for each place."""
+    classes = _activation_classes()
+    inside: str | None = None
+    for path, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and path.startswith(inside):
+            continue
+        wrapped = type(module).__name__ == _PEFT_WRAPPER and isinstance(module.original_module, classes)
+        if wrapped or isinstance(module, classes) or (_named_like_one(module) and path):
+            inside = path + "."
+            yield path, module
+
+
+def _activation_classes() -> tuple[type, ...]:
+    from transformers.activations import ACT2CLS
+
+    classes = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+    extra = (nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid)
+    return (*classes, *extra, CRReLU)
+
+
+def _named_like_one(module: nn.Module) -> bool:
+    """A family's own activation class (BloomGelu, ...): a leaf without weights whose name ends as activations do."""
+    name = type(module).__name__.lower()
+    leaf = next(module.children(), None) is None and next(module.parameters(recurse=False), None) is None
+    return leaf and bool(re.search(r"(gelu|relu|silu|swish|mish|activation)\d*$", name))
+
+
+def _reason_to_leave_alone(owner_path: str, owner: nn.Module) -> str | None:
+    components = owner_path.split(".")
+    for component in components:
+        for what, pattern in _ELSEWHERE.items():
+            if pattern.search(component.lower()):
+                return f"inside {component}: {what}"
+    if not any(component.isdigit() for component in components):
+        return "outside the stack of layers"
+    for name, child in owner.named_children():
+        if isinstance(child, nn.Conv1d):
+            return f"beside a convolution ({name})"
+        if name in _FOREIGN_SIBLINGS and mlp_shape(owner) is None:
+            return _FOREIGN_SIBLINGS[name]
+    return None
+
+
+def mlp_shape(owner: nn.Module) -> tuple[int, str] | None:
+    """Width and kind of the MLP whose activation `owner` holds, from the weights beside the activation.
+
+    Returns:
+        `(num_channels, kind)`, or None where the weights do not show an MLP.
+    """
+    experts = _experts_width(owner)
+    if experts is not None:
+        return experts, "experts"
+    linears = {name: size for name, child in owner.named_children() if (size := _linear_size(child))}
+    if len(linears) == 1:  # BERT's intermediate layer: the output projection is in another module
+        return next(iter(linears.values()))[1], "plain"
+    down = next((name for name in _DOWN_NAMES if name in linears), None) or next(reversed(linears), None)
+    if down is None:
+        return None
+    width, hidden = linears[down]
+    others = [size for name, size in linears.items() if name != down and size[0] == hidden]
+    if (hidden, 2 * width) in others:
+        return width, "gated"
+    same = others.count((hidden, width))
+    return (width, "gated" if same > 1 else "plain") if same else None
+
+
+def _experts_width(owner: nn.Module) -> int | None:
+    weights = {name: tuple(p.shape) for name, p in owner.named_parameters(recurse=False) if p.dim() == 3}
+    down = next((weights[name] for name in ("down_proj", "w2") if name in weights), None)
+    up = next((weights[name] for name in ("gate_up_proj", "up_proj", "w1") if name in weights), None)
+    if down is None or up is None:
+        return None
+    # (experts, hidden, width) or (experts, width, hidden): the packed input weight has the hidden size and twice
+    # the width, in either order.
+    for width, hidden in (down[:0:-1], down[1:]):
+        if sorted(up[1:]) in (sorted((hidden, 2 * width)), sorted((hidden, width))):
+            return width
+    return None
+
+
+def _linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a linear layer: plain, quantised, LoRA-wrapped or transformers' Conv1D."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    if hasattr(module, "nx") and hasattr(module, "nf"):
+        return module.nx, module.nf
+    return None

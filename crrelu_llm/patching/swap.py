@@ -1,0 +1,224 @@
+"""Swaps the activation of every site for another one, and puts the originals back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import section
+from crrelu_llm.patching.sites import LeftAlone, Site, survey
+
+CALIBRATIONS = ("none", "fit")
+EPSILON_PER = ("layer", "channel")
+
+
+@dataclass
+class PatchConfig:
+    """How to patch a model.
+
+    Attributes:
+        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
+        epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
+        epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
+        calibration: `"none"`, or `"fit"`: ε by weighted least squares against the original activation.
+        calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
+        calibration_tokens: How many tokens of it to use.
+    """
+
+    activation: str = "crrelu"
+    epsilon_init: float = 0.01
+    epsilon_per: str = "layer"
+    calibration: str = "none"
+    calibration_data: str = "builtin:docstrings"
+    calibration_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self, where: str = "") -> None:
+        """Raises InputError, with `where` in front, for the first field that holds an impossible value."""
+        names = activation_names()
+        if self.activation not in names:
+            raise InputError(f"{where}unknown activation {self.activation!r}; choose one of {', '.join(names)}")
+        for key, allowed in (("epsilon_per", EPSILON_PER), ("calibration", CALIBRATIONS)):
+            if getattr(self, key) not in allowed:
+                choices = " or ".join(f'"{value}"' for value in allowed)
+                raise InputError(f'{where}{key} must be {choices}, not "{getattr(self, key)}"')
+        if self.calibration_tokens <= 0:
+            raise InputError(f"{where}calibration_tokens must be positive, not {self.calibration_tokens}")
+        if not abs(self.epsilon_init) < float("inf"):
+            raise InputError(f"{where}epsilon_init must be a finite number, not {self.epsilon_init}")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
+        return self.calibration != "none" and self.activation == "crrelu"
+
+
+@dataclass
+class PatchReport:
+    """What a patch did: one entry a site, and the activations that it left alone.
+
+    Attributes:
+        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error}` each. `relative_error` is
+            the root mean square of (new − original) over that of the original, at the MLP's product where it is
+            gated; None where no calibration text was read.
+        skipped: `{path, reason}` each.
+    """
+
+    model_type: str
+    config: PatchConfig
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def activation_names() -> list[str]:
+    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN."""
+    from transformers.activations import ACT2CLS
+
+    return ["crrelu", *ACT2CLS]
+
+
+def patch(
+    model: nn.Module, activation: str | PatchConfig = "crrelu", *, tokenizer: Any = None, **options: Any
+) -> PatchReport:
+    """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
+
+    `model.save_pretrained(...)` then gives a checkpoint that plain `AutoModelForCausalLM.from_pretrained` reloads in
+    any process that has imported `crrelu_llm`.
+
+    Args:
+        model: A Hugging Face causal LM (before any adapter is added).
+        activation: The target's name, or a whole `PatchConfig`.
+        tokenizer: Needed by `calibration="fit"` only.
+        **options: Fields of `PatchConfig`, where `activation` is a name.
+
+    Returns:
+        The sites swapped, with ε and the error of each, and what was left alone.
+
+    Raises:
+        InputError: Unknown activation or option, a model without sites or already patched, or calibration without a
+            tokenizer. The model is then unchanged.
+    """
+    config = activation if isinstance(activation, PatchConfig) else PatchConfig(activation, **options)
+    config.validate()
+    if hasattr(model, "peft_config"):
+        raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
+    if section.read(model.config) is not None:
+        raise InputError("the model is already patched: call crrelu_llm.unpatch(model) first")
+    sites, left_alone = survey(model)
+    fits = _calibrate(model, sites, config, tokenizer)
+    keys = section.mlp_config_keys(model, sites)
+    originals = {site.path: model.get_submodule(site.path) for site in sites}
+    for site in sites:
+        module = build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
+        if fits:
+            with torch.no_grad():
+                module.epsilon.copy_(fits[site.path].epsilon)
+        swap_in(model, site.path, module, originals[site.path])
+    section.write(model.config, config, sites, keys)
+    _keep_epsilon_in_float32(model, sites)
+    return _report(model, config, sites, left_alone, fits)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Puts the original activations back, in place, and takes the section out of the config.
+
+    The module tree and the config are then exactly what they were before `patch`, also for a reloaded checkpoint.
+
+    Raises:
+        InputError: The model is not patched.
+    """
+    found = section.read(model.config)
+    if found is None:
+        raise InputError("the model is not patched: its config has no crrelu section")
+    for site in found["sites"]:
+        path = site["path"]
+        held = model.get_submodule(path).__dict__.get("_original")
+        swap_in(model, path, held[0] if held else build_activation(site["original"]), None)
+    for name in {f"{site['path'].rpartition('.')[2]}.epsilon" for site in found["sites"]}:
+        (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
+    section.remove(model.config)
+
+
+def build_activation(
+    name: str, num_channels: int | None = None, epsilon_per: str = "layer", epsilon_init: float = 0.01
+) -> nn.Module:
+    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`."""
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    if name == "crrelu":
+        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init)
+    if name not in ACT2CLS:
+        raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
+    module = ACT2FN[name]
+    module.__dict__["activation_name"] = name
+    return module
+
+
+def reset_activation(module: nn.Module) -> None:
+    """Sets an activation's parameters to their start values, in place (they may have been created empty)."""
+    if isinstance(module, CRReLU):
+        module.reset_parameters()
+    else:
+        fresh = build_activation(module.__dict__["activation_name"])
+        with torch.no_grad():
+            for target, source in zip(module.parameters(), fresh.parameters(), strict=True):
+                target.copy_(source)
+
+
+def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module | None) -> None:
+    """Sets the activation at `path`; the original is remembered outside the module tree, for `unpatch`."""
+    owner_path, _, attribute = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    reference = next(owner.parameters(), None)
+    if reference is not None and reference.device != torch.device("cpu"):
+        module.to(reference.device)
+    module.train(owner.training)
+    if original is not None and not isinstance(original, CRReLU):
+        # In a list, so that nn.Module does not register it: its parameters are no part of the patched model.
+        module.__dict__["_original"] = [original]
+    setattr(owner, attribute, module)
+
+
+def _calibrate(model: nn.Module, sites: list[Site], config: PatchConfig, tokenizer: Any) -> dict:
+    if not config.calibrates:
+        return {}
+    if tokenizer is None:
+        raise InputError(f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)')
+    from crrelu_llm.patching.calibrate import calibration_blocks, fit_epsilon
+
+    blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens)
+    return fit_epsilon(model, sites, blocks, config.epsilon_per)
+
+
+def _keep_epsilon_in_float32(model: nn.Module, sites: list[Site]) -> None:
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    model._keep_in_fp32_modules_strict = strict | {f"{site.attribute}.epsilon" for site in sites}
+
+
+def _report(
+    model: nn.Module, config: PatchConfig, sites: list[Site], left_alone: list[LeftAlone], fits: dict
+) -> PatchReport:
+    report = PatchReport(model.config.model_type, copy.copy(config))
+    for site in sites:
+        module = model.get_submodule(site.path)
+        epsilon = module.epsilon.mean().item() if isinstance(module, CRReLU) else None
+        report.sites.append(
+            {
+                "path": site.path,
+                "original": site.original,
+                "num_channels": site.num_channels,
+                "epsilon_mean": epsilon,
+                "scale_mean": 1.0,
+                "relative_error": fits[site.path].relative_error if fits else None,
+            }
+        )
+    report.skipped = [{"path": item.path, "reason": f"{item.activation}: {item.reason}"} for item in left_alone]
+    return report
