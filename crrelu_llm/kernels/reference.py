@@ -7,8 +7,8 @@ import torch
 def crrelu(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
     """Evaluates `f(x) = relu(x) + ε·x·exp(−x²/2)` in the dtype of `x`, differentiated by autograd.
 
-    It is the formula as it stands, with its numerical faults: NaN at ±inf (inf·0), in float16 a NaN gradient from
-    |x| ≈ 256 on (x² overflows), and several saved intermediates. Use it to check other backends, not to train.
+    It is the formula as it stands, with its numerical faults: NaN at ±inf (inf·0), rounding of every step in the
+    storage dtype, and several saved intermediates. Use it to check other backends, not to train.
 
     Args:
         x: floating point, any shape; with a per-channel ε, `(..., channels)`.

@@ -13,6 +13,7 @@ _MULTIPLICATIONS = {torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.__
 
 
 BLOCK_SIZE = 512
+_PRIOR = 1e-2  # weight of the layer's ε in a channel's fit, as a share of an average channel's own evidence
 
 
 def calibration_blocks(data: str, tokenizer: Any, tokens: int) -> Tensor:
@@ -52,6 +53,7 @@ def fit_epsilon(
     from tqdm.auto import tqdm
 
     recorders = {site.path: _Recorder(model.get_submodule(site.path), site.num_channels) for site in sites}
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # the sites, without the LM head
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -62,7 +64,7 @@ def fit_epsilon(
             for recorder in recorders.values():
                 recorder.seen = seen
             for batch in tqdm(blocks.split(batch_size), desc="Fitting epsilon", unit="batch"):
-                model(input_ids=batch.to(device), use_cache=False)
+                backbone(input_ids=batch.to(device), use_cache=False)
                 seen.flush()
     finally:
         for path, recorder in recorders.items():
@@ -97,9 +99,14 @@ class _Recorder(nn.Module):
         self.sums += torch.stack([term.sum(0) for term in terms]).to("cpu", torch.float64)
 
     def solve(self, epsilon_per: str) -> Fit:
-        sums = self.sums if epsilon_per == "channel" else self.sums.sum(1, keepdim=True)
-        gg, gr, rr, yy = sums
-        epsilon = torch.where(gg > 0, gr / gg.clamp_min(torch.finfo(gg.dtype).tiny), torch.zeros_like(gg))
+        gg, gr, rr, yy = self.sums
+        whole = gr.sum() / gg.sum() if gg.sum() > 0 else gr.new_zeros(())
+        if epsilon_per == "channel":
+            # A channel whose inputs stay away from 0 says nothing about its ε: it is drawn to the layer's.
+            prior = _PRIOR * gg.mean()
+            epsilon = torch.where(gg + prior > 0, (gr + prior * whole) / (gg + prior), whole)
+        else:
+            epsilon = whole.reshape(1)
         left = (rr - 2 * epsilon * gr + epsilon * epsilon * gg).clamp_min(0).sum()
         total = yy.sum()
         return Fit(epsilon.float(), float((left / total).sqrt()) if total > 0 else 0.0)

@@ -39,21 +39,18 @@ class PatchConfig:
     calibration_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self, where: str = "") -> None:
-        """Raises InputError, with `where` in front, for the first field that holds an impossible value."""
+        """Raises InputError for the first field that holds an impossible value."""
         names = activation_names()
         if self.activation not in names:
-            raise InputError(f"{where}unknown activation {self.activation!r}; choose one of {', '.join(names)}")
+            raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
         for key, allowed in (("epsilon_per", EPSILON_PER), ("calibration", CALIBRATIONS)):
             if getattr(self, key) not in allowed:
                 choices = " or ".join(f'"{value}"' for value in allowed)
-                raise InputError(f'{where}{key} must be {choices}, not "{getattr(self, key)}"')
+                raise InputError(f'{key} must be {choices}, not "{getattr(self, key)}"')
         if self.calibration_tokens <= 0:
-            raise InputError(f"{where}calibration_tokens must be positive, not {self.calibration_tokens}")
+            raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
         if not abs(self.epsilon_init) < float("inf"):
-            raise InputError(f"{where}epsilon_init must be a finite number, not {self.epsilon_init}")
+            raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
 
     @property
     def calibrates(self) -> bool:
@@ -107,7 +104,6 @@ def patch(
             tokenizer. The model is then unchanged.
     """
     config = activation if isinstance(activation, PatchConfig) else PatchConfig(activation, **options)
-    config.validate()
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
     if section.read(model.config) is not None:

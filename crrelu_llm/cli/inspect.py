@@ -1,0 +1,44 @@
+"""`crrelu inspect`: which activations of a model would be swapped; reads its config alone."""
+
+import argparse
+import json
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="crrelu inspect",
+        description="List the sites of a model, and the activations that are left alone. Reads the config, no weights.",
+        epilog="example: crrelu inspect HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    from crrelu_llm.patching import checkpoint
+    from crrelu_llm.patching.section import mlp_config_keys, read
+    from crrelu_llm.patching.sites import survey
+
+    model = checkpoint.skeleton(args.model, trust_remote_code=args.trust_remote_code)
+    patched = read(model.config)
+    sites, left_alone = survey(model)
+    keys = list(patched["config_keys"] if patched else mlp_config_keys(model, sites))
+    if args.json:
+        fields = ("path", "attribute", "original", "num_channels", "kind")
+        document = {
+            "model_type": model.config.model_type,
+            "sites": [{name: getattr(site, name) for name in fields} for site in sites],
+            "left_alone": [
+                {"path": item.path, "activation": item.activation, "reason": item.reason} for item in left_alone
+            ],
+            "config_keys": keys,
+        }
+        print(json.dumps(document, indent=2))
+        return 0
+    print(f"{model.config.model_type}: {len(sites)} sites" + (f", patched to {patched['activation']}" if patched else ""))
+    for site in sites:
+        print(f"  {site.path}  {site.original}  {site.num_channels} channels  {site.kind}")
+    for item in left_alone:
+        print(f"  left alone: {item.path}  {item.activation}  ({item.reason})")
+    print("config keys that mean the MLP alone: " + (", ".join(keys) or "none"))
+    return 0

@@ -1,0 +1,97 @@
+"""`crrelu patch`: a checkpoint in, a patched checkpoint out."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="crrelu patch",
+        description="Swap the activation of every MLP of a checkpoint and save the result.",
+        epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --calibration fit --epsilon_per channel "
+        "--output_dir smollm2-crrelu",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    add("--output_dir", required=True, help="directory to write; it must not exist, or be empty")
+    add("--activation", default="crrelu", help="crrelu, or any name of transformers' ACT2FN (default: crrelu)")
+    add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
+    add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
+    add("--calibration", default="none", help="none, or fit: epsilon by least squares (default: none)")
+    add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
+    add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
+    add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
+    add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
+    add("--dtype", default="float32", help="dtype to load and save the weights in (default: float32)")
+    add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
+    add("--json", action="store_true", help="print patch_report.json instead of a table")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args = _parser().parse_args(argv)
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} already exists; choose another --output_dir")
+    from crrelu_llm.patching.swap import PatchConfig
+    from crrelu_llm.patching.transform import patch_checkpoint
+
+    fields = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
+    config = PatchConfig(args.activation, **{name: getattr(args, name) for name in fields})
+    report = patch_checkpoint(
+        args.model,
+        config,
+        output_dir,
+        args.dtype,
+        _perplexity(args.perplexity_data, args.perplexity_tokens),
+        {"tokens": args.perplexity_tokens, "data": args.perplexity_data},
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report, output_dir)
+    return 0
+
+
+def _perplexity(data: str, tokens: int) -> Callable[[Any, Any], float] | None:
+    if data == "none":
+        return None
+    if tokens <= 1:
+        raise InputError(f"--perplexity_tokens must be 2 or more, not {tokens}")
+    from crrelu_llm.data import language_modelling_blocks
+    from crrelu_llm.evaluation.perplexity import BLOCK_SIZE, perplexity
+
+    blocks: list[Any] = []  # read once, when the tokenizer is known
+
+    def measure(model: Any, tokenizer: Any) -> float:
+        if not blocks:
+            blocks.append(language_modelling_blocks(data, tokenizer, tokens, BLOCK_SIZE, split="test"))
+        return perplexity(model, blocks[0])
+
+    return measure
+
+
+def _print(report: dict[str, Any], output_dir: Path) -> None:
+    print(f"{report['model_type']}: {len(report['sites'])} sites -> {report['activation']}")
+    for site in report["sites"]:
+        epsilon = "" if site["epsilon_mean"] is None else f"  epsilon {site['epsilon_mean']:+.4f}"
+        error = "" if site["relative_error"] is None else f"  relative error {site['relative_error']:.3f}"
+        print(f"  {site['path']}  {site['original']}  {site['num_channels']} channels{epsilon}{error}")
+    for item in report["skipped"]:
+        print(f"  left alone: {item['path']}  ({item['reason']})")
+    found = report["perplexity"]
+    if found:
+        naive = "" if found["after_naive"] is None else f", {found['after_naive']:.2f} with the plain swap"
+        print(
+            f"perplexity on {found['tokens']} tokens of {found['data']}: {found['before']:.2f} before, "
+            f"{found['after']:.2f} after{naive}"
+        )
+    print(f"saved to {output_dir} in {report['seconds']:.0f} s", file=sys.stderr)

@@ -1,0 +1,24 @@
+"""What `crrelu sft` and `crrelu dpo` share."""
+
+import sys
+
+
+def run_training(kind: str, argv: list[str], example: str) -> int:
+    """Parses a recipe with TRL's parser, trains it, and says where the result is."""
+    if not argv or "-h" in argv or "--help" in argv:
+        from crrelu_llm.training.arguments import make_parser
+
+        make_parser(kind, epilog=f"example: {example}").print_help()
+        return 0
+    from crrelu_llm.training.run import run_recipe
+
+    record = run_recipe(kind, argv)
+    output_dir = record["recipe"].get("output_dir") or "trainer_output"
+    speed = record["tokens_per_second"]
+    print(
+        f"trained {record['steps']} steps in {record['train_seconds']:.0f} s"
+        + (f" ({speed:.0f} tokens/s)" if speed else "")
+        + f"; model and run.json are in {output_dir}",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""Comparing arms: the run matrix, paired statistics and the report."""

@@ -1,0 +1,237 @@
+"""Finds a data set by name (built-in, local file or folder, hub) and turns its rows into text, a hash or token blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crrelu_llm.data.docstrings import load_docstrings
+from crrelu_llm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "builtin:"
+_BUILTINS = {"docstrings": load_docstrings}
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".csv": "csv"}
+_COMPRESSIONS = {".gz", ".zst"}
+# Columns that make up a row's text; the first group of which a row has the first column is taken, whole.
+_TEXT_COLUMNS = (("text",), ("messages",), ("prompt", "completion", "chosen"), ("question", "answer"), ("chosen",))
+
+
+def load_dataset(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Loads a data set by name.
+
+    Args:
+        name: `builtin:docstrings`; a local file (json, jsonl, parquet, txt or csv, also as .gz or .zst), whose rows
+            become the split `train`; a local folder, whose splits `datasets` reads off the file names; or a hub name.
+        config: the hub data set's configuration.
+        streaming: read rows as they are asked for instead of all at once.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        InputError: if there is no such data set, or it is empty or cannot be read.
+    """
+    import datasets
+
+    if name.startswith(BUILTIN):
+        builtin = _BUILTINS.get(name.removeprefix(BUILTIN))
+        if builtin is None:
+            known = ", ".join(BUILTIN + key for key in _BUILTINS)
+            raise InputError(f"{name}: no such built-in data set; known: {known}")
+        splits = builtin()
+        if streaming:
+            return datasets.IterableDatasetDict({key: split.to_iterable_dataset() for key, split in splits.items()})
+        return splits
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _load_file(path, streaming)
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InputError(f"{name}: the folder is empty; put data files (for example train.jsonl) into it")
+        return _read(name, str(path), config, streaming=streaming)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or _reader(path) is not None:
+        raise InputError(f"{name}: no such file or folder; check the path")
+    return _load_from_hub(name, config, streaming)
+
+
+def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
+    """Picks one split.
+
+    Args:
+        splits: what `load_dataset` returned.
+        name: the split's name.
+        source: the data set's name, for the message.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: if there is no such split; the message lists those there are.
+    """
+    if name not in splits:
+        raise InputError(f'{source}: no split "{name}"; it has: {", ".join(splits)}')
+    return splits[name]
+
+
+def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:
+    """Yields each row as plain text, for calibration and perplexity.
+
+    The text is made of the columns `text`, or `messages`, or `prompt` with `completion` or `chosen`, or `question` with
+    `answer`, or `chosen` alone. Messages contribute their contents; parts are parted by a blank line.
+
+    Args:
+        split: the rows.
+        limit: the most rows to read.
+
+    Yields:
+        One string a row; rows whose text is empty are left out.
+
+    Raises:
+        InputError: if the rows have none of these columns.
+    """
+    for row in itertools.islice(split, limit):
+        columns = next((group for group in _TEXT_COLUMNS if group[0] in row), None)
+        if columns is None:
+            raise InputError(
+                f"the data has no text column: found {', '.join(row)}; expected text, messages, prompt with completion "
+                "or chosen, or question with answer"
+            )
+        text = "\n\n".join(part for key in columns if (part := _plain(row.get(key))))
+        if text.strip():
+            yield text
+
+
+def sha256(split: Iterable[Mapping[str, Any]]) -> str:
+    """Hashes the rows of a split, in order, by their content alone.
+
+    Args:
+        split: the rows; all are read.
+
+    Returns:
+        The hexadecimal SHA-256 of the rows as canonical JSON lines: the same on every machine.
+    """
+    digest = hashlib.sha256()
+    for row in split:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        # Text from the web may hold lone surrogates, which plain UTF-8 refuses.
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def token_blocks(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, limit_tokens: int | None = None
+) -> torch.Tensor:
+    """Joins texts, each ended by the end-of-sequence token, and cuts them into equal blocks.
+
+    Args:
+        texts: the texts; no more of them are read than are needed.
+        tokenizer: the model's tokenizer.
+        block_size: tokens in a block.
+        limit_tokens: the most tokens to use.
+
+    Returns:
+        Token ids of shape (blocks, block_size), int64. What does not fill a block is left out.
+
+    Raises:
+        InputError: if the texts do not fill one block.
+    """
+    import torch
+
+    ids: list[int] = []
+    for text in texts:
+        if limit_tokens is not None and len(ids) >= limit_tokens:
+            break
+        # verbose=False: the texts are cut afterwards, so their length is no cause for a warning
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+    available = len(ids) if limit_tokens is None else min(len(ids), limit_tokens)
+    blocks = available // block_size
+    if blocks == 0:
+        raise InputError(f"{available} tokens of text do not fill one block of {block_size}; give more text")
+    return torch.tensor(ids[: blocks * block_size], dtype=torch.long).view(blocks, block_size)
+
+
+def _reader(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return _READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _load_file(path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    reader = _reader(path)
+    if reader is None:
+        known = ", ".join(suffix[1:] for suffix in _READERS)
+        raise InputError(f"{path}: cannot tell the format from the name; known endings: {known} (also with .gz or .zst)")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    return _read(str(path), reader, None, data_files={"train": str(path)}, streaming=streaming)
+
+
+def _read(source: str, builder: str, config: str | None, **options: Any) -> DatasetDict | IterableDatasetDict:
+    """Reads local data, with messages that name the source."""
+    import datasets
+
+    try:
+        with _no_progress_bars():
+            splits = datasets.load_dataset(builder, config, **options)
+    except Exception as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
+        # The last cause tells what a reader met; those above it only say that something failed.
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        raise InputError(f"{source}: cannot be read: {_one_line(error)}; check that the data is whole") from error
+    for name, split in splits.items():
+        if next(iter(split), None) is None:
+            raise InputError(f'{source}: the split "{name}" has no rows')
+    return splits
+
+
+def _load_from_hub(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, streaming=streaming)
+    except Exception as error:  # no network, no such name, no access, no such configuration: the user's to mend
+        raise InputError(
+            f"{name}: neither a local file nor a local folder, and the hub did not give it ({_one_line(error)}); "
+            "check the name, or download the data and give its path"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _plain(value: Any) -> str:
+    """The text of a column: a string as it is, the contents of a list of messages, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "\n\n".join(str(message.get("content") or "") for message in value)
+    return str(value)

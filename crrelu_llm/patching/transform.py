@@ -1,0 +1,89 @@
+"""Checkpoint in, patched checkpoint out, with its patch report beside the weights."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crrelu_llm.environment import versions
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
+
+REPORT = "patch_report.json"
+
+
+def patch_checkpoint(
+    model: str,
+    config: PatchConfig | None,
+    output_dir: str | Path,
+    dtype: str = "float32",
+    perplexity: Callable[[Any, Any], float] | None = None,
+    perplexity_of: dict[str, Any] | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Loads a MODEL, patches it and saves it.
+
+    Args:
+        model: Hub name, directory, `.gguf` file or `builtin:nano`.
+        config: The patch; None only converts (a GGUF file into a directory).
+        output_dir: Where to save: absent or empty.
+        dtype: Name of the torch dtype to load and save in.
+        perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
+            after the plain swap.
+        perplexity_of: What it was measured on (`tokens`, `data`), for the report.
+        **loading: `revision`, `trust_remote_code`.
+
+    Returns:
+        The patch report, as written to patch_report.json.
+
+    Raises:
+        InputError: A MODEL that cannot be read, is already patched, or has no sites.
+    """
+    started = time.perf_counter()
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"unknown dtype {dtype!r}; choose float32, bfloat16 or float16")
+    options = {key: value for key, value in loading.items() if value}
+    tokenizer = checkpoint.load_tokenizer(model, **options)
+    loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
+    report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
+    measured = None
+    if config is None:
+        report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
+    else:
+        _refuse_patched(model, loaded.config)
+        if perplexity is not None:
+            measured = {"before": perplexity(loaded, tokenizer), "after_naive": None}
+            if config.calibrates:
+                patch(loaded, replace(config, calibration="none"))
+                measured["after_naive"] = perplexity(loaded, tokenizer)
+                unpatch(loaded)
+        done = patch(loaded, config, tokenizer=tokenizer)
+        if measured is not None:
+            measured |= {"after": perplexity(loaded, tokenizer), **(perplexity_of or {})}  # type: ignore[misc]
+        report |= {
+            "activation": config.activation,
+            "epsilon_per": config.epsilon_per,
+            "options": asdict(config),
+            "sites": done.sites,
+            "skipped": done.skipped,
+        }
+    report |= {"perplexity": measured, "seconds": time.perf_counter() - started, "versions": versions()}
+    checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report})
+    return report
+
+
+def read_report(directory: str | Path) -> dict[str, Any] | None:
+    """The patch report beside a checkpoint, or None."""
+    path = Path(directory) / REPORT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _refuse_patched(model: str, config: Any) -> None:
+    found = section.read(config)
+    if found is not None:
+        raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")

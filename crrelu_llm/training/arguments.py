@@ -1,0 +1,210 @@
+"""Recipes: TRL's own options plus the activation section, parsed by TRL's own parser, errors in one line."""
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import PatchConfig
+
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+
+
+@dataclass
+class ActivationArguments:
+    """The activation section of a recipe.
+
+    Parameters:
+        activation (`str`, *optional*):
+            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN. If not set, the model is
+            trained as it is.
+        epsilon_init (`float`, *optional*, defaults to `0.01`):
+            Start value of ε where no calibration sets it.
+        epsilon_per (`str`, *optional*, defaults to `"layer"`):
+            One ε per `"layer"` or per `"channel"`.
+        epsilon_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of ε, on the recipe's own schedule. 0 keeps ε where it starts.
+        epsilon_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay of ε.
+        calibration (`str`, *optional*, defaults to `"none"`):
+            `"none"`, or `"fit"`: ε by least squares against the original activation, before training.
+        calibration_data (`str`, *optional*, defaults to `"builtin:docstrings"`):
+            Hub name, local file or directory, or `builtin:docstrings`.
+        calibration_tokens (`int`, *optional*, defaults to `8192`):
+            Number of calibration tokens.
+    """
+
+    activation: str | None = field(
+        default=None, metadata={"help": "Activation to patch every MLP to. Not set: train the model as it is."}
+    )
+    epsilon_init: float = field(default=0.01, metadata={"help": "Start value of epsilon without calibration."})
+    epsilon_per: str = field(default="layer", metadata={"help": "One epsilon per `layer` or per `channel`."})
+    epsilon_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of epsilon, on the recipe's schedule. 0 freezes it."}
+    )
+    epsilon_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of epsilon."})
+    calibration: str = field(default="none", metadata={"help": "`none`, or `fit`: epsilon by least squares."})
+    calibration_data: str = field(
+        default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
+    )
+    calibration_tokens: int = field(default=8192, metadata={"help": "Number of calibration tokens."})
+
+    def patch_config(self, where: str = "") -> PatchConfig | None:
+        """The patch that this section asks for, checked; None where the model is trained as it is."""
+        if not self.epsilon_learning_rate >= 0:
+            raise InputError(f"{where}epsilon_learning_rate must be 0 or more, not {self.epsilon_learning_rate}")
+        if self.activation is None:
+            return None
+        keys = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
+        try:
+            return PatchConfig(self.activation, **{key: getattr(self, key) for key in keys})
+        except InputError as error:
+            raise InputError(f"{where}{error}") from error
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe: TRL's four argument groups, the activation section, and where it came from."""
+
+    kind: str
+    script: ScriptArguments
+    training: Any
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    activation: ActivationArguments
+    values: dict[str, Any]
+    source: str
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser, with errors as InputError instead of a usage text and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.splitlines()[-1])
+
+
+def make_parser(kind: str, prog: str | None = None, **kwargs: Any) -> RecipeParser:
+    """The parser of `crrelu sft` or `crrelu dpo`: every option of `trl sft|dpo` and the activation section."""
+    groups = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, ActivationArguments)
+    return RecipeParser(groups, prog=prog or f"crrelu {kind}", **kwargs)
+
+
+def parse(kind: str, argv: list[str]) -> Recipe:
+    """Parses `--config R.yaml --option value ...`; options win over the file, and nothing is written.
+
+    Raises:
+        InputError: A missing file, an unknown key, a wrong type or an impossible value: one line, with the file.
+    """
+    parser = make_parser(kind)
+    path = _config_path(argv)
+    values = _read_yaml(path) if path else {}
+    where = f"{path}: " if path else ""
+    if path:
+        _check_keys(parser, values, where)
+    try:
+        script, training, model, mixture, activation = parser.parse_args_and_config(argv)
+    except InputError as error:
+        raise InputError(f"{where}{_name_the_option(error)}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        # The configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
+        raise InputError(f"{where}{' '.join(str(error).split())}") from error
+    _check(kind, script, training, model, mixture, activation, where)
+    overrides = _overrides(argv, parser)
+    return Recipe(kind, script, training, model, mixture, activation, values | overrides, path or "the command line")
+
+
+def _config_path(argv: list[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            raise InputError("write --config FILE, with a space")
+        if argument == "--config":
+            if index + 1 == len(argv):
+                raise InputError("--config needs a file")
+            return argv[index + 1]
+    return None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise InputError(f"no such recipe: {path} (`crrelu recipes list` shows the shipped ones)")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a list of `key: value` lines")
+    return values
+
+
+def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> None:
+    """Unknown keys and wrong types, all of them in one line."""
+    actions = {action.dest: action for action in parser._actions}
+    problems = []
+    for key, value in values.items():
+        if key == "env":
+            continue
+        if key not in actions:
+            close = difflib.get_close_matches(str(key), actions, 1)
+            problems.append(f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            continue
+        kind = actions[key].type
+        if value is None or actions[key].nargs not in (None, "?"):
+            continue
+        if kind in (int, float):
+            try:
+                fine = not isinstance(value, (bool, list, dict)) and kind(value) == float(value)
+            except (TypeError, ValueError, OverflowError):
+                fine = False
+            if not fine:
+                problems.append(f"{key} must be a number{' (whole)' if kind is int else ''}, not {value!r}")
+        elif kind is str and isinstance(value, (list, dict)):
+            problems.append(f"{key} must be a single value, not {value!r}")
+    if problems:
+        raise InputError(where + "; ".join(problems))
+
+
+def _name_the_option(error: InputError) -> str:
+    message = str(error).removeprefix("argument ")
+    return message.replace("unrecognized arguments", "unknown option")
+
+
+def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, activation: Any, where: str) -> None:
+    if not model.model_name_or_path:
+        raise InputError(f"{where}model_name_or_path is missing: a hub name, a directory or a .gguf file")
+    if not script.dataset_name and not mixture.datasets:
+        raise InputError(f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings")
+    activation.patch_config(where)
+    if training.output_dir and Path(training.output_dir).is_file():
+        raise InputError(f"{where}output_dir {training.output_dir} is a file")
+    parent = Path(training.output_dir or ".").absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{where}output_dir {training.output_dir}: no permission to write in {parent}")
+
+
+def _overrides(argv: list[str], parser: RecipeParser) -> dict[str, Any]:
+    """The options given on the command line, as parsed."""
+    given = {option for option in argv if option.startswith("--")}
+    names = {
+        action.dest
+        for action in parser._actions
+        for option in action.option_strings
+        if option in given or any(argument.startswith(option + "=") for argument in given)
+    }
+    if not names:
+        return {}
+    namespace, _ = parser.parse_known_args([a for a in _without_config(argv)])
+    return {name: getattr(namespace, name) for name in sorted(names) if hasattr(namespace, name)}
+
+
+def _without_config(argv: list[str]) -> list[str]:
+    if "--config" not in argv:
+        return argv
+    index = argv.index("--config")
+    return argv[:index] + argv[index + 2 :]

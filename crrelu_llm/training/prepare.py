@@ -1,0 +1,85 @@
+"""Before training: the checkpoint a run starts from, patched and saved, and the data it reads."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import PatchConfig, checkpoint, section
+from crrelu_llm.patching.transform import patch_checkpoint, read_report
+from crrelu_llm.training.arguments import Recipe
+
+def starting_checkpoint(
+    model: str, config: PatchConfig | None, directory: Path, dtype: str = "float32", **loading: Any
+) -> str:
+    """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
+
+    Training starts from a path, not from a model in memory, so that everything that loads the model again (the DPO
+    reference above all) sees the same activation. A copy that is already there is used again.
+
+    Raises:
+        InputError: The model is already patched to another activation, or `directory` holds something else.
+    """
+    source = checkpoint.resolve(model)
+    if config is None and not checkpoint.is_gguf(source):
+        return source
+    found = section.read(checkpoint.load_config(source, **{key: value for key, value in loading.items() if value}))
+    if config is not None and found is not None:
+        if found["activation"] == config.activation:
+            return source
+        raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")
+    wanted = {"model": model, "options": None if config is None else asdict(config)}
+    with PartialState().main_process_first():  # the others find it made
+        if directory.is_dir() and any(directory.iterdir()):
+            if _made_for(directory) != wanted:
+                raise InputError(f"{directory} holds another patched checkpoint; choose another output_dir")
+        else:
+            patch_checkpoint(model, config, directory, dtype, **loading)
+    return str(directory)
+
+
+def datasets_of(recipe: Recipe) -> tuple[Any, Any]:
+    """The training split and, where the recipe evaluates, the evaluation split.
+
+    Raises:
+        InputError: Data that cannot be read, a missing split, or columns that the trainer cannot use.
+    """
+    from trl import get_dataset
+
+    from crrelu_llm.data import get_split, load_dataset
+
+    script = recipe.script
+    with PartialState().main_process_first():
+        if recipe.mixture.datasets:
+            try:
+                data = get_dataset(recipe.mixture)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{recipe.source}: datasets: {' '.join(str(error).split())}") from error
+            name = "datasets"
+        else:
+            name = str(script.dataset_name)
+            data = load_dataset(name, script.dataset_config, script.dataset_streaming)
+        train = get_split(data, script.dataset_train_split, name)
+        evaluated = recipe.training.eval_strategy != "no"
+        test = get_split(data, script.dataset_test_split, name) if evaluated else None
+    for split in (train, test):
+        _check_columns(recipe.kind, split, name)
+    return train, test
+
+
+def _made_for(directory: Path) -> dict[str, Any] | None:
+    report = read_report(directory)
+    return None if report is None else {"model": report["model"], "options": report["options"]}
+
+
+def _check_columns(kind: str, split: Any, name: str) -> None:
+    columns = None if split is None else split.column_names
+    if columns is None:  # not evaluated, or a stream that does not know its columns
+        return
+    if kind == "dpo":
+        if not {"chosen", "rejected"} <= set(columns):
+            raise InputError(f"{name}: DPO needs the columns chosen and rejected (and prompt), not {', '.join(columns)}")
+    elif not ({"messages", "text", "input_ids"} & set(columns) or {"prompt", "completion"} <= set(columns)):
+        raise InputError(f"{name}: SFT needs a column messages or text, or prompt and completion, not {', '.join(columns)}")

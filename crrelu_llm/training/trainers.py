@@ -1,0 +1,155 @@
+"""TRL's SFT and DPO trainers with a learnable ε: one mixin, and the call that builds a trainer from a recipe."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.training.arguments import ActivationArguments, Recipe
+from crrelu_llm.training.callbacks import PER_SITE, quieten
+from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
+
+
+class EpsilonMixin:
+    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs."""
+
+    model: Any
+    optimizer: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, activation_args: ActivationArguments, **kwargs: Any):
+        self.activation_args = activation_args
+        super().__init__(*args, **kwargs)
+        restore_float32(self.model)
+        if activation_args.epsilon_learning_rate == 0:
+            for module in epsilon_modules(self.model).values():
+                module.epsilon.requires_grad_(False)
+        quieten(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own optimiser, with ε moved into a group of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+            model = args[0] if args and args[0] is not None else kwargs.get("model") or self.model
+            rates = self.activation_args
+            split_off_epsilon(self.optimizer, model, rates.epsilon_learning_rate, rates.epsilon_weight_decay)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds ε of every site (its mean, where it is per channel) to the training logs."""
+        if "loss" in logs:
+            means = epsilon_means(self.model)
+            if means:
+                logs["epsilon_mean"] = sum(means.values()) / len(means)
+                logs.update({PER_SITE + path: value for path, value in means.items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class SFT(EpsilonMixin, SFTTrainer):
+    """TRL's SFTTrainer with a learnable ε."""
+
+
+class DPO(EpsilonMixin, DPOTrainer):
+    """TRL's DPOTrainer with a learnable ε."""
+
+
+TRAINERS = {"sft": SFT, "dpo": DPO}
+
+
+def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
+    """A trainer for a recipe, starting from the checkpoint `model` (a path or a hub name)."""
+    args, options = recipe.training, recipe.model
+    args.model_init_kwargs = {
+        "revision": options.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": options.attn_implementation,
+        "dtype": options.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    with _trainable_bitsandbytes():
+        trainer = TRAINERS[recipe.kind](
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            quantization_config=get_quantization_config(options),
+            peft_config=_peft_config(recipe, model),
+            activation_args=recipe.activation,
+        )
+    if recipe.script.ignore_bias_buffers:  # the workaround for DDP that TRL's own scripts have
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    return trainer
+
+
+def epsilon_means(model: Any) -> dict[str, float]:
+    """The mean of ε for each site's path."""
+    means = {}
+    for path, module in epsilon_modules(model).items():
+        epsilon = module.epsilon.detach()
+        if hasattr(epsilon, "full_tensor"):  # FSDP2 shards it
+            epsilon = epsilon.full_tensor()
+        means[path] = epsilon.float().mean().item()
+    return means
+
+
+def restore_float32(model: Any) -> None:
+    """Makes every ε float32 again, with its exact value, after a library has cast all that is trained (TRL, QLoRA)."""
+    originals = {
+        name.removesuffix(".original_module"): module
+        for name, module in model.named_modules()
+        if name.endswith(".original_module") and isinstance(module, CRReLU)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32:
+            exact = originals.get(name.split(".modules_to_save.")[0], module).epsilon
+            module.epsilon.data = exact.detach().float().clone()
+
+
+def _peft_config(recipe: Recipe, model: str) -> Any:
+    """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path."""
+    config = get_peft_config(recipe.model)
+    if config is None:
+        return None
+    found = section.read(checkpoint.load_config(model))
+    if found is not None and found["activation"] == "crrelu" and recipe.activation.epsilon_learning_rate > 0:
+        paths = [site["path"] for site in found["sites"]]
+        config.modules_to_save = [*(config.modules_to_save or []), *paths]
+    return config
+
+
+@contextlib.contextmanager
+def _trainable_bitsandbytes() -> Iterator[None]:
+    """Keeps 4-bit layers trainable on CPUs with AVX512-BF16.
+
+    There, the first forward pass in evaluation mode repacks the weights for a kernel without a backward pass, and
+    gradients are lost from then on, silently.
+    """
+    try:
+        from bitsandbytes.nn import modules
+    except ImportError:
+        yield
+        return
+    original = modules.has_avx512bf16
+    modules.has_avx512bf16 = lambda: False
+    try:
+        yield
+    finally:
+        modules.has_avx512bf16 = original
+
+
+def require_bitsandbytes(recipe: Recipe) -> None:
+    """Raises InputError where a recipe quantises and bitsandbytes is missing."""
+    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"{recipe.source}: load_in_4bit and load_in_8bit need bitsandbytes: pip install 'crrelu_llm[quant]'"
+            ) from error
