@@ -40,8 +40,8 @@ def compare_metric(
 
     The interval is a bootstrap of the mean paired difference (BCa; percentile where BCa is degenerate, and beyond
     2000 pairs). The p-value is that of a two-sided sign-flip permutation test of the differences (exact up to 13
-    pairs, its normal limit beyond 2000), or of McNemar's exact test where `binary` is true and all numbers are 0 or 1. `p_adjusted` is `p_value`
-    until `adjust` has seen the other comparisons.
+    pairs, its normal limit beyond 2000), or of McNemar's exact test where `binary` is true and all numbers are 0 or
+    1. `p_adjusted` is `p_value` until `adjust` has seen the other comparisons.
 
     Args:
         metric: Name of the metric.

@@ -61,8 +61,8 @@ def load_docstrings() -> datasets.DatasetDict:
     the split of the module that comes first in alphabetical order.
 
     Returns:
-        The splits `pretrain`, `train`, `test` and `calibration`; rows `{"text", "module", "name"}`, where `name` is the
-        full dotted name of what the text documents.
+        The splits `pretrain`, `train`, `test` and `calibration`; rows `{"text", "module", "name"}`, where `name` is
+        the full dotted name of what the text documents.
 
     Raises:
         InputError: if this Python comes without the source of its standard library.
@@ -133,5 +133,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child, f"{name}.{child.name}")
-        elif isinstance(child, ast.If | ast.Try | ast.With):  # definitions that depend on the platform
+        elif isinstance(
+            child, ast.If | ast.Try | ast.With
+        ):  # definitions that depend on the platform; those of except clauses are stand-ins
             yield from _docstrings(child, name)

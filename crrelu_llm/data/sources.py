@@ -1,4 +1,4 @@
-"""Finds a data set by name (built-in, local file or folder, hub) and turns its rows into text, a hash or token blocks."""
+"""Finds a data set by name (built-in, local file or folder, hub); turns rows into text, a hash or token blocks."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
 def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:
     """Yields each row as plain text, for calibration and perplexity.
 
-    The text is made of the columns `text`, or `messages`, or `prompt` with `completion` or `chosen`, or `question` with
-    `answer`, or `chosen` alone. Messages contribute their contents; parts are parted by a blank line.
+    The text is made of the columns `text`, or `messages`, or `prompt` with `completion` or `chosen`, or `question`
+    with `answer`, or `chosen` alone. Messages contribute their contents; parts are parted by a blank line.
 
     Args:
         split: the rows.
@@ -103,8 +103,8 @@ def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterato
         columns = next((group for group in _TEXT_COLUMNS if group[0] in row), None)
         if columns is None:
             raise InputError(
-                f"the data has no text column: found {', '.join(row)}; expected text, messages, prompt with completion "
-                "or chosen, or question with answer"
+                f"the data has no text column: found {', '.join(row)}; expected text, messages, prompt with "
+                "completion or chosen, or question with answer"
             )
         text = "\n\n".join(part for key in columns if (part := _plain(row.get(key))))
         if text.strip():
@@ -173,7 +173,9 @@ def _load_file(path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict
     reader = _reader(path)
     if reader is None:
         known = ", ".join(suffix[1:] for suffix in _READERS)
-        raise InputError(f"{path}: cannot tell the format from the name; known endings: {known} (also with .gz or .zst)")
+        raise InputError(
+            f"{path}: cannot tell the format from the name; known endings: {known} (also with .gz or .zst)"
+        )
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return _read(str(path), reader, None, data_files={"train": str(path)}, streaming=streaming)
@@ -186,7 +188,9 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
     try:
         with _no_progress_bars():
             splits = datasets.load_dataset(builder, config, **options)
-    except Exception as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
+    except (
+        Exception
+    ) as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
         # The last cause tells what a reader met; those above it only say that something failed.
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__

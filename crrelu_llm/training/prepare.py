@@ -40,8 +40,8 @@ def starting_checkpoint(
     return str(directory)
 
 
-def datasets_of(recipe: Recipe) -> tuple[Any, Any]:
-    """The training split and, where the recipe evaluates, the evaluation split.
+def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
+    """The training split and, where the recipe evaluates or `always_test` says so, the evaluation split.
 
     Raises:
         InputError: Data that cannot be read, a missing split, or columns that the trainer cannot use.
@@ -62,7 +62,7 @@ def datasets_of(recipe: Recipe) -> tuple[Any, Any]:
             name = str(script.dataset_name)
             data = load_dataset(name, script.dataset_config, script.dataset_streaming)
         train = get_split(data, script.dataset_train_split, name)
-        evaluated = recipe.training.eval_strategy != "no"
+        evaluated = always_test or recipe.training.eval_strategy != "no"
         test = get_split(data, script.dataset_test_split, name) if evaluated else None
     for split in (train, test):
         _check_columns(recipe.kind, split, name)

@@ -71,7 +71,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
         "dtype": options.dtype,
         **(args.model_init_kwargs or {}),
     }
-    with _trainable_bitsandbytes():
+    with _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
         trainer = TRAINERS[recipe.kind](
             model=model,
             args=args,
@@ -131,11 +131,8 @@ def _trainable_bitsandbytes() -> Iterator[None]:
     There, the first forward pass in evaluation mode repacks the weights for a kernel without a backward pass, and
     gradients are lost from then on, silently.
     """
-    try:
-        from bitsandbytes.nn import modules
-    except ImportError:
-        yield
-        return
+    from bitsandbytes.nn import modules
+
     original = modules.has_avx512bf16
     modules.has_avx512bf16 = lambda: False
     try:
@@ -144,9 +141,14 @@ def _trainable_bitsandbytes() -> Iterator[None]:
         modules.has_avx512bf16 = original
 
 
+def quantises(recipe: Recipe) -> bool:
+    """Whether a recipe loads the model in 4 or 8 bits."""
+    return bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit)
+
+
 def require_bitsandbytes(recipe: Recipe) -> None:
     """Raises InputError where a recipe quantises and bitsandbytes is missing."""
-    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+    if quantises(recipe):
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:

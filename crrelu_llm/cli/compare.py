@@ -1,0 +1,79 @@
+"""`crrelu compare`: arms × seeds of one recipe, evaluation, statistics, report."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from crrelu_llm.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="crrelu compare",
+        allow_abbrev=False,
+        description="Train one recipe with several activations and seeds, and compare them. Finished runs are kept: "
+        "the same command goes on where it was stopped. Every other option is the recipe's (see `crrelu sft --help`).",
+        epilog="example: crrelu compare dpo --config recipes/smollm2-135m/dpo/config_full.yaml "
+        "--arms gelu crrelu crrelu:calibration=fit --seeds 0 1 2 --output_dir comparison",
+    )
+    add = parser.add_argument
+    add("kind", choices=("sft", "dpo"), metavar="sft|dpo", help="the trainer")
+    add("--config", required=True, help="the recipe")
+    add("--arms", nargs="+", required=True, help="native, or ACTIVATION[:option=value...], for each arm")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)")
+    add("--output_dir", required=True, help="directory of the comparison")
+    add("--baseline", help="the arm the others are compared with (default: gelu, else native, else the first)")
+    add("--grid", action="append", default=[], metavar="KEY=V1,V2", help="repeat for each value of a recipe key")
+    add("--discard_models", action="store_true", help="keep metrics and reports, but not the trained models")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args, rest = _parser().parse_known_args(argv)
+    if len(set(args.seeds)) != len(args.seeds):
+        raise InputError(f"--seeds: each seed once, not {' '.join(map(str, args.seeds))}")
+    return compare(args, ["--config", args.config, *rest], shlex.join(["crrelu", "compare", *argv]))
+
+
+def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> int:
+    """Runs a comparison and writes its report, also where some runs failed."""
+    from crrelu_llm.comparison.arms import choose_baseline, parse_arms, parse_grid
+    from crrelu_llm.comparison.matrix import Comparison, run_comparison
+
+    arms = parse_arms(args.arms)
+    comparison = Comparison(
+        kind=args.kind,
+        argv=recipe_argv,
+        arms=arms,
+        seeds=args.seeds,
+        points=parse_grid(args.grid),
+        baseline=choose_baseline(arms, args.baseline),
+        output_dir=Path(args.output_dir),
+        command=command,
+        keep_models=not args.discard_models,
+    )
+    failed = None
+    try:
+        run_comparison(comparison)
+    except RuntimeError as error:
+        failed = error
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        write(comparison.output_dir)
+        if failed:
+            print(f"crrelu compare: {failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write(output_dir: Path) -> None:
+    """Builds the report of a comparison from its files, writes it, and prints its verdict."""
+    from crrelu_llm.comparison.report import write_report
+    from crrelu_llm.comparison.results import build_report
+
+    report = build_report(output_dir)
+    write_report(report, output_dir)
+    print(report["verdict"])
+    print(f"report: {output_dir / 'report.html'}")

@@ -1,0 +1,37 @@
+"""`crrelu quickstart`: the main job on the embedded model and data, offline."""
+
+import argparse
+import sys
+import time
+
+ARMS = ["native", "relu", "crrelu", "crrelu:calibration=fit"]
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="crrelu quickstart",
+        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU as in the paper, "
+        "and CRReLU with fitted epsilon; 3 seeds each; then write the report. Offline, minutes on a laptop's CPU.",
+        epilog="example: crrelu quickstart --output_dir my-first-comparison",
+    )
+    parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    args = parser.parse_args(argv)
+    from crrelu_llm.cli.compare import compare
+    from crrelu_llm.recipes_path import recipes_dir
+
+    started = time.perf_counter()
+    recipe = recipes_dir() / "nano" / "sft.yaml"
+    arguments = argparse.Namespace(
+        kind="sft",
+        arms=ARMS,
+        seeds=args.seeds,
+        output_dir=args.output_dir,
+        baseline="native",
+        grid=[],
+        discard_models=True,
+    )
+    status = compare(arguments, ["--config", str(recipe)], f"crrelu quickstart --output_dir {args.output_dir}")
+    print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return status

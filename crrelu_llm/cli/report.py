@@ -1,0 +1,30 @@
+"""`crrelu report`: rebuilds the report of a comparison from what is on disk."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="crrelu report",
+        description="Rebuild report.html, report.md and report.json of a comparison from its files.",
+        epilog="example: crrelu report comparison",
+    )
+    parser.add_argument("directory", metavar="D", help="output_dir of a comparison")
+    parser.add_argument("--json", action="store_true", help="print report.json too")
+    args = parser.parse_args(argv)
+    from crrelu_llm.cli.compare import write
+
+    directory = Path(args.directory)
+    if args.json:
+        from crrelu_llm.comparison.report import write_report
+        from crrelu_llm.comparison.results import build_report
+
+        report = build_report(directory)
+        write_report(report, directory)
+        print(json.dumps(report, indent=1, default=str))
+    else:
+        write(directory)
+    return 0

@@ -1,0 +1,104 @@
+"""What a comparison runs: arms, seeds and a grid over recipe keys, as the user writes them."""
+
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any
+
+from crrelu_llm.errors import InputError
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One activation with its patch options: `gelu`, `crrelu:calibration=fit:epsilon_per=channel`, `native`."""
+
+    name: str
+    activation: str | None
+    options: tuple[tuple[str, str], ...]
+
+    @property
+    def argv(self) -> list[str]:
+        """The arm as recipe options."""
+        argv = [] if self.activation is None else ["--activation", self.activation]
+        return argv + [part for key, value in self.options for part in (f"--{key}", value)]
+
+
+def parse_arm(text: str) -> Arm:
+    """Parses one arm.
+
+    Raises:
+        InputError: An unknown activation or option, or an option without a value.
+    """
+    from crrelu_llm.patching.swap import activation_names
+    from crrelu_llm.training.arguments import ActivationArguments
+
+    activation, *parts = text.split(":")
+    names = activation_names()
+    if activation != NATIVE and activation not in names:
+        raise InputError(f"arm {text!r}: unknown activation {activation!r}; choose native or one of {', '.join(names)}")
+    known = [field.name for field in fields(ActivationArguments) if field.name != "activation"]
+    options = []
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if key not in known or not equals or not value:
+            raise InputError(f"arm {text!r}: write options as key=value, key one of {', '.join(known)}, not {part!r}")
+        options.append((key, value))
+    return Arm(text, None if activation == NATIVE else activation, tuple(options))
+
+
+def parse_arms(texts: list[str]) -> list[Arm]:
+    """Parses the arms of a comparison: at least one, no two the same."""
+    if len(set(texts)) != len(texts):
+        raise InputError(f"--arms: each arm once, not {' '.join(texts)}")
+    return [parse_arm(text) for text in texts]
+
+
+def choose_baseline(arms: list[Arm], baseline: str | None) -> str:
+    """The arm that the others are compared with: the one asked for, else gelu, native, or the first."""
+    names = [arm.name for arm in arms]
+    if baseline is not None:
+        if baseline not in names:
+            raise InputError(f"--baseline {baseline} is none of the arms: {' '.join(names)}")
+        return baseline
+    return next((name for name in ("gelu", NATIVE) if name in names), names[0])
+
+
+def parse_grid(texts: list[str]) -> list[dict[str, str]]:
+    """`["beta=0.1,1", "max_steps=5,10"]` → every combination, as recipe options; one empty point without a grid."""
+    axes = []
+    for text in texts:
+        key, equals, values = text.partition("=")
+        points = [value.strip() for value in values.split(",") if value.strip()]
+        if not key or not equals or not points or len(set(points)) != len(points):
+            raise InputError(f"--grid: write key=value,value,… with each value once, not {text!r}")
+        axes.append([(key, value) for value in points])
+    keys = [axis[0][0] for axis in axes]
+    if len(set(keys)) != len(keys):
+        raise InputError(f"--grid: each key once, not {' '.join(keys)}")
+    return [dict(point) for point in itertools.product(*axes)]
+
+
+def grid_argv(point: dict[str, str]) -> list[str]:
+    """A grid point as recipe options."""
+    return [part for key, value in point.items() for part in (f"--{key}", value)]
+
+
+def grid_name(point: dict[str, str]) -> str:
+    """A grid point as a directory name: `beta=0.1`, or `beta=0.1,max_steps=5`."""
+    return ",".join(f"{key}={value}" for key, value in point.items())
+
+
+def is_patch_key(key: str) -> bool:
+    """Whether a grid key changes the patched checkpoint, and not only the training."""
+    from crrelu_llm.patching import PatchConfig
+
+    return key in {field.name for field in fields(PatchConfig)} | {"model_name_or_path"}
+
+
+def number(value: str) -> Any:
+    """A grid value as a number where it is one, for the report."""
+    try:
+        return float(value) if not value.lstrip("+-").isdigit() else int(value)
+    except ValueError:
+        return value

@@ -1,0 +1,253 @@
+"""The run matrix: every arm × grid point × seed of one recipe, finished runs kept, killed ones resumed."""
+
+import gc
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from crrelu_llm.comparison.arms import Arm, grid_argv, grid_name, is_patch_key, number
+from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.patching import checkpoint, find_sites
+from crrelu_llm.training.arguments import Recipe, parse
+from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
+from crrelu_llm.training.run import RUN, last_checkpoint, train_and_save, write_json
+from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
+
+SETTINGS = "comparison.json"
+BEFORE = "before.json"
+
+
+@dataclass
+class Comparison:
+    """What is compared, and where.
+
+    Attributes:
+        kind: `"sft"` or `"dpo"`.
+        argv: The recipe's own options (`--config R.yaml ...`).
+        arms: The arms.
+        seeds: One run of every arm for each.
+        points: Grid points; a single empty one without a grid.
+        baseline: Name of the arm that the others are compared with.
+        output_dir: Where everything goes.
+        command: The exact command, for the report.
+        keep_models: Whether the trained models are saved.
+    """
+
+    kind: str
+    argv: list[str]
+    arms: list[Arm]
+    seeds: list[int]
+    points: list[dict[str, str]]
+    baseline: str
+    output_dir: Path
+    command: str
+    keep_models: bool = True
+    data: list[dict[str, Any]] = field(default_factory=list)
+
+    def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
+        """The recipe of one run; arms differ in the activation section only."""
+        directory = self.run_dir(arm.name, point, seed)
+        argv = [*self.argv, *grid_argv(point), *arm.argv, "--seed", str(seed), "--output_dir", str(directory)]
+        recipe = parse(self.kind, argv)
+        if arm.activation is None:
+            recipe.activation.activation = None
+        if self.kind == "sft" and recipe.training.eval_packing is None:
+            recipe.training.eval_packing = False  # so that an item is a document, in every arm the same one
+        return recipe
+
+    def run_dir(self, arm: str, point: dict[str, str], seed: int) -> Path:
+        """`D/<arm>/seed-<n>`, with the grid point between."""
+        return self.output_dir / arm / grid_name(point) / f"seed-{seed}"
+
+    def patch_dir(self, arm: str, point: dict[str, str]) -> Path:
+        """Where an arm's starting checkpoint is: shared by all runs that can share it."""
+        own = {key: value for key, value in point.items() if is_patch_key(key)}
+        return self.output_dir / arm / grid_name(own)
+
+
+def run_comparison(comparison: Comparison) -> None:
+    """Runs what is missing. The report is made from the files, by `comparison.results.build_report`.
+
+    Raises:
+        InputError: Anything wrong with the recipe, an arm, the grid or the output directory, before any training.
+        RuntimeError: Runs failed; the others are on disk.
+    """
+    recipe = _check_everything(comparison)
+    _claim(comparison, recipe)
+    train, test = datasets_of(recipe, always_test=True)
+    _record(comparison, recipe, train, test)
+    todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
+    failures = []
+    for number_, (arm, point, seed) in enumerate(todo, 1):
+        directory = comparison.run_dir(arm.name, point, seed)
+        label = f"[{number_}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
+        if is_done(directory):
+            _say(f"{label}: kept")
+            continue
+        _say(f"{label}: training")
+        try:
+            _one_run(comparison, arm, point, seed, train, test)
+        except InputError:
+            raise
+        except KeyboardInterrupt:
+            done = sum(is_done(comparison.run_dir(a.name, p, s)) for a, p, s in todo)
+            raise KeyboardInterrupt(
+                f"{done} of {len(todo)} runs are finished and kept; run the same command again to go on"
+            ) from None
+        except Exception as error:  # one arm that diverges or runs out of memory must not take the others with it
+            failures.append(f"{label}: {type(error).__name__}: {_one_line(error)}")
+            _say(failures[-1])
+            failed = {"status": "failed", "seed": seed, "error": f"{type(error).__name__}: {_one_line(error)}"}
+            if PartialState().is_main_process:
+                write_json(directory / RUN, failed)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(todo)} runs failed; the others are in {comparison.output_dir}")
+
+
+def is_done(directory: Path) -> bool:
+    """Whether a run is complete: its run.json, written last, says so."""
+    path = directory / RUN
+    return path.is_file() and json.loads(path.read_text()).get("status") == "done"
+
+
+def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any) -> None:
+    recipe = comparison.recipe(arm, point, seed)
+    patch_dir = comparison.patch_dir(arm.name, point)
+    config = recipe.activation.patch_config()
+    model = starting_checkpoint(
+        _source(comparison, recipe),
+        config,
+        patch_dir / "patched",
+        recipe.model.dtype or "float32",
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+    )
+    trainer = build_trainer(recipe, model, train, test)
+    before = patch_dir / BEFORE
+    if not before.is_file():
+        with torch.random.fork_rng():  # the run must be what it is without this evaluation
+            metrics, _ = evaluate_trainer(comparison.kind, trainer)
+        if trainer.accelerator.is_main_process:
+            write_json(before, metrics)
+    trainer.args.resume_from_checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+
+    def evaluate(trained: Any) -> dict[str, Any]:
+        metrics, items = evaluate_trainer(comparison.kind, trained)
+        return {"metrics": metrics, "items": items, "grid": point}
+
+    train_and_save(trainer, recipe, comparison.keep_models, evaluate)
+    trainer.end()
+    trainer.accelerator.free_memory()
+
+
+def _source(comparison: Comparison, recipe: Recipe) -> str:
+    """The MODEL every arm starts from; a GGUF file is converted once for all of them."""
+    model = str(recipe.model.model_name_or_path)
+    if not checkpoint.is_gguf(model):
+        return model
+    return starting_checkpoint(model, None, comparison.output_dir / "converted", recipe.model.dtype or "float32")
+
+
+def _check_everything(comparison: Comparison) -> Recipe:
+    """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
+    base = parse(comparison.kind, comparison.argv)
+    for point in comparison.points:
+        for arm in comparison.arms:
+            recipe = comparison.recipe(arm, point, comparison.seeds[0])
+            recipe.activation.patch_config(f"{recipe.source}: ")
+            require_bitsandbytes(recipe)
+    model = str(base.model.model_name_or_path)
+    find_sites(checkpoint.skeleton(model, trust_remote_code=base.training.trust_remote_code))
+    return base
+
+
+def _claim(comparison: Comparison, recipe: Recipe) -> None:
+    """Refuses a directory that holds anything but this comparison."""
+    directory = comparison.output_dir
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    found = read_settings(directory)
+    wanted = _identity(comparison, recipe)
+    if found["identity"] != wanted:
+        old, new = found["identity"], wanted
+        differs = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        raise InputError(f"{directory} already holds another comparison (different: {', '.join(differs)}); choose another")
+
+
+def _record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> None:
+    from crrelu_llm.data import sha256
+
+    names = {"train": recipe.script.dataset_train_split, "test": recipe.script.dataset_test_split}
+    data = [
+        {
+            "name": str(recipe.script.dataset_name or "datasets"),
+            "split": names[role],
+            "rows": len(split),
+            "sha256": sha256(split),
+        }
+        for role, split in (("train", train), ("test", test))
+        if hasattr(split, "__len__")
+    ]
+    directory = comparison.output_dir
+    old = read_settings(directory) if (directory / SETTINGS).is_file() else {}
+    if old and old["data"] != data:
+        raise InputError(f"{directory}: the data has changed since this comparison was begun; choose another output_dir")
+    points = [{key: number(value) for key, value in point.items()} for point in comparison.points]
+    settings = {
+        "identity": _identity(comparison, recipe),
+        "kind": comparison.kind,
+        "command": comparison.command,
+        "created": old.get("created") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "baseline": comparison.baseline,
+        # A second call may add arms, seeds or grid points to the same recipe.
+        "arms": _union(old.get("arms", []), [arm.name for arm in comparison.arms]),
+        "seeds": _union(old.get("seeds", []), comparison.seeds),
+        "points": _union(old.get("points", []), comparison.points),
+        "grid": _union(old.get("grid", []), points),
+        "recipe": recipe.values,
+        "data": data,
+    }
+    if PartialState().is_main_process:
+        write_json(directory / SETTINGS, settings)
+    PartialState().wait_for_everyone()
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """comparison.json of a directory.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise InputError(f"{directory} holds no comparison (no {SETTINGS}); choose a new or empty directory")
+    return json.loads(path.read_text())
+
+
+def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
+    """What two calls must share to be the same comparison: everything but arms, seeds and grid."""
+    values = {key: value for key, value in recipe.values.items() if key not in ("seed", "output_dir")}
+    return json.loads(json.dumps({"trainer": comparison.kind, **values}, default=str))
+
+
+def _union(old: list[Any], new: list[Any]) -> list[Any]:
+    return old + [value for value in new if value not in old]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _say(message: str) -> None:
+    if PartialState().is_main_process:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""Reads the report's dict: plain values, the arms, their runs and grid values, and what the headline is."""
+
+import math
+import numbers
+from typing import Any
+
+Report = dict[str, Any]
+Grid = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """Copies a report into plain JSON values; numbers that are not finite become None, as JSON has none."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def grids(report: Report) -> list[Grid]:
+    """The grid values of the runs, in the order of their appearance; `[{}]` without a grid."""
+    found: list[Grid] = []
+    for arm in report.get("arms", []):
+        for run in arm.get("runs", []):
+            grid = run.get("grid") or {}
+            if grid not in found:
+                found.append(grid)
+    return found or [{}]
+
+
+def runs(arm: dict[str, Any], grid: Grid, finished: bool = True) -> list[dict[str, Any]]:
+    """An arm's runs at a grid value, the finished ones only unless told otherwise."""
+    return [
+        run
+        for run in arm.get("runs", [])
+        if (run.get("grid") or {}) == grid and (not finished or run.get("status") == "done")
+    ]
+
+
+def by_seed(arm: dict[str, Any], grid: Grid, metric: str) -> dict[int, float]:
+    """A metric's value of each finished run that has one."""
+    values = {run["seed"]: (run.get("metrics") or {}).get(metric) for run in runs(arm, grid)}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def find_arm(report: Report, name: str | None) -> dict[str, Any] | None:
+    """The arm of that name, or None."""
+    return next((arm for arm in report.get("arms", []) if arm.get("arm") == name), None)
+
+
+def metrics(report: Report) -> dict[str, dict[str, Any]]:
+    """All metrics, declared or only measured, with label, direction, format and whether it is a reference."""
+    described = {name: dict(description) for name, description in (report.get("metrics") or {}).items()}
+    for arm in report.get("arms", []):
+        for run in arm.get("runs", []):
+            for name in run.get("metrics") or {}:
+                described.setdefault(name, {})
+    for name, description in described.items():
+        description.setdefault("label", name.replace("_", " "))
+        description.setdefault("higher_is_better", False)
+        description.setdefault("format", "{:.4g}")
+        description.setdefault("reference", False)
+    return described
+
+
+def describe(report: Report, metric: str) -> dict[str, Any]:
+    """The description of one metric, also of one that no run has."""
+    fallback = {"label": metric.replace("_", " "), "higher_is_better": False, "format": "{:.4g}", "reference": False}
+    return metrics(report).get(metric, fallback)
+
+
+def items_word(report: Report) -> str:
+    """What an evaluation item is called."""
+    return "preference pairs" if report.get("trainer") == "dpo" else "documents"

@@ -1,0 +1,173 @@
+"""The report's tables as rows of cells, rendered alike to HTML and to Markdown."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import text
+from .contents import Report, describe, find_arm, grids, items_word, metrics, runs
+
+
+@dataclass
+class Cell:
+    """One cell: its text, the arm whose colour stands before it, and the verdict it states."""
+
+    text: str
+    arm: str | None = None
+    verdict: str | None = None
+
+
+@dataclass
+class Table:
+    """A table: heading of each column, rows of cells, and how many columns at the left are words, not numbers."""
+
+    columns: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+    words: int = 1
+
+
+def overview(report: Report) -> list[tuple[str, str]]:
+    """What was compared, as name and value."""
+    recipe, environment = report.get("recipe") or {}, report.get("environment") or {}
+    trainers = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}
+    seeds = sorted({run["seed"] for arm in report.get("arms", []) for run in arm.get("runs", [])})
+    steps = [entry["step"] for arm in report.get("arms", []) for run in arm["runs"] for entry in run.get("history") or []]
+    data = {str(entry.get("name")): None for entry in report.get("data", [])}
+    facts = [
+        ("Model", recipe.get("model_name_or_path")),
+        ("Trainer", trainers.get(str(report.get("trainer")), report.get("trainer"))),
+        ("Data", ", ".join(data) or recipe.get("dataset_name")),
+        ("Baseline", report.get("baseline")),
+        ("Arms", ", ".join(arm["arm"] for arm in report.get("arms", []))),
+        ("Seeds", ", ".join(map(str, seeds))),
+        ("Steps", max(steps) if steps else recipe.get("max_steps")),
+        ("Grid", "; ".join(text.grid_label(grid) for grid in grids(report) if grid)),
+        ("Device", environment.get("device")),
+        ("Processes", environment.get("processes")),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def results(report: Report) -> Table:
+    """Arms (and grid values) by metrics, cost included."""
+    described, gridded = metrics(report), grids(report) != [{}]
+    before = _before_metrics(report)
+    columns = ["arm", *(["grid"] if gridded else []), "runs"]
+    columns += [f"{described[m]['label']} right after the swap" for m in before]
+    columns += [d["label"] + (" (reference)" if d["reference"] else "") for d in described.values()]
+    table = Table([*columns, "training time", "tokens/s", "peak memory"], words=2 if gridded else 1)
+    for arm in report.get("arms", []):
+        for grid in grids(report):
+            done, planned = runs(arm, grid), runs(arm, grid, finished=False)
+            if gridded and not planned:
+                continue
+            row = [Cell(arm["arm"], arm=arm["arm"]), *([Cell(text.grid_label(grid))] if gridded else [])]
+            row.append(Cell(f"{len(done)} of {len(planned)}"))
+            row += [Cell(text.number((arm.get("before") or {}).get(m), described[m]["format"])) for m in before]
+            for metric, description in described.items():
+                values = [(run.get("metrics") or {}).get(metric) for run in done]
+                row.append(Cell(text.spread(values, description["format"])))
+            row += [Cell(text.duration(_mean(done, "train_seconds")))]
+            row += [Cell(text.spread([run.get("tokens_per_second") for run in done], "{:,.0f}"))]
+            row += [Cell(text.memory(_largest(done, "peak_memory_bytes")))]
+            table.rows.append(row)
+    return table
+
+
+def comparisons(report: Report) -> Table:
+    """The paired differences; the headline metric first, references without a verdict."""
+    gridded = grids(report) != [{}]
+    columns = ["metric", "candidate", *(["grid"] if gridded else []), "verdict", "difference", "interval"]
+    table = Table([*columns, "p", "adjusted p", "test", "paired over"], words=4 if gridded else 3)
+    headline = (report.get("headline") or {}).get("metric")
+    for entry in sorted(report.get("comparisons", []), key=lambda entry: entry["metric"] != headline):
+        description = describe(report, entry["metric"])
+        pattern = description["format"]
+        verdict = "reference" if description["reference"] else entry["verdict"]
+        row = [Cell(description["label"]), Cell(entry["candidate"], arm=entry["candidate"])]
+        row += [Cell(text.grid_label(entry.get("grid") or {}))] if gridded else []
+        row += [
+            Cell(verdict, verdict=verdict),
+            Cell(text.signed(entry["difference"], pattern)),
+            Cell(text.interval(entry["ci_low"], entry["ci_high"], pattern)),
+            Cell(text.p_value(entry["p_value"])),
+            Cell(text.p_value(entry["p_adjusted"])),
+            Cell(str(entry.get("test") or text.MISSING)),
+            Cell(f"{entry['n']} {items_word(report) if entry['unit'] == 'item' else 'seeds'}"),
+        ]
+        table.rows.append(row)
+    return table
+
+
+def swaps(report: Report) -> Table:
+    """What the patch did to each arm before any training; no rows where no arm has a patch report."""
+    columns = ["arm", "original", "sites", "left alone", "perplexity unpatched", "plain swap", "as trained from"]
+    table = Table(columns, words=2)
+    for arm in report.get("arms", []):
+        patch = arm.get("patch")
+        if not patch:
+            continue
+        sites, perplexity = patch.get("sites") or [], patch.get("perplexity") or {}
+        originals = sorted({str(site.get("original")) for site in sites})
+        row = [Cell(arm["arm"], arm=arm["arm"]), Cell(", ".join(originals) or text.MISSING)]
+        row += [Cell(str(len(sites))), Cell(str(len(patch.get("skipped") or [])))]
+        row += [Cell(text.number(perplexity.get(key), "{:.2f}")) for key in ("before", "after_naive", "after")]
+        table.rows.append(row)
+    return table
+
+
+def failures(report: Report) -> Table:
+    """Runs that did not finish, with their error on one line."""
+    table = Table(["arm", "seed", "grid", "error"], words=4)
+    for arm in report.get("arms", []):
+        for run in arm.get("runs", []):
+            if run.get("status") != "done":
+                error = text.one_line(run.get("error") or text.MISSING)
+                grid = text.grid_label(run.get("grid") or {}) or text.MISSING
+                table.rows.append([Cell(arm["arm"], arm=arm["arm"]), Cell(str(run["seed"])), Cell(grid), Cell(error)])
+    return table
+
+
+def data(report: Report) -> Table:
+    """The data sets, with what identifies them."""
+    table = Table(["data", "split", "rows", "SHA-256"], words=2)
+    for entry in report.get("data", []):
+        values = (entry.get("name"), entry.get("split"), entry.get("rows"), entry.get("sha256"))
+        table.rows.append([Cell(text.MISSING if value is None else str(value)) for value in values])
+    return table
+
+
+def settings(values: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Nested settings as lines of name and value."""
+    lines = []
+    for name, value in (values or {}).items():
+        if isinstance(value, dict):
+            lines += [(f"{name}.{inner}", shown) for inner, shown in settings(value)]
+        else:
+            lines.append((name, text.MISSING if value is None else str(value)))
+    return lines
+
+
+def arm_slot(report: Report, name: str | None) -> int | None:
+    """The number of an arm's colour: 0 for the baseline, then in the report's order; None if there is no such arm."""
+    if find_arm(report, name) is None:
+        return None
+    others = [arm["arm"] for arm in report["arms"] if arm["arm"] != report.get("baseline")]
+    return others.index(name) + 1 if name in others else 0
+
+
+def _before_metrics(report: Report) -> list[str]:
+    """The metrics measured right after the swap: the headline and perplexity, or else all there are."""
+    present = [metric for arm in report.get("arms", []) for metric in arm.get("before") or {}]
+    known = metrics(report)
+    wanted = dict.fromkeys(((report.get("headline") or {}).get("metric"), "perplexity"))
+    chosen = [metric for metric in wanted if metric in present] or list(dict.fromkeys(present))
+    return [metric for metric in chosen if metric in known]
+
+
+def _mean(done: list[dict[str, Any]], key: str) -> float | None:
+    values = [run[key] for run in done if run.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _largest(done: list[dict[str, Any]], key: str) -> float | None:
+    return max((run[key] for run in done if run.get(key) is not None), default=None)

@@ -1,0 +1,131 @@
+"""From the files of a comparison to the report: arms, runs, paired comparisons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crrelu_llm.comparison.arms import grid_name, is_patch_key, number, parse_arm
+from crrelu_llm.comparison.matrix import BEFORE, read_settings
+from crrelu_llm.comparison.statistics import adjust, compare_metric
+from crrelu_llm.patching.transform import read_report
+from crrelu_llm.training.run import RUN
+
+HEADLINE = {"sft": "loss", "dpo": "loss"}
+
+
+def build_report(directory: Path) -> dict[str, Any]:
+    """The report of a comparison, from what is on disk: runs that are missing or failed are named as such.
+
+    Raises:
+        InputError: The directory holds no comparison.
+    """
+    from crrelu_llm.evaluation.metrics import METRICS
+
+    settings = read_settings(directory)
+    runs = {
+        (arm, grid_name(point), seed): _read_run(directory, arm, point, seed)
+        for arm in settings["arms"]
+        for point in settings["points"]
+        for seed in settings["seeds"]
+    }
+    finished = [run for run in runs.values() if run["status"] == "done"]
+    names = [name for name in METRICS if any(name in run["metrics"] for run in finished)]
+    metrics = {
+        name: dict(zip(("label", "higher_is_better", "format", "reference"), METRICS[name], strict=True))
+        for name in names
+    }
+    headline = HEADLINE[settings["kind"]]
+    return {
+        "schema_version": 1,
+        "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
+        "command": settings["command"],
+        "created": settings["created"],
+        "trainer": settings["kind"],
+        "recipe": settings["recipe"],
+        "environment": finished[0]["environment"] if finished else {},
+        "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
+        "comparisons": _comparisons(settings, runs, metrics),
+        "data": settings["data"],
+        "baseline": settings["baseline"],
+        "headline": {"metric": headline, "higher_is_better": False},
+        "metrics": metrics,
+    }
+
+
+def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
+    path = directory / arm / grid_name(point) / f"seed-{seed}" / RUN
+    run = json.loads(path.read_text()) if path.is_file() else {"status": "failed", "error": "not run yet"}
+    empty = {"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}}
+    return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
+
+
+def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, Any]) -> dict[str, Any]:
+    arm = parse_arm(name)
+    own = {key: value for key, value in settings["points"][0].items() if is_patch_key(key)}
+    patch_dir = directory / name / grid_name(own)
+    before = patch_dir / BEFORE
+    keys = (
+        *("seed", "status", "error", "grid", "metrics", "train_seconds", "tokens_per_second", "peak_memory_bytes"),
+        *("epsilon", "epsilon_start", "history"),
+    )
+    return {
+        "arm": name,
+        "activation": arm.activation or "native",
+        "options": dict(arm.options),
+        "patch": read_report(patch_dir / "patched"),
+        "before": json.loads(before.read_text()) if before.is_file() else {},
+        "runs": [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name],
+    }
+
+
+def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    baseline = settings["baseline"]
+    found = []
+    for point in settings["points"]:
+        for candidate in settings["arms"]:
+            if candidate == baseline:
+                continue
+            pairs = [
+                (runs[baseline, grid_name(point), seed], runs[candidate, grid_name(point), seed])
+                for seed in settings["seeds"]
+            ]
+            pairs = [pair for pair in pairs if all(run["status"] == "done" for run in pair)]
+            if not pairs:
+                continue
+            for metric, about in metrics.items():
+                if about["reference"]:
+                    continue
+                for unit in ("seed", "item"):
+                    entry = _compare(metric, about, pairs, unit, baseline, candidate)
+                    if entry is not None:
+                        found.append(entry | {"grid": {key: number(value) for key, value in point.items()}})
+    return adjust(found)
+
+
+def _compare(
+    metric: str, about: dict[str, Any], pairs: list[Any], unit: Any, baseline: str, candidate: str
+) -> dict[str, Any] | None:
+    if unit == "seed":
+        columns = [[run["metrics"].get(metric, float("nan")) for run in side] for side in zip(*pairs, strict=True)]
+    else:
+        if not all(metric in run["items"] for pair in pairs for run in pair):
+            return None
+        # An item's value is its mean over the seeds, so that the items of several runs are not counted as more data.
+        columns = [np.mean([run["items"][metric] for run in side], axis=0) for side in zip(*pairs, strict=True)]
+    binary = metric == "reward_accuracy" and unit == "item"
+    return compare_metric(
+        metric,
+        about["higher_is_better"],
+        columns[0],
+        columns[1],
+        unit,
+        binary,
+        baseline_name=baseline,
+        candidate_name=candidate,
+    )
+
+
+def _model_name(settings: dict[str, Any]) -> str:
+    return Path(str(settings["recipe"].get("model_name_or_path"))).name

@@ -1,0 +1,118 @@
+"""Evaluates a trainer's model on its evaluation data and keeps a value for every item, so that arms can be paired."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
+
+Evaluated = tuple[dict[str, float], dict[str, list[float]]]
+
+
+def evaluate_trainer(kind: str, trainer: Any) -> Evaluated:
+    """Metrics of a trainer's model, before or after training.
+
+    Args:
+        kind: `"sft"` or `"dpo"`.
+        trainer: One of our trainers, with an evaluation data set.
+
+    Returns:
+        The metrics, and for each of them that is a mean over items, the items' values in the order of the data: SFT
+        per document, DPO per pair. `perplexity` of DPO is that of the chosen answers.
+    """
+    return evaluate_sft(trainer) if kind == "sft" else evaluate_dpo(trainer)
+
+
+def evaluate_sft(trainer: Any) -> Evaluated:
+    """Loss, perplexity and token accuracy; items are the documents."""
+    nll, tokens, correct = [], [], []
+    for batch, outputs in _forward_passes(trainer):
+        mask = outputs.label_mask
+        documents = _documents(batch, mask)
+        for values, target in (
+            (-outputs.log_probs.double(), nll),
+            (mask.long(), tokens),
+            (outputs.is_top1.long(), correct),
+        ):
+            target.append(trainer.accelerator.gather_for_metrics(_sum_by(values, documents)).cpu())
+    sums = {"negative_log_likelihood": nll, "tokens": tokens, "correct": correct}
+    columns = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
+    keep = columns["tokens"] > 0
+    columns = {name: values[keep] for name, values in columns.items()}
+    metrics = LanguageModelling(keep_in_memory=True).compute(**columns)
+    loss = columns["negative_log_likelihood"] / columns["tokens"]
+    accuracy = columns["correct"] / columns["tokens"]
+    return metrics, {"loss": loss.tolist(), "token_accuracy": accuracy.tolist()}
+
+
+def evaluate_dpo(trainer: Any) -> Evaluated:
+    """DPO loss, reward accuracy and margin; items are the pairs."""
+    rows = []
+    for batch, outputs in _forward_passes(trainer):
+        lengths = batch["completion_mask"][:, 1:].sum(1)
+        logps = outputs.log_probs.double().sum(1)
+        if "ref_chosen_logps" in batch:
+            reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        else:
+            reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
+        rewards = trainer.beta * (logps - reference.double())
+        halves = [value.chunk(2) for value in (rewards, lengths, logps)]  # a batch is [chosen, rejected]
+        row = torch.stack([half.double() for pair in halves for half in pair], dim=1)
+        rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
+    chosen, rejected, chosen_tokens, rejected_tokens, chosen_logps, _ = torch.cat(rows).numpy().T
+    metrics = PairwisePreference(keep_in_memory=True).compute(
+        chosen_reward=chosen,
+        rejected_reward=rejected,
+        chosen_tokens=chosen_tokens.astype(int),
+        rejected_tokens=rejected_tokens.astype(int),
+    )
+    margins = chosen - rejected
+    items = {"reward_accuracy": (margins > 0).astype(float).tolist(), "reward_margin": margins.tolist()}
+    metrics["perplexity"] = float(np.exp(min(-chosen_logps.sum() / max(chosen_tokens.sum(), 1), 700.0)))
+    if trainer.loss_types == ["sigmoid"] and not trainer.label_smoothing and not trainer.use_weighting:
+        losses = np.logaddexp(0.0, -margins)  # −log σ(margin)
+        items["loss"] = losses.tolist()
+        metrics["loss"] = float(losses.mean())
+    else:
+        metrics["loss"] = trainer.evaluate()["eval_loss"]
+    return metrics, items
+
+
+def _forward_passes(trainer: Any) -> Any:
+    """Every evaluation batch with the model's per-token log-probabilities (TRL's fused LM head: no full logits)."""
+    model = trainer.model_wrapped if trainer.accelerator.num_processes > 1 else trainer.model
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(
+            trainer.get_eval_dataloader(), desc="Evaluating", disable=not trainer.accelerator.is_main_process
+        ):
+            inputs = trainer._prepare_inputs(batch)
+            left_out = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "labels"}
+            kwargs = {key: value for key, value in inputs.items() if key not in left_out}
+            labels = inputs.get("labels")
+            if labels is None:
+                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+            yield inputs, outputs
+    finally:
+        model.train(was_training)
+
+
+def _documents(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The number of the document each scored position belongs to: rows, or runs of positions in a flattened batch."""
+    positions = batch.get("position_ids")
+    if positions is not None and "attention_mask" not in batch:
+        starts = (positions == 0).long().flatten().cumsum(0) - 1
+        return starts.view_as(positions)[:, 1:]
+    rows = torch.arange(mask.size(0), device=mask.device)
+    return rows[:, None].expand_as(mask)
+
+
+def _sum_by(values: Tensor, documents: Tensor) -> Tensor:
+    total = values.new_zeros(int(documents.max()) + 1)
+    return total.index_add(0, documents.flatten(), values.flatten())

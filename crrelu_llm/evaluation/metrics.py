@@ -1,0 +1,72 @@
+"""The metrics of a comparison, as `evaluate.Metric`s: language modelling and pairwise preference."""
+
+import math
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+# name -> (label, whether higher is better, format, whether it is a control beside the verdicts)
+METRICS: dict[str, tuple[str, bool, str, bool]] = {
+    "loss": ("loss", False, "{:.4f}", False),
+    "perplexity": ("perplexity", False, "{:.2f}", False),
+    "token_accuracy": ("token accuracy", True, "{:.4f}", False),
+    "reward_accuracy": ("reward accuracy", True, "{:.3f}", False),
+    "reward_margin": ("reward margin", True, "{:.4f}", False),
+    "longer_answer_accuracy": ("accuracy of “the longer answer wins”", True, "{:.3f}", True),
+}
+
+
+class LanguageModelling(evaluate.Metric):
+    """Loss, perplexity and token accuracy over documents, weighted by their tokens."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"negative_log_likelihood": "float64", "tokens": "int64", "correct": "int64"}
+        return _info(
+            "Mean negative log-likelihood of a token (nats), its exponential, and the share of tokens that the model "
+            "ranks first.",
+            features,
+        )
+
+    def _compute(self, negative_log_likelihood: Any, tokens: Any, correct: Any) -> dict[str, float]:
+        count = max(int(np.sum(tokens)), 1)
+        loss = float(np.sum(negative_log_likelihood)) / count
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": float(np.sum(correct)) / count,
+        }
+
+
+class PairwisePreference(evaluate.Metric):
+    """Reward accuracy and margin of preference pairs, and the accuracy of preferring the longer answer."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {
+            "chosen_reward": "float64",
+            "rejected_reward": "float64",
+            "chosen_tokens": "int64",
+            "rejected_tokens": "int64",
+        }
+        return _info("Share of pairs whose chosen answer has the higher reward, and the mean difference.", features)
+
+    def _compute(
+        self, chosen_reward: Any, rejected_reward: Any, chosen_tokens: Any, rejected_tokens: Any
+    ) -> dict[str, float]:
+        margin = np.asarray(chosen_reward) - np.asarray(rejected_reward)
+        longer = np.asarray(chosen_tokens) - np.asarray(rejected_tokens)
+        return {
+            "reward_accuracy": float(np.mean(margin > 0)),
+            "reward_margin": float(np.mean(margin)),
+            "longer_answer_accuracy": float(np.mean((longer > 0) + 0.5 * (longer == 0))),
+        }
+
+
+def _info(description: str, features: dict[str, str]) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description="One number an item, in the order of the evaluation data.",
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
+    )
