@@ -39,9 +39,11 @@ def run(argv: list[str]) -> int:
 
 def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> int:
     """Runs a comparison and writes its report, also where some runs failed."""
+    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.comparison.arms import choose_baseline, parse_arms, parse_grid
     from crrelu_llm.comparison.matrix import Comparison, run_comparison
 
+    quieten_libraries()
     arms = parse_arms(args.arms)
     comparison = Comparison(
         kind=args.kind,

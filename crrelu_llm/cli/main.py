@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import traceback
+import warnings
 
 from crrelu_llm.errors import InputError
 
@@ -47,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(module, name: str, argv: list[str]) -> int:
+    _silence_libraries()
     try:
         return module.run(argv) or 0
     except InputError as error:
@@ -60,6 +64,19 @@ def _run(module, name: str, argv: list[str]) -> int:
         # The reader of a pipe (`crrelu recipes show X | head`) has gone: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        traceback.print_exc()
+        print(f"crrelu {name}: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print("finished runs and saved checkpoints are whole and kept", file=sys.stderr)
+        return 1
+
+
+def _silence_libraries() -> None:
+    """Keeps from stderr what libraries say about themselves and no user can act on."""
+    # Said at every import on a machine without a GPU: an optional kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL itself sets the options that transformers has renamed.
+    warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated")
 
 
 def _underscores(argv: list[str]) -> list[str]:

@@ -36,7 +36,9 @@ def parse_arm(text: str) -> Arm:
     activation, *parts = text.split(":")
     names = activation_names()
     if activation != NATIVE and activation not in names:
-        raise InputError(f"arm {text!r}: unknown activation {activation!r}; choose native or one of {', '.join(names)}")
+        raise InputError(
+            f"arm {text!r}: unknown activation {activation!r}; choose native or one of {', '.join(names)}"
+        )
     known = [field.name for field in fields(ActivationArguments) if field.name != "activation"]
     options = []
     for part in parts:

@@ -181,7 +181,9 @@ def _claim(comparison: Comparison, recipe: Recipe) -> None:
     if found["identity"] != wanted:
         old, new = found["identity"], wanted
         differs = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        raise InputError(f"{directory} already holds another comparison (different: {', '.join(differs)}); choose another")
+        raise InputError(
+            f"{directory} already holds another comparison (different: {', '.join(differs)}); choose another"
+        )
 
 
 def _record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> None:
@@ -201,7 +203,9 @@ def _record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> No
     directory = comparison.output_dir
     old = read_settings(directory) if (directory / SETTINGS).is_file() else {}
     if old and old["data"] != data:
-        raise InputError(f"{directory}: the data has changed since this comparison was begun; choose another output_dir")
+        raise InputError(
+            f"{directory}: the data has changed since this comparison was begun; choose another output_dir"
+        )
     points = [{key: number(value) for key, value in point.items()} for point in comparison.points]
     settings = {
         "identity": _identity(comparison, recipe),

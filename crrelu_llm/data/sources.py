@@ -237,5 +237,5 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        return "\n\n".join(str(message.get("content") or "") for message in value)
+        return "\n\n".join(str(message["content"]) for message in value if message.get("content"))
     return str(value)

@@ -16,7 +16,9 @@ UNSUPPORTED_FAMILIES = {
     "lfm2_moe": "its MLP calls silu inside forward",
     "gpt_oss": "its experts compute a clamped sigmoid gate inside forward",
     "minimax_m3_vl": "its MLP computes a clamped sigmoid gate inside forward",
+    "minimax_m3_vl_text": "its MLP computes a clamped sigmoid gate inside forward",
     "inkling2": "its MLP uses a gate of two inputs",
+    "inkling2_text": "its MLP uses a gate of two inputs",
     "rwkv": "its feed-forward computes a squared relu inside forward",
     "hy_v4": "its experts compute their activation inside forward",
     "aria_text": "its experts compute silu inside forward",
@@ -28,11 +30,11 @@ _ELSEWHERE = {
     "audio tower": re.compile(r"audio|speech|wav"),
     "projector": re.compile(r"projector|connector|resampler|merger"),
     "head": re.compile(r"^(predictions|lm_head|cls|classifier|score|pooler|generator_predictions)$"),
-    "router": re.compile(r"router"),
+    "router": re.compile(r"router|^gate$"),
     "adapter": re.compile(r"adapter"),
-    "normalisation": re.compile(r"norm"),
+    "normalisation": re.compile(r"(?<!pre)layernorm$|_norm$"),  # not the name roberta_prelayernorm
     "attention": re.compile(r"attn|attention|xlstm|mlstm"),
-    "state-space mixer": re.compile(r"mamba|ssm|mixer$"),
+    "state-space mixer": re.compile(r"mamba|ssm"),
     "short convolution": re.compile(r"conv"),
 }
 # Direct children of an activation's owner that show it is no MLP although linear layers stand beside it.
@@ -176,7 +178,7 @@ def _reason_to_leave_alone(owner_path: str, owner: nn.Module) -> str | None:
     for name, child in owner.named_children():
         if isinstance(child, nn.Conv1d):
             return f"beside a convolution ({name})"
-        if name in _FOREIGN_SIBLINGS and mlp_shape(owner) is None:
+        if name in _FOREIGN_SIBLINGS:
             return _FOREIGN_SIBLINGS[name]
     return None
 
@@ -191,8 +193,11 @@ def mlp_shape(owner: nn.Module) -> tuple[int, str] | None:
     if experts is not None:
         return experts, "experts"
     linears = {name: size for name, child in owner.named_children() if (size := _linear_size(child))}
-    if len(linears) == 1:  # BERT's intermediate layer: the output projection is in another module
-        return next(iter(linears.values()))[1], "plain"
+    if len(sizes := set(linears.values())) == 1:
+        hidden, width = sizes.pop()
+        # The output projection is in another module: BERT's intermediate layer, CPM-Ant's gate and up-projection
+        if len(linears) == 1 or hidden != width:
+            return width, "gated" if len(linears) > 1 else "plain"
     down = next((name for name in _DOWN_NAMES if name in linears), None) or next(reversed(linears), None)
     if down is None:
         return None
@@ -219,9 +224,11 @@ def _experts_width(owner: nn.Module) -> int | None:
 
 
 def _linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """`(in_features, out_features)` of a linear layer: plain, quantised, LoRA-wrapped or transformers' Conv1D."""
+    """`(inputs, outputs)` of a linear layer: plain, quantised, LoRA-wrapped, of parallel experts, or a Conv1D."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
     if hasattr(module, "nx") and hasattr(module, "nf"):
         return module.nx, module.nf
+    if hasattr(module, "input_size") and hasattr(module, "output_size"):  # JetMoE's experts
+        return module.input_size, module.output_size
     return None

@@ -56,15 +56,15 @@ class ActivationArguments:
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
-        if not self.epsilon_learning_rate >= 0:
-            raise InputError(f"{where}epsilon_learning_rate must be 0 or more, not {self.epsilon_learning_rate}")
-        if self.activation is None:
-            return None
+        for key in ("epsilon_learning_rate", "epsilon_weight_decay"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise InputError(f"{where}{key} must be 0 or more, not {getattr(self, key)}")
         keys = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
         try:
-            return PatchConfig(self.activation, **{key: getattr(self, key) for key in keys})
+            config = PatchConfig(self.activation or "crrelu", **{key: getattr(self, key) for key in keys})
         except InputError as error:
             raise InputError(f"{where}{error}") from error
+        return None if self.activation is None else config
 
 
 @dataclass
@@ -91,7 +91,8 @@ class RecipeParser(TrlParser):
 def make_parser(kind: str, prog: str | None = None, **kwargs: Any) -> RecipeParser:
     """The parser of `crrelu sft` or `crrelu dpo`: every option of `trl sft|dpo` and the activation section."""
     groups = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, ActivationArguments)
-    return RecipeParser(groups, prog=prog or f"crrelu {kind}", **kwargs)
+    # An abbreviated option would be taken, but missing from what run.json says was asked for.
+    return RecipeParser(groups, prog=prog or f"crrelu {kind}", allow_abbrev=False, **kwargs)
 
 
 def parse(kind: str, argv: list[str]) -> Recipe:
@@ -111,6 +112,7 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     except InputError as error:
         raise InputError(f"{where}{_name_the_option(error)}") from error
     except (ValueError, TypeError, ImportError) as error:
+        _check_options(parser, argv)
         # The configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
         raise InputError(f"{where}{' '.join(str(error).split())}") from error
     _check(kind, script, training, model, mixture, activation, where)
@@ -168,9 +170,18 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
         raise InputError(where + "; ".join(problems))
 
 
+def _check_options(parser: RecipeParser, argv: list[str]) -> None:
+    """Unknown options of the command line, named as the user wrote them."""
+    known = [option for action in parser._actions for option in action.option_strings] + ["--config"]
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            raise InputError(f"unknown option {option}" + (f" (did you mean {close[0]}?)" if close else ""))
+
+
 def _name_the_option(error: InputError) -> str:
-    message = str(error).removeprefix("argument ")
-    return message.replace("unrecognized arguments", "unknown option")
+    return str(error).removeprefix("argument ")
 
 
 def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, activation: Any, where: str) -> None:

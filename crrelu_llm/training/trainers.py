@@ -72,15 +72,21 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
         **(args.model_init_kwargs or {}),
     }
     with _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
-        trainer = TRAINERS[recipe.kind](
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=test,
-            quantization_config=get_quantization_config(options),
-            peft_config=_peft_config(recipe, model),
-            activation_args=recipe.activation,
-        )
+        try:
+            trainer = TRAINERS[recipe.kind](
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=test,
+                quantization_config=get_quantization_config(options),
+                peft_config=_peft_config(recipe, model),
+                activation_args=recipe.activation,
+            )
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            # What TRL finds wrong while it builds a trainer is wrong in the recipe or in the data.
+            raise InputError(f"{recipe.source}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if recipe.script.ignore_bias_buffers:  # the workaround for DDP that TRL's own scripts have
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool

@@ -13,7 +13,7 @@ from scipy.special import erf
 
 from . import text
 from .contents import Grid, Report, describe, find_arm, grids, items_word, runs
-from .svg import GOOD, INK, MUTED, RULE, arm_colour, css_variable, drawing_style, inline_svg
+from .svg import GOOD, INK, MUTED, PAPER, RULE, arm_colour, css_variable, drawing_style, inline_svg
 from .tables import arm_slot
 
 _WIDTH = 5.0  # inches: small enough that the letters stay readable when a telephone shrinks it
@@ -24,7 +24,7 @@ _LONGEST_FOREST = 40
 
 @dataclass
 class Key:
-    """One entry of a legend: a line or a mark, in a colour of the page."""
+    """One entry of a legend: a line (with its dash, in line widths) or a mark, in a colour of the page."""
 
     label: str
     colour: str
@@ -82,8 +82,7 @@ def _loss_curves(report: Report, grid: Grid, index: int) -> Picture | None:
         steps, losses = _curves(runs(arm, grid))
         if not len(steps):
             continue
-        with np.errstate(all="ignore"):
-            mean, low, high = np.nanmean(losses, 0), np.nanmin(losses, 0), np.nanmax(losses, 0)
+        mean, low, high = np.nanmean(losses, 0), np.nanmin(losses, 0), np.nanmax(losses, 0)
         style = _line(report, arm["arm"])
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, **style)
@@ -146,14 +145,17 @@ def _forest(report: Report) -> Picture | None:
         order = order[:1]
     if not order:
         return None
-    heights = [0.75 + 0.2 * _forest_lines(panels[metric]) for metric in order]
+    heights = [0.75 + 0.17 * _forest_lines(panels[metric]) for metric in order]
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     all_axes = figure.subplots(len(order), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, metric in zip(all_axes, order, strict=True):
         _forest_panel(axes, report, metric, panels[metric])
     shown = [entry for metric in order for entry in panels[metric]]
     units = {entry["unit"] for entry in shown}
-    marks = {"item": Key(f"over {items_word(report)}", "--muted", mark="disc"), "seed": Key("over seeds", "--muted", mark="ring")}
+    marks = {
+        "item": Key(f"over {items_word(report)}", "--muted", mark="disc"),
+        "seed": Key("over seeds", "--muted", mark="ring"),
+    }
     confidence = f"{shown[0]['confidence']:.0%}"
     return Picture(
         "forest",
@@ -186,7 +188,9 @@ def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[st
     scale = 100.0 if description["format"].endswith("%}") else 1.0
     y, values = 0.0, [0.0]
     for label, group in _forest_groups(entries).items():
-        axes.text(0.0, -y, label, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+        clear = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1}
+        place = axes.get_yaxis_transform()
+        axes.text(0.0, -y, label, transform=place, va="center", fontsize=8.5, zorder=5, bbox=clear)
         for entry in group:
             y += 1
             colour = arm_colour(arm_slot(report, entry["candidate"]) or 0)
@@ -195,7 +199,7 @@ def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[st
                 ends = [scale * entry["ci_low"], scale * entry["ci_high"]]
                 axes.plot(ends, [-y, -y], color=colour, linewidth=2, solid_capstyle="butt")
                 values += ends
-            face = colour if entry["unit"] == "item" else "white"
+            face = colour if entry["unit"] == "item" else PAPER
             axes.plot(difference, -y, "o", color=colour, markerfacecolor=face, markersize=5.5, markeredgewidth=1.5)
             values.append(difference)
         y += 1.15
@@ -223,7 +227,7 @@ def _epsilons(report: Report, grid: Grid) -> Picture | None:
         axes.vlines(x, low, high, color=style["color"], linewidth=1.2)
         axes.plot(x, mean, marker="o", markersize=4.5, **style)
         start = [statistics.fmean(before[path]) if before.get(path) else np.nan for path in after]
-        axes.plot(x, start, "o", color=style["color"], markerfacecolor="white", markersize=4.5, markeredgewidth=1.2)
+        axes.plot(x, start, "o", color=style["color"], markerfacecolor=PAPER, markersize=4.5, markeredgewidth=1.2)
         drawn.append(arm["arm"])
     if not drawn:
         return None
@@ -275,7 +279,8 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     if arm is None or not any(any(values) for values in epsilons.values()):
         return None
     sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
-    original, formula = _ORIGINALS.get(next(iter(sites.values()), {}).get("original", ""), _ORIGINALS["gelu"])
+    replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
+    original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
     figure, axes = _axes(3.0)
     x = np.linspace(-4, 3, 281)
     axes.plot(x, formula(x), color=INK, linewidth=3.2, alpha=0.28)

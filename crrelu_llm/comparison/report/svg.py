@@ -5,15 +5,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 ARM_COLOURS = 8
-INK, MUTED, RULE, GOOD = "#010101", "#010102", "#010103", "#010104"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", GOOD: "--good"}
+INK, MUTED, RULE, GOOD, PAPER = "#010101", "#010102", "#010103", "#010104", "#010105"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", GOOD: "--good", PAPER: "--paper"}
 _VARIABLES |= {f"#0102{slot:02x}": f"--arm-{slot}" for slot in range(ARM_COLOURS)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
     "svg.hashsalt": "crrelu",  # else ids differ from one writing to the next
     "text.parse_math": False,  # a dollar sign in an arm's name is a dollar sign

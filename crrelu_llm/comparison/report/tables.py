@@ -29,8 +29,9 @@ def overview(report: Report) -> list[tuple[str, str]]:
     """What was compared, as name and value."""
     recipe, environment = report.get("recipe") or {}, report.get("environment") or {}
     trainers = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}
-    seeds = sorted({run["seed"] for arm in report.get("arms", []) for run in arm.get("runs", [])})
-    steps = [entry["step"] for arm in report.get("arms", []) for run in arm["runs"] for entry in run.get("history") or []]
+    everything = [run for arm in report.get("arms", []) for run in arm.get("runs", [])]
+    seeds = sorted({run["seed"] for run in everything})
+    steps = [entry["step"] for run in everything for entry in run.get("history") or []]
     data = {str(entry.get("name")): None for entry in report.get("data", [])}
     facts = [
         ("Model", recipe.get("model_name_or_path")),
@@ -76,26 +77,34 @@ def results(report: Report) -> Table:
 def comparisons(report: Report) -> Table:
     """The paired differences; the headline metric first, references without a verdict."""
     gridded = grids(report) != [{}]
-    columns = ["metric", "candidate", *(["grid"] if gridded else []), "verdict", "difference", "interval"]
-    table = Table([*columns, "p", "adjusted p", "test", "paired over"], words=4 if gridded else 3)
+    columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
+    table = Table([*columns, "difference", "interval", "p", "adjusted p"], words=5 if gridded else 4)
     headline = (report.get("headline") or {}).get("metric")
-    for entry in sorted(report.get("comparisons", []), key=lambda entry: entry["metric"] != headline):
+    for entry in in_order(report.get("comparisons", []), headline):
         description = describe(report, entry["metric"])
         pattern = description["format"]
         verdict = "reference" if description["reference"] else entry["verdict"]
         row = [Cell(description["label"]), Cell(entry["candidate"], arm=entry["candidate"])]
         row += [Cell(text.grid_label(entry.get("grid") or {}))] if gridded else []
         row += [
+            Cell(f"{entry['n']} {items_word(report) if entry['unit'] == 'item' else 'seeds'}"),
             Cell(verdict, verdict=verdict),
             Cell(text.signed(entry["difference"], pattern)),
             Cell(text.interval(entry["ci_low"], entry["ci_high"], pattern)),
-            Cell(text.p_value(entry["p_value"])),
+            Cell(text.p_value(entry["p_value"]) + (" (McNemar)" if entry.get("test") == "mcnemar" else "")),
             Cell(text.p_value(entry["p_adjusted"])),
-            Cell(str(entry.get("test") or text.MISSING)),
-            Cell(f"{entry['n']} {items_word(report) if entry['unit'] == 'item' else 'seeds'}"),
         ]
         table.rows.append(row)
     return table
+
+
+def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[str, Any]]:
+    """Comparisons by metric, the headline first; items before seeds for each candidate and grid value."""
+    metric_order = list(dict.fromkeys([headline, *(entry["metric"] for entry in entries)]))
+    row_order = list(dict.fromkeys(_row(entry) for entry in entries))
+    return sorted(
+        entries, key=lambda entry: (metric_order.index(entry["metric"]), row_order.index(_row(entry)), entry["unit"])
+    )
 
 
 def swaps(report: Report) -> Table:
@@ -153,6 +162,10 @@ def arm_slot(report: Report, name: str | None) -> int | None:
         return None
     others = [arm["arm"] for arm in report["arms"] if arm["arm"] != report.get("baseline")]
     return others.index(name) + 1 if name in others else 0
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, str]:
+    return entry["candidate"], text.grid_label(entry.get("grid") or {})
 
 
 def _before_metrics(report: Report) -> list[str]:

@@ -1,5 +1,6 @@
 """Numbers as text: the same spelling in the sentence, the tables and the plots."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,8 @@ def size(value: float | None, pattern: str) -> str:
     if value is None:
         return MISSING
     if pattern.endswith("%}"):
-        return number(abs(value) * 100, pattern.replace("%}", "f}")) + " points"
+        digits = int(re.sub(r"\D", "", pattern) or 0) + 1  # a difference is smaller than what it is a difference of
+        return f"{abs(value) * 100:.{digits}f} points"
     return number(abs(value), pattern)
 
 

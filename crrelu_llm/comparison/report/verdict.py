@@ -126,9 +126,8 @@ def _statement(
         change = "the same as"
     who = f"{name}'s {label} is {change} {baseline}'s"
     if len(names) > 1:
-        who = f"the {label} of {name} (best-placed of {len(names)} arms with it) is {change} that of {baseline}"
-        if all((find_arm(report, other) or {}).get("activation") == "crrelu" for other in names):
-            who = who.replace("arms with it", "CRReLU arms")
+        kind = "CRReLU arms" if (find_arm(report, name) or {}).get("activation") == "crrelu" else "arms"
+        who = f"the {label} of {name} (best-placed of {len(names)} {kind}) is {change} that of {baseline}"
     where = f" with {text.grid_label(grid)}, where {baseline} does best" if len(grids(report)) > 1 else ""
     evidence = _evidence(report, comparison, description["format"])
     if len(seeds) < 2:
@@ -185,11 +184,12 @@ def notes(report: Report) -> list[str]:
     failed = sum(1 for run in everything if run.get("status") != "done")
     if failed:
         found.append(
-            f"{failed} of {len(everything)} runs did not finish; a comparison uses the seeds that finished in both arms."
+            f"{failed} of {len(everything)} runs did not finish; comparisons use the seeds that finished in both arms."
         )
     for metric, description in (report.get("metrics") or {}).items():
         if description.get("reference"):
-            values = [v for arm in report.get("arms", []) for grid in grids(report) for v in by_seed(arm, grid, metric).values()]
+            places = [(arm, grid) for arm in report.get("arms", []) for grid in grids(report)]
+            values = [value for arm, grid in places for value in by_seed(arm, grid, metric).values()]
             if values:
                 mean = text.number(statistics.fmean(values), description["format"])
                 found.append(f"For reference: {description['label']} stands at {mean}, a control beside the results.")

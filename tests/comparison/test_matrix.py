@@ -1,0 +1,207 @@
+"""The run matrix through `crrelu compare`: what it writes, keeps, resumes and refuses."""
+
+import json
+import math
+import shutil
+
+import pytest
+from runs import Workshop, write_recipe
+
+from crrelu_llm.cli.main import main
+
+ARMS = ["native", "crrelu", "crrelu:calibration=fit"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, tiny_checkpoint):
+    """A folder with data and a recipe for both trainers."""
+    return Workshop(tmp_path_factory.mktemp("compare"), tiny_checkpoint)
+
+
+def recipe(workshop, kind, **options):
+    """A recipe of two steps without an activation section; returns its path."""
+    values = workshop.values(kind, "unused", max_steps=2, calibration_tokens=256, **options)
+    del values["activation"], values["output_dir"], values["seed"]
+    return write_recipe(workshop.folder / f"compare-{kind}.yaml", values)
+
+
+def compare(workshop, kind, output_dir, arms, *options, seeds=("0", "1")):
+    """Exit status of `crrelu compare`."""
+    argv = ["compare", kind, "--config", recipe(workshop, kind), "--arms", *arms, "--seeds", *seeds]
+    return main([*argv, "--output_dir", str(output_dir), *options])
+
+
+@pytest.fixture(scope="module")
+def sft(workshop):
+    """A finished SFT comparison of three arms and two seeds."""
+    directory = workshop.folder / "sft-comparison"
+    assert compare(workshop, "sft", directory, ARMS) == 0
+    return directory
+
+
+def read(directory):
+    """report.json of a comparison."""
+    return json.loads((directory / "report.json").read_text())
+
+
+def test_every_arm_and_seed_is_there(sft):
+    for arm in ARMS:
+        for seed in (0, 1):
+            run = json.loads((sft / arm / f"seed-{seed}" / "run.json").read_text())
+            assert run["status"] == "done" and run["seed"] == seed and run["steps"] == 2
+            assert (sft / arm / f"seed-{seed}" / "model.safetensors").is_file()
+    assert {path.name for path in sft.glob("report.*")} == {"report.html", "report.md", "report.json"}
+
+
+def test_the_report_follows_the_contract(sft):
+    report = read(sft)
+    assert [arm["arm"] for arm in report["arms"]] == ARMS
+    for arm in report["arms"]:
+        assert math.isfinite(arm["before"]["perplexity"])
+        for run in arm["runs"]:
+            assert set(run["metrics"]) == {"loss", "perplexity", "token_accuracy"}
+            assert run["train_seconds"] > 0 and run["tokens_per_second"] > 0 and run["peak_memory_bytes"] > 1e7
+            assert bool(run["epsilon"]) == (arm["activation"] == "crrelu")
+    assert report["baseline"] == "native"
+    assert {(entry["candidate"], entry["metric"], entry["unit"]) for entry in report["comparisons"]} >= {
+        ("crrelu", "loss", "seed"),
+        ("crrelu", "loss", "item"),
+        ("crrelu:calibration=fit", "token_accuracy", "item"),
+        ("crrelu", "perplexity", "seed"),
+    }
+    assert [entry["rows"] for entry in report["data"]] == [16, 8]
+    assert all(len(entry["sha256"]) == 64 for entry in report["data"])
+    items = [entry for entry in report["comparisons"] if entry["unit"] == "item"]
+    assert {entry["n"] for entry in items} == {8}
+
+
+def test_arms_start_from_their_own_patch(sft):
+    native, naive, fitted = read(sft)["arms"]
+    assert native["patch"] is None and naive["patch"]["options"]["calibration"] == "none"
+    assert all(site["epsilon_mean"] == pytest.approx(0.01) for site in naive["patch"]["sites"])
+    assert all(site["relative_error"] < 1 for site in fitted["patch"]["sites"])
+    starts = {site["path"]: site["epsilon_mean"] for site in fitted["patch"]["sites"]}
+    assert fitted["runs"][0]["epsilon_start"] == fitted["runs"][1]["epsilon_start"] == pytest.approx(starts)
+    assert len({arm["before"]["loss"] for arm in (native, naive, fitted)}) == 3
+
+
+def test_a_run_is_what_crrelu_sft_gives(sft, workshop):
+    """The evaluation before training, and the runs before it in the same process, change nothing."""
+    single = workshop.run("sft", "single", max_steps=2, seed=1, calibration_tokens=256)
+    run = json.loads((sft / "crrelu" / "seed-1" / "run.json").read_text())
+    assert [entry["loss"] for entry in run["history"]] == [entry["loss"] for entry in single["history"]]
+    assert run["epsilon"] == single["epsilon"]
+
+
+def test_finished_runs_are_kept_and_missing_ones_are_made(sft, workshop, capsys):
+    directory = workshop.folder / "interrupted"
+    shutil.copytree(sft, directory)
+    shutil.rmtree(directory / "crrelu" / "seed-1")
+    (directory / "report.json").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in directory.rglob("run.json")}
+    assert compare(workshop, "sft", directory, ARMS) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.endswith(": kept") for line in lines) == 5
+    assert sum(line.endswith(": training") for line in lines) == 1
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    again, first = read(directory), read(sft)
+    for old, new in zip(first["arms"], again["arms"], strict=True):
+        assert [run["metrics"] for run in old["runs"]] == [run["metrics"] for run in new["runs"]]
+
+
+def test_arms_and_seeds_can_be_added_later(sft, workshop):
+    directory = workshop.folder / "extended"
+    shutil.copytree(sft, directory)
+    assert compare(workshop, "sft", directory, ["native", "relu"], seeds=("0",)) == 0
+    report = read(directory)
+    assert [arm["arm"] for arm in report["arms"]] == [*ARMS, "relu"]
+    assert [run["status"] for run in report["arms"][-1]["runs"]] == ["done", "failed"]  # seed 1 was not asked for
+
+
+def test_another_recipe_is_refused_and_nothing_is_lost(sft, workshop, capsys):
+    before = {path: path.read_bytes() for path in sft.rglob("*.json")}
+    assert compare(workshop, "sft", sft, ARMS, "--learning_rate", "0.5") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "already holds another comparison (different: learning_rate)" in error
+    assert {path: path.read_bytes() for path in sft.rglob("*.json")} == before
+
+
+def test_a_directory_with_something_else_is_refused(workshop, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert compare(workshop, "sft", tmp_path, ARMS) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_report_is_rebuilt_from_disk(sft, workshop, capsys):
+    directory = workshop.folder / "rebuilt"
+    shutil.copytree(sft, directory)
+    for path in directory.glob("report.*"):
+        path.unlink()
+    assert main(["report", str(directory)]) == 0
+    assert read(directory)["comparisons"] == read(sft)["comparisons"]
+    assert main(["report", str(workshop.folder)]) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+
+
+def test_dpo_with_a_grid_and_discarded_models(workshop):
+    directory = workshop.folder / "dpo-comparison"
+    options = ["--grid", "beta=0.1,2", "--discard_models"]
+    assert compare(workshop, "dpo", directory, ["gelu", "crrelu"], *options, seeds=("0",)) == 0
+    report = read(directory)
+    assert not list(directory.glob("*/*/seed-0/model.safetensors"))
+    for arm in report["arms"]:
+        assert [run["grid"] for run in arm["runs"]] == [{"beta": 0.1}, {"beta": 2}]
+        assert arm["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert arm["before"]["reward_margin"] == pytest.approx(0, abs=1e-4)
+        for run in arm["runs"]:
+            assert set(run["metrics"]) == {
+                *("loss", "reward_accuracy", "reward_margin", "longer_answer_accuracy", "perplexity")
+            }
+    assert {entry["grid"]["beta"] for entry in report["comparisons"]} == {0.1, 2}
+    assert not any(entry["metric"] == "longer_answer_accuracy" for entry in report["comparisons"])
+    assert any(entry["test"] == "mcnemar" for entry in report["comparisons"])
+
+
+def test_one_failing_run_does_not_take_the_others_with_it(workshop, monkeypatch, capsys):
+    from crrelu_llm.comparison import matrix
+
+    directory = workshop.folder / "failing"
+    build = matrix.build_trainer
+
+    def fail_for_relu(recipe, *args):
+        if recipe.activation.activation == "relu":
+            raise RuntimeError("out of memory")
+        return build(recipe, *args)
+
+    monkeypatch.setattr(matrix, "build_trainer", fail_for_relu)
+    assert compare(workshop, "sft", directory, ["native", "relu", "crrelu"], seeds=("0",)) == 1
+    assert "1 of 3 runs failed" in capsys.readouterr().err
+    status = {arm["arm"]: arm["runs"][0]["status"] for arm in read(directory)["arms"]}
+    assert status == {"native": "done", "relu": "failed", "crrelu": "done"}
+    assert read(directory)["arms"][1]["runs"][0]["error"] == "RuntimeError: out of memory"
+    monkeypatch.undo()
+    assert compare(workshop, "sft", directory, ["native", "relu", "crrelu"], seeds=("0",)) == 0
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        (["--arms", "gelu", "crelu"], "unknown activation"),
+        (["--seeds", "0", "0"], "each seed once"),
+        (["--grid", "beta"], "--grid"),
+        (["--grid", "betta=1,2"], "betta"),
+        (["--baseline", "mish"], "--baseline"),
+        (["--learning_rat", "1"], "learning_rat"),
+        (["--dataset_name", "absent.jsonl"], "absent.jsonl"),
+        (["--model_name_or_path", "./absent"], "absent"),
+        (["--dataset_test_split", "dev"], "dev"),
+    ],
+)
+def test_wrong_input_is_one_line_before_anything_is_written(workshop, tmp_path, capsys, change, wrong):
+    argv = ["compare", "sft", "--config", recipe(workshop, "sft"), "--output_dir", str(tmp_path / "out")]
+    argv += [*(["--arms", "gelu", "crrelu"] if "--arms" not in change else []), *change]
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert wrong in error and error.count("\n") == 0
+    assert not (tmp_path / "out").exists()

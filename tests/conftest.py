@@ -1,0 +1,81 @@
+"""Settings and fixtures that all tests share: no network, one thread, tiny checkpoints with a tokenizer."""
+
+import os
+
+# Before torch and transformers are imported, and inherited by the processes that tests start.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow tiny models down
+
+import pydoc_data.topics
+
+import pytest
+import torch
+from tiny import tiny_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TEXT = "\n\n".join(pydoc_data.topics.topics.values())[:50_000]
+_CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer with about 400 tokens, pad and end of sequence among them, and a chat template."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|pad|>",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        chat_template=_CHAT,
+        model_max_length=128,
+    )
+
+
+def _checkpoint(family, tokenizer, directory):
+    """Saves a tiny model that has learnt a little English, so that a swap makes its perplexity worse."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=len(tokenizer))).train()
+    ids = torch.tensor(tokenizer(TEXT, verbose=False)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        starts = torch.randint(0, len(ids) - 64, (8,), generator=generator)
+        batch = torch.stack([ids[start : start + 64] for start in starts.tolist()])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tokenizer, tmp_path_factory):
+    """Directory of a tiny GPT-2 (2 layers, width 128, 128 positions) with its tokenizer."""
+    return _checkpoint("gpt2", tokenizer, tmp_path_factory.mktemp("checkpoint") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_checkpoint(tokenizer, tmp_path_factory):
+    """Directory of a tiny Llama (2 layers, width 48, 128 positions) with its tokenizer."""
+    return _checkpoint("llama", tokenizer, tmp_path_factory.mktemp("checkpoint") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A plain text file of 50 000 characters of English, for calibration and perplexity."""
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text(TEXT)
+    return path
