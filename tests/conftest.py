@@ -10,9 +10,14 @@ import pydoc_data.topics
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# A loaded machine is no failure, and the same examples every time.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())[:50_000]
 _CHAT = (

@@ -42,9 +42,9 @@ def dpo_rows(count=16, seed=0):
     generator = random.Random(seed)
     return [
         {
-            "prompt": sentence(generator, 3) + " ",
-            "chosen": sentence(generator, generator.randint(2, 6)),
-            "rejected": sentence(generator, generator.randint(2, 6)),
+            "prompt": sentence(generator, 3),
+            "chosen": " " + sentence(generator, generator.randint(2, 6)),
+            "rejected": " " + sentence(generator, generator.randint(2, 6)),
         }
         for _ in range(count)
     ]

@@ -5,13 +5,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="crrelu compare",
-        allow_abbrev=False,
         description="Train one recipe with several activations and seeds, and compare them. Finished runs are kept: "
         "the same command goes on where it was stopped. Every other option is the recipe's (see `crrelu sft --help`).",
         epilog="example: crrelu compare dpo --config recipes/smollm2-135m/dpo/config_full.yaml "

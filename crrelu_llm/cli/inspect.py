@@ -1,18 +1,19 @@
 """`crrelu inspect`: which activations of a model would be swapped; reads its config alone."""
 
-import argparse
 import json
+
+from crrelu_llm.cli.parser import Parser
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="crrelu inspect",
-        description="List the sites of a model, and the activations that are left alone. Reads the config, no weights.",
+        description="List the sites of a model, and the activations left alone. Reads the config, no weights.",
         epilog="example: crrelu inspect HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     parser.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow the model's own code to run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     from crrelu_llm.patching import checkpoint
@@ -35,7 +36,8 @@ def run(argv: list[str]) -> int:
         }
         print(json.dumps(document, indent=2))
         return 0
-    print(f"{model.config.model_type}: {len(sites)} sites" + (f", patched to {patched['activation']}" if patched else ""))
+    state = f", patched to {patched['activation']}" if patched else ""
+    print(f"{model.config.model_type}: {len(sites)} sites{state}")
     for site in sites:
         print(f"  {site.path}  {site.original}  {site.num_channels} channels  {site.kind}")
     for item in left_alone:

@@ -1,6 +1,5 @@
 """`crrelu COMMAND`: finds the command's file, runs it, and turns errors into one line and an exit status."""
 
-import argparse
 import importlib
 import logging
 import os
@@ -8,6 +7,7 @@ import sys
 import traceback
 import warnings
 
+from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
 # command -> (module in crrelu_llm.cli, one-line help). Modules are imported only when their command runs, so that
@@ -27,7 +27,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
     argv = _underscores(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="crrelu",
         description="Swap the MLP activation of a Hugging Face causal LM for CRReLU, fine-tune, and compare.",
         epilog="example: crrelu quickstart",
@@ -39,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         module = importlib.import_module(f"crrelu_llm.cli.{COMMANDS[argv[0]][0]}")
         return _run(module, argv[0], argv[1:])
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except InputError as error:
+        print(f"crrelu: {error}", file=sys.stderr)
+        return 2
     if args.version:
         from crrelu_llm import __version__
 

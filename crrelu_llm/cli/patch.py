@@ -1,17 +1,18 @@
 """`crrelu patch`: a checkpoint in, a patched checkpoint out."""
 
-import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="crrelu patch",
         description="Swap the activation of every MLP of a checkpoint and save the result.",
         epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --calibration fit --epsilon_per channel "
@@ -38,20 +39,20 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise InputError(f"{output_dir} already exists; choose another --output_dir")
+    _check_writable(output_dir)
     from crrelu_llm.patching.swap import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
     fields = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
     config = PatchConfig(args.activation, **{name: getattr(args, name) for name in fields})
+    measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
     report = patch_checkpoint(
         args.model,
         config,
         output_dir,
         args.dtype,
-        _perplexity(args.perplexity_data, args.perplexity_tokens),
-        {"tokens": args.perplexity_tokens, "data": args.perplexity_data},
+        _perplexity(measured_on),
+        measured_on,
         trust_remote_code=args.trust_remote_code,
     )
     if args.json:
@@ -61,7 +62,18 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _perplexity(data: str, tokens: int) -> Callable[[Any, Any], float] | None:
+def _check_writable(output_dir: Path) -> None:
+    """Before the work, not after it."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} already exists; choose another --output_dir")
+    parent = next(path for path in output_dir.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{output_dir}: cannot write below {parent}; choose another --output_dir")
+
+
+def _perplexity(measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | None:
+    """What measures the perplexity; it sets `tokens` to how many there were, which may be fewer than asked for."""
+    data, tokens = measured_on["data"], measured_on["tokens"]
     if data == "none":
         return None
     if tokens <= 1:
@@ -74,6 +86,7 @@ def _perplexity(data: str, tokens: int) -> Callable[[Any, Any], float] | None:
     def measure(model: Any, tokenizer: Any) -> float:
         if not blocks:
             blocks.append(language_modelling_blocks(data, tokenizer, tokens, BLOCK_SIZE, split="test"))
+            measured_on["tokens"] = blocks[0].numel()
         return perplexity(model, blocks[0])
 
     return measure

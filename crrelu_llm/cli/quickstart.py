@@ -4,12 +4,14 @@ import argparse
 import sys
 import time
 
+from crrelu_llm.cli.parser import Parser
+
 ARMS = ["native", "relu", "crrelu", "crrelu:calibration=fit"]
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="crrelu quickstart",
         description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU as in the paper, "
         "and CRReLU with fitted epsilon; 3 seeds each; then write the report. Offline, minutes on a laptop's CPU.",

@@ -1,10 +1,10 @@
 """`crrelu recipes list|show|copy`: the shipped recipes and Accelerate configurations."""
 
-import argparse
 import difflib
 import json
 from pathlib import Path
 
+from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 from crrelu_llm.recipes_path import recipes_dir
 
@@ -21,8 +21,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="crrelu recipes",
         description="The shipped recipes: YAML files of TRL's own keys plus an activation section.",
         epilog="example: crrelu recipes copy smollm2-135m/dpo/config_lora my.yaml && crrelu dpo --config my.yaml",

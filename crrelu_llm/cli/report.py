@@ -1,13 +1,14 @@
 """`crrelu report`: rebuilds the report of a comparison from what is on disk."""
 
-import argparse
 import json
 from pathlib import Path
+
+from crrelu_llm.cli.parser import Parser
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="crrelu report",
         description="Rebuild report.html, report.md and report.json of a comparison from its files.",
         epilog="example: crrelu report comparison",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
 Evaluated = tuple[dict[str, float], dict[str, list[float]]]
@@ -27,7 +28,14 @@ def evaluate_trainer(kind: str, trainer: Any) -> Evaluated:
 
 
 def evaluate_sft(trainer: Any) -> Evaluated:
-    """Loss, perplexity and token accuracy; items are the documents."""
+    """Loss, perplexity and token accuracy; items are the documents.
+
+    Raises:
+        InputError: The evaluation data is packed, and there are several processes.
+    """
+    alone = trainer.accelerator.num_processes == 1
+    if not alone and (trainer.args.packing if trainer.args.eval_packing is None else trainer.args.eval_packing):
+        raise InputError("evaluating packed data takes one process; set eval_packing: false")
     nll, tokens, correct = [], [], []
     for batch, outputs in _forward_passes(trainer):
         mask = outputs.label_mask
@@ -37,9 +45,12 @@ def evaluate_sft(trainer: Any) -> Evaluated:
             (mask.long(), tokens),
             (outputs.is_top1.long(), correct),
         ):
-            target.append(trainer.accelerator.gather_for_metrics(_sum_by(values, documents)).cpu())
-    sums = {"negative_log_likelihood": nll, "tokens": tokens, "correct": correct}
-    columns = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
+            sums = _sum_by(values, documents)
+            # Alone there is nothing to gather, and gather_for_metrics would cut the last batch down to its rows,
+            # of which each may hold several documents.
+            target.append((sums if alone else trainer.accelerator.gather_for_metrics(sums)).cpu())
+    parts = {"negative_log_likelihood": nll, "tokens": tokens, "correct": correct}
+    columns = {name: torch.cat(values).numpy() for name, values in parts.items()}
     keep = columns["tokens"] > 0
     columns = {name: values[keep] for name, values in columns.items()}
     metrics = LanguageModelling(keep_in_memory=True).compute(**columns)

@@ -161,9 +161,9 @@ def install_hook() -> None:
         _warn_of_missing(self)
         initialize_missing(self, is_quantized)
 
-    PreTrainedModel.post_init = swap_then_post_init
-    PreTrainedModel._initialize_weights = initialize_ours_too
-    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing
+    PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
+    PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
+    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
 
 
 def _is_ours(module: Any) -> bool:

@@ -13,6 +13,8 @@ from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from crrelu_llm.patching.sites import Site
     from crrelu_llm.patching.swap import PatchConfig
 
@@ -65,7 +67,7 @@ def remove(config: Any) -> None:
     delattr(config, "crrelu")
 
 
-def mlp_config_keys(model: nn.Module, sites: "list[Site]") -> dict[str, str]:
+def mlp_config_keys(model: "PreTrainedModel", sites: "list[Site]") -> dict[str, str]:
     """Config keys (dotted) that reach sites and nothing else, with their values.
 
     Found by trial: the model is built once more on the meta device with the key changed, and the key counts if the

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,7 +40,18 @@ _ELSEWHERE = {
 }
 # Direct children of an activation's owner that show it is no MLP although linear layers stand beside it.
 _FOREIGN_SIBLINGS = {"per_layer_input_gate": "per-layer input gate"}
-_DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo", "lin2", "output_linear", "out_proj")
+_DOWN_NAMES = (
+    "down_proj",
+    "c_proj",
+    "dense_4h_to_h",
+    "fc2",
+    "fc_out",
+    "w2",
+    "wo",
+    "lin2",
+    "output_linear",
+    "out_proj",
+)
 # What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
 _PEFT_WRAPPER = "ModulesToSaveWrapper"
 
@@ -126,7 +138,7 @@ def activation_name(module: nn.Module) -> str:
     from transformers.activations import ACT2CLS
 
     if type(module).__name__ == _PEFT_WRAPPER:
-        module = module.original_module
+        return activation_name(cast(nn.Module, module.original_module))
     if isinstance(module, CRReLU):
         return "crrelu"
     # A name remembered by a swap is exact where one class serves several names (gelu_python, gelu_10, ...).
@@ -155,7 +167,8 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _activation_classes() -> tuple[type, ...]:
     from transformers.activations import ACT2CLS
 
-    classes = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+    entries: list[Any] = list(ACT2CLS.values())
+    classes = {entry[0] if isinstance(entry, tuple) else entry for entry in entries}
     extra = (nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid)
     return (*classes, *extra, CRReLU)
 
@@ -223,7 +236,7 @@ def _experts_width(owner: nn.Module) -> int | None:
     return None
 
 
-def _linear_size(module: nn.Module) -> tuple[int, int] | None:
+def _linear_size(module: Any) -> tuple[int, int] | None:
     """`(inputs, outputs)` of a linear layer: plain, quantised, LoRA-wrapped, of parallel experts, or a Conv1D."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CALIBRATIONS = ("none", "fit")
 EPSILON_PER = ("layer", "channel")
@@ -83,7 +86,7 @@ def activation_names() -> list[str]:
 
 
 def patch(
-    model: nn.Module, activation: str | PatchConfig = "crrelu", *, tokenizer: Any = None, **options: Any
+    model: PreTrainedModel, activation: str | PatchConfig = "crrelu", *, tokenizer: Any = None, **options: Any
 ) -> PatchReport:
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
 
@@ -114,7 +117,7 @@ def patch(
     originals = {site.path: model.get_submodule(site.path) for site in sites}
     for site in sites:
         module = build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
-        if fits:
+        if isinstance(module, CRReLU) and fits:
             with torch.no_grad():
                 module.epsilon.copy_(fits[site.path].epsilon)
         swap_in(model, site.path, module, originals[site.path])
@@ -123,7 +126,7 @@ def patch(
     return _report(model, config, sites, left_alone, fits)
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: PreTrainedModel) -> None:
     """Puts the original activations back, in place, and takes the section out of the config.
 
     The module tree and the config are then exactly what they were before `patch`, also for a reloaded checkpoint.
@@ -194,13 +197,13 @@ def _calibrate(model: nn.Module, sites: list[Site], config: PatchConfig, tokeniz
     return fit_epsilon(model, sites, blocks, config.epsilon_per)
 
 
-def _keep_epsilon_in_float32(model: nn.Module, sites: list[Site]) -> None:
+def _keep_epsilon_in_float32(model: PreTrainedModel, sites: list[Site]) -> None:
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {f"{site.attribute}.epsilon" for site in sites}
 
 
 def _report(
-    model: nn.Module, config: PatchConfig, sites: list[Site], left_alone: list[LeftAlone], fits: dict
+    model: PreTrainedModel, config: PatchConfig, sites: list[Site], left_alone: list[LeftAlone], fits: dict
 ) -> PatchReport:
     report = PatchReport(model.config.model_type, copy.copy(config))
     for site in sites:

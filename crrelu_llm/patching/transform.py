@@ -15,6 +15,7 @@ from crrelu_llm.patching import checkpoint, section
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
 REPORT = "patch_report.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def patch_checkpoint(
@@ -45,8 +46,8 @@ def patch_checkpoint(
         InputError: A MODEL that cannot be read, is already patched, or has no sites.
     """
     started = time.perf_counter()
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"unknown dtype {dtype!r}; choose float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     options = {key: value for key, value in loading.items() if value}
     tokenizer = checkpoint.load_tokenizer(model, **options)
     loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)

@@ -4,7 +4,8 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -146,6 +147,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> None:
     """Unknown keys and wrong types, all of them in one line."""
     actions = {action.dest: action for action in parser._actions}
+    texts = _text_options(parser)
     problems = []
     for key, value in values.items():
         if key == "env":
@@ -164,10 +166,19 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
                 fine = False
             if not fine:
                 problems.append(f"{key} must be a number{' (whole)' if kind is int else ''}, not {value!r}")
-        elif kind is str and isinstance(value, (list, dict)):
+        elif actions[key].choices and value not in actions[key].choices:
+            problems.append(f"{key} must be one of {', '.join(map(str, actions[key].choices))}, not {value!r}")
+        elif key in texts and isinstance(value, (list, dict)):
             problems.append(f"{key} must be a single value, not {value!r}")
     if problems:
         raise InputError(where + "; ".join(problems))
+
+
+def _text_options(parser: RecipeParser) -> set[str]:
+    """Options that hold one text; many of TRL's that the command line takes as text may be a list or a dictionary."""
+    hints = {name: hint for group in parser.dataclass_types for name, hint in get_type_hints(group).items()}
+    plain = {name: {hint} if get_origin(hint) is None else set(get_args(hint)) for name, hint in hints.items()}
+    return {name for name, kinds in plain.items() if kinds <= {str, NoneType} and get_origin(hints[name]) is not list}
 
 
 def _check_options(parser: RecipeParser, argv: list[str]) -> None:
@@ -188,7 +199,9 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
     if not model.model_name_or_path:
         raise InputError(f"{where}model_name_or_path is missing: a hub name, a directory or a .gguf file")
     if not script.dataset_name and not mixture.datasets:
-        raise InputError(f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings")
+        raise InputError(
+            f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings"
+        )
     activation.patch_config(where)
     if training.output_dir and Path(training.output_dir).is_file():
         raise InputError(f"{where}output_dir {training.output_dir} is a file")

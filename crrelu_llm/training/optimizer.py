@@ -25,7 +25,13 @@ def epsilon_modules(model: nn.Module) -> dict[str, CRReLU]:
 def site_path(module_path: str) -> str:
     """A module's path without what wrappers put into it."""
     path = f".{module_path}."
-    for prefix in (".base_model.model.", ".module.", "._orig_mod.", "._fsdp_wrapped_module.", "._checkpoint_wrapped_module."):
+    for prefix in (
+        ".base_model.model.",
+        ".module.",
+        "._orig_mod.",
+        "._fsdp_wrapped_module.",
+        "._checkpoint_wrapped_module.",
+    ):
         path = path.replace(prefix, ".")
     for part in (".original_module.", ".modules_to_save.default.", ".modules_to_save."):
         path = path.replace(part, ".")

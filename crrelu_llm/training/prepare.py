@@ -11,6 +11,7 @@ from crrelu_llm.patching import PatchConfig, checkpoint, section
 from crrelu_llm.patching.transform import patch_checkpoint, read_report
 from crrelu_llm.training.arguments import Recipe
 
+
 def starting_checkpoint(
     model: str, config: PatchConfig | None, directory: Path, dtype: str = "float32", **loading: Any
 ) -> str:
@@ -80,6 +81,10 @@ def _check_columns(kind: str, split: Any, name: str) -> None:
         return
     if kind == "dpo":
         if not {"chosen", "rejected"} <= set(columns):
-            raise InputError(f"{name}: DPO needs the columns chosen and rejected (and prompt), not {', '.join(columns)}")
+            raise InputError(
+                f"{name}: DPO needs the columns chosen and rejected (and prompt), not {', '.join(columns)}"
+            )
     elif not ({"messages", "text", "input_ids"} & set(columns) or {"prompt", "completion"} <= set(columns)):
-        raise InputError(f"{name}: SFT needs a column messages or text, or prompt and completion, not {', '.join(columns)}")
+        raise InputError(
+            f"{name}: SFT needs a column messages or text, or prompt and completion, not {', '.join(columns)}"
+        )

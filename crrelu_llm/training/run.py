@@ -124,4 +124,3 @@ def _how_to_go_on(output_dir: Path) -> str:
     if found:
         return f"{found} is safe; add --resume_from_checkpoint {found} to go on"
     return "no checkpoint had been saved yet; run the same command again to start over"
-

@@ -111,6 +111,7 @@ def _compare(
                 baseline,
                 treated,
                 unit,
+                metric == "reward_accuracy",
                 baseline_name="gelu",
                 candidate_name=candidate,
             )

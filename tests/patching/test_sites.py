@@ -61,7 +61,10 @@ MIXED = {
     ),
     "bert": (
         SMALL | {"num_hidden_layers": 2, "is_decoder": True},
-        ["bert.encoder.layer.0.intermediate.intermediate_act_fn", "bert.encoder.layer.1.intermediate.intermediate_act_fn"],
+        [
+            "bert.encoder.layer.0.intermediate.intermediate_act_fn",
+            "bert.encoder.layer.1.intermediate.intermediate_act_fn",
+        ],
         {"cls.predictions.transform.transform_act_fn": "head"},
     ),
     "gemma3n_text": (

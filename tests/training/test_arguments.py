@@ -1,5 +1,6 @@
 """Recipes: TRL's keys and ours parse; every mistake is one line that names the file, and nothing is written."""
 
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_every_key_of_trl_is_known():
         assert {"lora_r", "load_in_4bit", "dataset_train_split", "datasets", "epsilon_learning_rate"} <= known
 
 
-def test_a_recipe_of_trl_parses_unchanged(folder):
+def test_a_recipe_of_trl_parses_unchanged(folder, monkeypatch):
+    monkeypatch.setenv("CRRELU_LLM_TEST", "0")
     values = NEEDED | {
         "activation": None,
         "learning_rate": "2.0e-5",  # as YAML reads 2e-5, a string
@@ -74,6 +76,7 @@ def test_a_recipe_of_trl_parses_unchanged(folder):
     assert recipe.model.lora_target_modules == ["c_attn", "c_fc"]
     assert recipe.activation.patch_config() is None
     assert recipe.values["eval_steps"] == 0.5
+    assert os.environ["CRRELU_LLM_TEST"] == "1"
 
 
 def test_the_command_line_wins_over_the_file(folder):
@@ -98,8 +101,11 @@ def test_a_misspelt_key_gets_a_suggestion(mistake):
 
 
 @pytest.mark.parametrize("option", ["--learning_rat", "--lerning_rate"])  # also where an abbreviation would do
-def test_a_misspelt_option_gets_a_suggestion(mistake, option):
-    assert mistake(option, "3") == f"unknown option {option} (did you mean --learning_rate?)"
+def test_a_misspelt_option_gets_a_suggestion(folder, option):
+    path = write_recipe(folder / "r.yaml", NEEDED)
+    with pytest.raises(InputError) as caught:
+        parse("sft", ["--config", path, option, "3"])
+    assert str(caught.value) == f"unknown option {option} (did you mean --learning_rate?)"
 
 
 def test_several_problems_are_one_line(mistake):

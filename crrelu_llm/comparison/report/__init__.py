@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .contents import plain
-from .render import render_html, render_markdown
-from .verdict import verdict_sentence
+from crrelu_llm.comparison.report.contents import plain
+from crrelu_llm.comparison.report.render import render_html, render_markdown
+from crrelu_llm.comparison.report.verdict import verdict_sentence
 
 __all__ = ["verdict_sentence", "write_report"]
 

@@ -11,10 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from scipy.special import erf
 
-from . import text
-from .contents import Grid, Report, describe, find_arm, grids, items_word, runs
-from .svg import GOOD, INK, MUTED, PAPER, RULE, arm_colour, css_variable, drawing_style, inline_svg
-from .tables import arm_slot
+from crrelu_llm.comparison.report import text
+from crrelu_llm.comparison.report.contents import Grid, Report, describe, find_arm, grids, items_word, runs
+from crrelu_llm.comparison.report.svg import (
+    GOOD,
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    arm_colour,
+    css_variable,
+    drawing_style,
+    inline_svg,
+)
+from crrelu_llm.comparison.report.tables import arm_slot
 
 _WIDTH = 5.0  # inches: small enough that the letters stay readable when a telephone shrinks it
 _DASHES = ("", "5 1.8", "1.6 1.4", "6 1.8 1.6 1.8", "9 2.5", "3 1.2", "8 1.6 1.6 1.6 1.6 1.6", "2.6 2.6")

@@ -7,10 +7,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import tables, text
-from .contents import Report, items_word
-from .plots import arm_key, pictures
-from .verdict import draw_verdict, notes
+from crrelu_llm.comparison.report import tables, text
+from crrelu_llm.comparison.report.contents import Report, items_word
+from crrelu_llm.comparison.report.plots import arm_key, pictures
+from crrelu_llm.comparison.report.verdict import draw_verdict, notes
 
 
 def render_html(report: Report) -> str:

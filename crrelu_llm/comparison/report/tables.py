@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import text
-from .contents import Report, describe, find_arm, grids, items_word, metrics, runs
+from crrelu_llm.comparison.report import text
+from crrelu_llm.comparison.report.contents import Report, describe, find_arm, grids, items_word, metrics, runs
 
 
 @dataclass
@@ -138,9 +138,9 @@ def failures(report: Report) -> Table:
 
 def data(report: Report) -> Table:
     """The data sets, with what identifies them."""
-    table = Table(["data", "split", "rows", "SHA-256"], words=2)
+    table = Table(["data", "split", "SHA-256", "rows"], words=3)
     for entry in report.get("data", []):
-        values = (entry.get("name"), entry.get("split"), entry.get("rows"), entry.get("sha256"))
+        values = (entry.get("name"), entry.get("split"), entry.get("sha256"), entry.get("rows"))
         table.rows.append([Cell(text.MISSING if value is None else str(value)) for value in values])
     return table
 

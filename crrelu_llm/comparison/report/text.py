@@ -13,10 +13,11 @@ def number(value: float | None, pattern: str = "{:.4g}") -> str:
     if value is None:
         return MISSING
     text = pattern.format(value)
-    if abs(value) >= 1e6 and not pattern.endswith("%}"):
-        text = f"{value:.3g}"
-    elif value != 0 and not text.strip("-0.%"):
-        text = f"{value:.1%}" if abs(value) >= 5e-4 and pattern.endswith("%}") else f"{value:.2g}"
+    if not pattern.endswith("%}"):
+        if abs(value) >= 1e6:
+            text = f"{value:.3g}"
+        elif value != 0 and not text.strip("-0."):
+            text = f"{value:.2g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 

@@ -4,9 +4,9 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..statistics import smallest_possible_p
-from . import text
-from .contents import Grid, Report, by_seed, describe, find_arm, grids, items_word
+from crrelu_llm.comparison.report import text
+from crrelu_llm.comparison.report.contents import Grid, Report, by_seed, describe, find_arm, grids, items_word
+from crrelu_llm.comparison.statistics import smallest_possible_p
 
 # Perplexity is no mean over documents; where it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
@@ -129,7 +129,7 @@ def _statement(
         kind = "CRReLU arms" if (find_arm(report, name) or {}).get("activation") == "crrelu" else "arms"
         who = f"the {label} of {name} (best-placed of {len(names)} {kind}) is {change} that of {baseline}"
     where = f" with {text.grid_label(grid)}, where {baseline} does best" if len(grids(report)) > 1 else ""
-    evidence = _evidence(report, comparison, description["format"])
+    evidence = _perplexities(report, base, name, grid, metric) + _evidence(report, comparison, description["format"])
     if len(seeds) < 2:
         return (
             f"Whether {name} is better or worse than {baseline} cannot be decided, because only one seed finished in "
@@ -149,6 +149,17 @@ def _outcome(comparison: dict[str, Any], agree: int, seeds: int) -> tuple[str, s
         if floor >= 1 - comparison["confidence"]:
             return "undecided", f", because a test over {seeds} seeds cannot go below p = {text.p_value(floor)}"
     return comparison["verdict"], ""
+
+
+def _perplexities(report: Report, base: dict[str, Any], name: str, grid: Grid, metric: str) -> str:
+    """Beside a difference of language-modelling losses, the perplexities: few readers think in nats."""
+    after, before = by_seed(find_arm(report, name) or {}, grid, "perplexity"), by_seed(base, grid, "perplexity")
+    both = after.keys() & before.keys()
+    if metric != "loss" or not both:
+        return ""
+    pattern = describe(report, "perplexity")["format"]
+    means = [text.number(statistics.fmean(side[seed] for seed in both), pattern) for side in (after, before)]
+    return f"perplexity {means[0]} against {means[1]}; "
 
 
 def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:

@@ -1,0 +1,157 @@
+"""`crrelu patch` as a user runs it: report, table, perplexity, and every wrong input in one line."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from tiny import logits
+from transformers import AutoModelForCausalLM
+
+from crrelu_llm.cli import main as command_line
+
+SITE = {"path", "original", "num_channels", "epsilon_mean", "scale_mean", "relative_error"}
+REPORT = {
+    "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",
+    "versions",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def crrelu_patch(*argv):
+    return command_line.main(["patch", *map(str, argv)])
+
+
+def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--calibration", "fit", "--calibration_data", text_file, "--perplexity_data", text_file]
+    assert crrelu_patch(tiny_llama_checkpoint, "--output_dir", out, *options, "--perplexity_tokens", "2100") == 0
+    report = json.loads((out / "patch_report.json").read_text())
+    assert set(report) == REPORT
+    assert all(set(site) == SITE for site in report["sites"])
+    assert [site["path"] for site in report["sites"]] == ["model.layers.0.mlp.act_fn", "model.layers.1.mlp.act_fn"]
+    assert all(0 < site["relative_error"] < 1 for site in report["sites"])
+    found = report["perplexity"]
+    assert set(found) == {"before", "after_naive", "after", "tokens", "data"}
+    assert found["before"] < found["after"] < found["after_naive"]
+    assert (found["tokens"], found["data"]) == (2048, str(text_file))  # whole blocks of 128
+    model = AutoModelForCausalLM.from_pretrained(out)
+    means = [layer.mlp.act_fn.epsilon.mean().item() for layer in model.model.layers]
+    assert means == pytest.approx([site["epsilon_mean"] for site in report["sites"]])
+
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == "llama: 2 sites -> crrelu"
+    assert lines[1].startswith("  model.layers.0.mlp.act_fn  silu  48 channels  epsilon ")
+    assert lines[-1].startswith(f"perplexity on 2048 tokens of {text_file}: {found['before']:.2f} before, ")
+    assert f"saved to {out}" in printed.err
+
+
+def test_a_plain_patch_has_no_naive_perplexity(tiny_checkpoint, text_file, tmp_path, capsys):
+    argv = ["--perplexity-data", text_file, "--perplexity-tokens=512", "--epsilon-per", "channel", "--json"]
+    assert crrelu_patch(tiny_checkpoint, "--output-dir", tmp_path / "out", *argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "out/patch_report.json").read_text())
+    assert report["epsilon_per"] == "channel"
+    assert report["perplexity"]["after_naive"] is None
+    assert [site["relative_error"] for site in report["sites"]] == [None, None]
+
+
+def test_no_perplexity(tiny_checkpoint, tmp_path, capsys):
+    argv = ["--perplexity_data", "none", "--activation", "relu", "--dtype", "bfloat16"]
+    assert crrelu_patch(tiny_checkpoint, "--output_dir", tmp_path / "out", *argv) == 0
+    assert json.loads((tmp_path / "out/patch_report.json").read_text())["perplexity"] is None
+    assert "perplexity" not in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_the_real_command(tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "crrelu_llm", "patch", tiny_checkpoint, "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--perplexity_data", "none", "--epsilon_init", "0.2", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sites"][1]["epsilon_mean"] == pytest.approx(0.2)
+    assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))).all()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert again.stdout == ""
+    assert again.stderr == f"crrelu patch: {tmp_path / 'out'} already exists; choose another --output_dir\n"
+
+
+def fails(capsys, directory, *argv):
+    """Runs a command that must fail without a trace on disk; returns its line on stderr."""
+    before = sorted(directory.rglob("*"))
+    assert crrelu_patch(*argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("crrelu patch: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in printed.err
+    assert sorted(directory.rglob("*")) == before
+    return lines[0]
+
+
+def test_an_output_dir_that_holds_something(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file", "full/mine.txt"):
+        error = fails(capsys, tmp_path, tiny_checkpoint, "--output_dir", tmp_path / name)
+        assert f"{name} already exists" in error
+
+
+def test_an_output_dir_that_cannot_be(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    error = fails(capsys, tmp_path, tiny_checkpoint, "--output_dir", tmp_path / "file/out", "--perplexity_data=none")
+    assert f"file/out: cannot write below {tmp_path / 'file'}" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--activation", "crelu"], "unknown activation 'crelu'; choose one of crrelu, gelu"),
+        (["--epsilon_per", "neuron"], 'epsilon_per must be "layer" or "channel", not "neuron"'),
+        (["--epsilon_init", "small"], "argument --epsilon_init: invalid float value: 'small'"),
+        (["--epsilon_init", "nan"], "epsilon_init must be a finite number, not nan"),
+        (["--calibration", "magic"], 'calibration must be "none" or "fit", not "magic"'),
+        (["--calibration_tokens", "1.5"], "argument --calibration_tokens: invalid int value: '1.5'"),
+        (["--calibration_tokens", "-3"], "calibration_tokens must be positive, not -3"),
+        (["--perplexity_tokens", "1"], "--perplexity_tokens must be 2 or more, not 1"),
+        (["--perplexity_data", "no/such/text.txt"], "no/such/text.txt: no such file"),
+        (["--calibration", "fit", "--calibration_data", "builtin:poems"], "builtin:poems: no such built-in data set"),
+        (["--epsilon_pre", "layer"], "unrecognized arguments: --epsilon_pre layer"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_wrong_options(argv, words, tiny_checkpoint, text_file, tmp_path, capsys):
+    if "--perplexity_data" not in argv:
+        argv = ["--perplexity_data", text_file, *argv]
+    assert words in fails(capsys, tmp_path, tiny_checkpoint, "--output_dir", tmp_path / "out", *argv)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("weights/missing.gguf", "no such file: weights/missing.gguf"),
+        ("./missing", "no such directory: ./missing"),
+        ("builtin:huge", "unknown model builtin:huge"),
+        ("nobody/no-such-model", "nobody/no-such-model: cannot be loaded"),
+    ],
+)
+def test_wrong_models(model, words, tmp_path, capsys):
+    assert words in fails(capsys, tmp_path, model, "--output_dir", tmp_path / "out")
+
+
+def test_a_patched_checkpoint(tiny_checkpoint, tmp_path, capsys):
+    argv = ["--perplexity_data", "none"]
+    assert crrelu_patch(tiny_checkpoint, "--output_dir", tmp_path / "one", *argv) == 0
+    capsys.readouterr()
+    error = fails(capsys, tmp_path, tmp_path / "one", "--output_dir", tmp_path / "two", *argv)
+    assert "is already patched to crrelu" in error

@@ -1,0 +1,44 @@
+"""`crrelu quickstart` as a newcomer runs it: a real process, no network, the embedded model; one seed to save time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+COMMAND = [sys.executable, "-m", "crrelu_llm", "quickstart", "--seeds", "0", "--output_dir"]
+
+
+def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
+    directory = tmp_path / "out"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "2"}
+    first = directory / "native" / "seed-0" / "run.json"
+    process = subprocess.Popen(
+        [*COMMAND, str(directory)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert first.is_file(), "the first run never finished"
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "run the same command again to go on" in error.splitlines()[-1]
+    stamp = first.stat().st_mtime_ns
+
+    done = subprocess.run([*COMMAND, str(directory)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert first.stat().st_mtime_ns == stamp
+    report = json.loads((directory / "report.json").read_text())
+    assert report["verdict"] in done.stdout and "only one seed" in report["verdict"]
+    runs = {arm["arm"]: arm["runs"][0]["metrics"]["perplexity"] for arm in report["arms"]}
+    assert set(runs) == {"native", "relu", "crrelu", "crrelu:calibration=fit"}
+    before = {arm["arm"]: arm["before"]["perplexity"] for arm in report["arms"]}
+    # What the project is about, measured: the plain swap destroys the model, fitting ε repairs most of it,
+    # and training recovers the rest.
+    assert before["crrelu"] > 3 * before["native"]
+    assert before["crrelu:calibration=fit"] < before["crrelu"] / 2
+    assert all(after < before[arm] for arm, after in runs.items())
+    page = (directory / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")

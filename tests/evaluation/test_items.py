@@ -1,0 +1,155 @@
+"""Evaluation with a value for every item: equal to TRL's own numbers, whatever the batches, adapters and references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from runs import LORA, dpo_rows, losses, sft_rows
+from transformers import AutoModelForCausalLM
+
+from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.training.run import train_and_save
+
+DPO_OPTIONS = {
+    "full": {},
+    "lora": LORA,
+    "precomputed": {"precompute_ref_log_probs": True},
+    "lora, precomputed": LORA | {"precompute_ref_log_probs": True},
+}
+
+FLATTENED = {
+    "packed": {"packing": True, "packing_strategy": "bfd", "eval_packing": True},
+    "flattened": {"padding_free": True, "max_length": None},
+}
+
+
+def trained(workshop, kind, name="run", **options):
+    """A trainer after three steps."""
+    recipe, trainer = workshop.trainer(kind, name, **options)
+    train_and_save(trainer, recipe)
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_sft_equals_trls_evaluation(workshop, options):
+    trainer = trained(workshop, "sft", **options, per_device_eval_batch_size=8)  # one batch: TRL averages over batches
+    metrics, items = evaluate_trainer("sft", trainer)
+    theirs = trainer.evaluate()
+    assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert metrics["token_accuracy"] == pytest.approx(theirs["eval_mean_token_accuracy"], abs=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert {name: len(values) for name, values in items.items()} == {"loss": 8, "token_accuracy": 8}
+
+
+def test_sft_items_are_the_documents_losses(workshop):
+    trainer = trained(workshop, "sft")
+    metrics, items = evaluate_trainer("sft", trainer)
+    model = AutoModelForCausalLM.from_pretrained(workshop.folder / "run").eval()
+    wanted, tokens, correct = [], [], []
+    for row in sft_rows(8, seed=2):  # the test split
+        ids = trainer.processing_class(row["text"])["input_ids"] + [trainer.processing_class.eos_token_id]
+        ids = torch.tensor([ids[:48]])
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=ids)
+        wanted.append(output.loss.item())
+        tokens.append(ids.shape[1] - 1)
+        correct.append((output.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item())
+    np.testing.assert_allclose(items["loss"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(items["token_accuracy"], np.divide(correct, tokens))
+    assert metrics["loss"] == pytest.approx(np.average(wanted, weights=tokens), rel=1e-5)
+    assert metrics["token_accuracy"] == pytest.approx(sum(correct) / sum(tokens))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_batches_do_not_matter(workshop, kind):
+    trainer = trained(workshop, kind)
+    results = []
+    for size in (1, 3, 4):
+        trainer.args.per_device_eval_batch_size = size
+        results.append(evaluate_trainer(kind, trainer))
+    (metrics, items), *others = results
+    for other_metrics, other_items in others:
+        assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+        for name, values in items.items():
+            np.testing.assert_allclose(other_items[name], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", FLATTENED.values(), ids=FLATTENED)
+def test_flattened_batches_are_split_by_document(workshop, options):
+    """Documents that share a row; the model sees their boundaries only with flash attention, the items always do."""
+    data = workshop.data("sft", test=sft_rows(8, seed=2, words=4))
+    _, trainer = workshop.trainer("sft", "run", **options, dataset_name=data)
+    rows = [row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])] for row in trainer.eval_dataset]
+    assert sum(map(len, rows)) == 8
+    metrics, items = evaluate_trainer("sft", trainer)
+    assert {name: len(values) for name, values in items.items()} == {"loss": 8, "token_accuracy": 8}
+    lengths = [length - 1 for row in rows for length in row]
+    assert metrics["loss"] == pytest.approx(np.average(items["loss"], weights=lengths), rel=1e-6)
+    assert metrics["token_accuracy"] == pytest.approx(np.average(items["token_accuracy"], weights=lengths))
+
+
+@pytest.mark.parametrize("options", DPO_OPTIONS.values(), ids=DPO_OPTIONS)
+def test_dpo_equals_trls_evaluation(workshop, options):
+    trainer = trained(workshop, "dpo", **options)
+    metrics, items = evaluate_trainer("dpo", trainer)
+    theirs = trainer.evaluate()
+    assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert metrics["loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["reward_margin"] == pytest.approx(theirs["eval_rewards/margins"], abs=1e-5)
+    assert metrics["reward_accuracy"] == pytest.approx(theirs["eval_rewards/accuracies"])
+    assert {name: len(values) for name, values in items.items()} == dict.fromkeys(
+        ("loss", "reward_accuracy", "reward_margin"), 8
+    )
+    for name, values in items.items():
+        assert np.mean(values) == pytest.approx(metrics[name], rel=1e-6)
+
+
+def test_dpo_items_by_hand(workshop):
+    trainer = trained(workshop, "dpo", beta=0.3)
+    metrics, items = evaluate_trainer("dpo", trainer)
+    policy = AutoModelForCausalLM.from_pretrained(workshop.folder / "run").eval()
+    reference = AutoModelForCausalLM.from_pretrained(workshop.folder / "run" / "patched").eval()
+    tokenizer = trainer.processing_class
+    margins, lengths, chosen = [], [], []
+    for row in dpo_rows(8, seed=2):
+        prompt = len(tokenizer(row["prompt"])["input_ids"])
+        scores = []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([tokenizer(row["prompt"] + row[side] + tokenizer.eos_token)["input_ids"]])[:, :48]
+            with torch.no_grad():
+                ours, base = (
+                    model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[prompt - 1 :].sum()
+                    for model in (policy, reference)
+                )
+            scores.append((ids.shape[1] - prompt, ours.item(), (ours - base).item()))
+        margins.append(0.3 * (scores[0][2] - scores[1][2]))
+        lengths.append((scores[0][0], scores[1][0]))
+        chosen.append(scores[0][1])
+    np.testing.assert_allclose(items["reward_margin"], margins, atol=1e-4)
+    longer = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in lengths]
+    assert metrics["longer_answer_accuracy"] == np.mean(longer)
+    wanted = math.exp(-sum(chosen) / sum(length for length, _ in lengths))
+    assert metrics["perplexity"] == pytest.approx(wanted, rel=1e-4)
+    np.testing.assert_allclose(items["loss"], [math.log1p(math.exp(-margin)) for margin in margins], atol=1e-4)
+
+
+def test_other_dpo_losses_come_from_trl(workshop):
+    trainer = trained(workshop, "dpo", loss_type="ipo")
+    metrics, items = evaluate_trainer("dpo", trainer)
+    assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert set(items) == {"reward_accuracy", "reward_margin"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_evaluating_first_does_not_change_the_training(workshop, kind):
+    plain = workshop.run(kind, "plain")
+    recipe, trainer = workshop.trainer(kind, "measured")
+    with torch.random.fork_rng():
+        metrics, _ = evaluate_trainer(kind, trainer)
+    assert trainer.model.training == workshop.trainer(kind, "fresh")[1].model.training
+    record = train_and_save(trainer, recipe, save_model=False, evaluate=lambda trained: {"before": metrics})
+    assert losses(record) == losses(plain)
+    assert record["epsilon"] == plain["epsilon"]
+    assert record["before"] == metrics
+    assert not (workshop.folder / "measured" / "model.safetensors").exists()

@@ -1,0 +1,119 @@
+"""Checkpoint in, patched checkpoint out: what is on disk afterwards, and what is not when it fails."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crrelu_llm import PatchConfig, patch
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching.transform import patch_checkpoint, read_report
+
+REPORT = {
+    "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",
+    "versions",
+}  # fmt: skip
+
+
+def test_the_checkpoint_is_the_model_patched_in_memory(tiny_checkpoint, tmp_path):
+    config = PatchConfig(epsilon_init=0.2, epsilon_per="channel")
+    patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    patch(model, config)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_files(tiny_checkpoint, tmp_path):
+    report = patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out")
+    names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out/patch_report.json").read_text()) == report == read_report(tmp_path / "out")
+    text = "Strings and bytes."
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (tiny_checkpoint, tmp_path / "out")]
+    assert tokenizers[0](text) == tokenizers[1](text)
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+
+
+def test_report(tiny_checkpoint, tmp_path):
+    config = PatchConfig("gelu")
+    report = patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
+    assert set(report) == REPORT
+    assert report["model"] == str(tiny_checkpoint)
+    assert (report["model_type"], report["activation"], report["epsilon_per"]) == ("gpt2", "gelu", "layer")
+    assert report["options"]["calibration"] == "none"
+    assert [site["path"] for site in report["sites"]] == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+    assert report["perplexity"] is None
+    assert report["seconds"] > 0
+    assert {"crrelu_llm", "torch", "transformers"} <= set(report["versions"])
+    assert read_report(tiny_checkpoint) is None
+
+
+@pytest.mark.parametrize("calibration", ["none", "fit"])
+def test_perplexity_is_measured_on_the_right_model_each_time(calibration, tiny_checkpoint, text_file, tmp_path):
+    states = []
+
+    def measure(model, tokenizer):
+        act = model.transformer.h[0].mlp.act
+        states.append(round(act.epsilon.item(), 4) if hasattr(act, "epsilon") else type(act).__name__)
+        return float(len(states))
+
+    config = PatchConfig(calibration=calibration, calibration_data=str(text_file), epsilon_init=0.02)
+    report = patch_checkpoint(
+        str(tiny_checkpoint), config, tmp_path / "out", perplexity=measure, perplexity_of={"tokens": 5, "data": "x"}
+    )
+    if calibration == "none":
+        assert states == ["NewGELUActivation", 0.02]
+        assert report["perplexity"] == {"before": 1.0, "after_naive": None, "after": 2.0, "tokens": 5, "data": "x"}
+    else:
+        assert states[:2] == ["NewGELUActivation", 0.02]
+        assert states[2] == round(report["sites"][0]["epsilon_mean"], 4) != 0.02
+        assert report["perplexity"] == {"before": 1.0, "after_naive": 2.0, "after": 3.0, "tokens": 5, "data": "x"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_weights_and_of_epsilon(dtype, tiny_checkpoint, tmp_path):
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", dtype=dtype)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.float32 if name.endswith("epsilon") else getattr(torch, dtype)), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+
+
+def test_without_a_patch_it_only_converts(tiny_checkpoint, tmp_path):
+    report = patch_checkpoint(str(tiny_checkpoint), None, tmp_path / "out")
+    assert set(report) == REPORT
+    assert report["activation"] is None
+    assert report["sites"] == []
+    one, other = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_checkpoint, tmp_path / "out"))
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_a_patched_checkpoint_is_refused(tiny_checkpoint, tmp_path):
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    with pytest.raises(InputError, match="one is already patched to crrelu; start from the original") as caught:
+        patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu"), tmp_path / "two")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float31", "Tensor"])
+def test_an_impossible_dtype_is_refused(dtype, tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match=f"unknown dtype '{dtype}'; choose float32, bfloat16, float16"):
+        patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_nothing_behind(tiny_checkpoint, tmp_path):
+    def fails(model, tokenizer):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", perplexity=fails)
+    with pytest.raises(InputError, match="no such file"):
+        config = PatchConfig(calibration="fit", calibration_data=str(tmp_path / "none.txt"))
+        patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

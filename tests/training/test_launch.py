@@ -1,0 +1,41 @@
+"""Through `accelerate launch`: the same losses as without it, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import losses
+
+
+def launch(workshop, name, arguments, **options):
+    """What run.json says after `accelerate launch <arguments> -m crrelu_llm sft --config ...`."""
+    argv = workshop.argv("sft", name, **options)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "crrelu_llm", "sft", *argv]
+    empty = workshop.folder / "accelerate"  # no default configuration of the user's
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HOME": str(empty)}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((workshop.folder / name / "run.json").read_text())
+
+
+def test_one_process(workshop):
+    launched = launch(workshop, "launched", ["--num_processes", "1", "--cpu"])
+    plain = workshop.run("sft", "plain")
+    assert losses(launched) == losses(plain)
+    assert launched["epsilon"] == plain["epsilon"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(workshop, tiny_llama_checkpoint):
+    # A model without dropout, and documents of one length, so that the two batches weigh the same
+    options = {"model_name_or_path": str(tiny_llama_checkpoint), "max_length": 8}
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launched = launch(workshop, "launched", arguments, **options)
+    plain = workshop.run("sft", "plain", **options, per_device_train_batch_size=4)
+    assert (launched["environment"]["processes"], plain["environment"]["processes"]) == (2, 1)
+    np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
+    assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)

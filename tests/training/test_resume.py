@@ -1,0 +1,96 @@
+"""A resumed run repeats the losses of an uninterrupted one, bit by bit."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import LORA, losses, sft_rows
+from safetensors.torch import load_file
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.training.run import last_checkpoint, run_recipe
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+
+def weights(folder):
+    """The bytes of the weights that a run saved."""
+    name = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "model.safetensors"
+    return {key: value.numpy().tobytes() for key, value in load_file(folder / name).items()}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_resuming_from_a_path_repeats_the_tail(workshop, kind, options):
+    whole = workshop.run(kind, "whole", **options, **SAVING)
+    assert len(set(losses(whole))) == 6
+    checkpoint = workshop.folder / "whole" / "checkpoint-3"
+    again = workshop.run(kind, "again", **options, **SAVING, resume_from_checkpoint=str(checkpoint))
+    assert losses(again) == losses(whole)
+    assert again["epsilon"] == whole["epsilon"]
+    assert weights(workshop.folder / "again") == weights(workshop.folder / "whole")
+
+
+def test_resuming_from_the_newest_checkpoint(workshop):
+    argv = workshop.argv("sft", "run", **SAVING)
+    whole = run_recipe("sft", argv)
+    output = workshop.folder / "run"
+    expected = weights(output)
+    shutil.rmtree(output / "checkpoint-6")
+    (output / "model.safetensors").unlink()
+    assert last_checkpoint(output) == str(output / "checkpoint-3")
+    resumed = run_recipe("sft", [*argv, "--resume_from_checkpoint", "true"])
+    assert losses(resumed) == losses(whole)
+    assert weights(output) == expected
+
+
+def test_a_run_does_not_resume_unasked(workshop):
+    argv = workshop.argv("sft", "run", **SAVING)
+    first = run_recipe("sft", argv)
+    second = run_recipe("sft", [*argv, "--resume_from_checkpoint", "false"])
+    assert losses(second) == losses(first)
+    assert second["train_seconds"] != first["train_seconds"]
+
+
+def test_nothing_to_resume_from(workshop):
+    with pytest.raises(InputError, match="resume_from_checkpoint: .*run has no checkpoint to resume from"):
+        workshop.run("sft", "run", resume_from_checkpoint="true")
+    with pytest.raises(InputError, match=r"resume_from_checkpoint: no such directory: \./absent"):
+        workshop.run("sft", "run", resume_from_checkpoint="./absent")
+    assert not (workshop.folder / "run").exists()
+
+
+def test_another_patch_in_the_same_folder_is_refused(workshop):
+    workshop.run("sft", "run")
+    with pytest.raises(InputError, match="holds another patched checkpoint"):
+        workshop.run("sft", "run", epsilon_init=0.5)
+
+
+def test_control_c_says_how_to_go_on(workshop):
+    data = workshop.data("sft", train=sft_rows(64))
+    argv = workshop.argv("sft", "run", dataset_name=data, max_steps=100_000, save_strategy="steps", save_steps=20)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crrelu_llm", "sft", *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = workshop.folder / "run" / "checkpoint-20"
+    try:
+        deadline = time.monotonic() + 120
+        while not (checkpoint / "trainer_state.json").is_file():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    newest = last_checkpoint(workshop.folder / "run")
+    assert last == f"crrelu sft: interrupted; {newest} is safe; add --resume_from_checkpoint {newest} to go on"
