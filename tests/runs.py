@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-WORDS = "the a cat dog tree river stone walks sleeps sees finds over under red small old bright and then".split()
+WORDS = ["the", "a", "cat", "dog", "tree", "river", "stone", "walks", "sees", "finds", "over", "red", "small", "and"]
 BASE = {
     "max_steps": 3,
     "per_device_train_batch_size": 2,

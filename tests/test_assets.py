@@ -64,4 +64,5 @@ def test_it_has_learnt(nano, tokenizer):
     torch.manual_seed(0)
     untrained = perplexity(GPT2LMHeadModel(nano.config).float().eval(), blocks)
     trained = perplexity(nano, blocks)
-    assert trained < 150 < untrained
+    # 128 with Python 3.11; other versions document other things, and untrained weights come out near 4096
+    assert trained < 180 < untrained

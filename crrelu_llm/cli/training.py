@@ -5,10 +5,15 @@ import sys
 
 def run_training(kind: str, argv: list[str], example: str) -> int:
     """Parses a recipe with TRL's parser, trains it, and says where the result is."""
-    if not argv or "-h" in argv or "--help" in argv:
-        from crrelu_llm.training.arguments import make_parser
+    from crrelu_llm.training.arguments import make_parser, read_recipe
 
+    if not argv or "-h" in argv or "--help" in argv:
         make_parser(kind, epilog=f"example: {example}").print_help()
+        return 0
+    from crrelu_llm.training.launch import relaunch_if_asked
+
+    own = {action.dest for action in make_parser(kind)._actions}
+    if relaunch_if_asked(kind, argv, read_recipe(argv)[1], own):
         return 0
     from crrelu_llm.training.run import run_recipe
 

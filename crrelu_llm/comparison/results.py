@@ -57,7 +57,7 @@ def build_report(directory: Path) -> dict[str, Any]:
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
     path = directory / arm / grid_name(point) / f"seed-{seed}" / RUN
     run = json.loads(path.read_text()) if path.is_file() else {"status": "failed", "error": "not run yet"}
-    empty = {"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}}
+    empty: dict[str, Any] = {"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}}
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
 
 

@@ -36,7 +36,9 @@ def evaluate_sft(trainer: Any) -> Evaluated:
     alone = trainer.accelerator.num_processes == 1
     if not alone and (trainer.args.packing if trainer.args.eval_packing is None else trainer.args.eval_packing):
         raise InputError("evaluating packed data takes one process; set eval_packing: false")
-    nll, tokens, correct = [], [], []
+    nll: list[Tensor] = []
+    tokens: list[Tensor] = []
+    correct: list[Tensor] = []
     for batch, outputs in _forward_passes(trainer):
         mask = outputs.label_mask
         documents = _documents(batch, mask)

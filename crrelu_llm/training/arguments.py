@@ -12,6 +12,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
+from crrelu_llm.training.launch import launch_keys
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 
@@ -91,7 +92,7 @@ class RecipeParser(TrlParser):
 
 def make_parser(kind: str, prog: str | None = None, **kwargs: Any) -> RecipeParser:
     """The parser of `crrelu sft` or `crrelu dpo`: every option of `trl sft|dpo` and the activation section."""
-    groups = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, ActivationArguments)
+    groups: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, ActivationArguments)
     # An abbreviated option would be taken, but missing from what run.json says was asked for.
     return RecipeParser(groups, prog=prog or f"crrelu {kind}", allow_abbrev=False, **kwargs)
 
@@ -103,13 +104,13 @@ def parse(kind: str, argv: list[str]) -> Recipe:
         InputError: A missing file, an unknown key, a wrong type or an impossible value: one line, with the file.
     """
     parser = make_parser(kind)
-    path = _config_path(argv)
-    values = _read_yaml(path) if path else {}
+    path, values = read_recipe(argv)
     where = f"{path}: " if path else ""
     if path:
         _check_keys(parser, values, where)
     try:
-        script, training, model, mixture, activation = parser.parse_args_and_config(argv)
+        # Every key has been checked: what the parser does not know are options of `accelerate launch`.
+        script, training, model, mixture, activation = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
     except InputError as error:
         raise InputError(f"{where}{_name_the_option(error)}") from error
     except (ValueError, TypeError, ImportError) as error:
@@ -119,6 +120,12 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     _check(kind, script, training, model, mixture, activation, where)
     overrides = _overrides(argv, parser)
     return Recipe(kind, script, training, model, mixture, activation, values | overrides, path or "the command line")
+
+
+def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Path and keys of the recipe that a command line names, unchecked; None and nothing where it names none."""
+    path = _config_path(argv)
+    return path, _read_yaml(path) if path else {}
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -150,7 +157,7 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
     texts = _text_options(parser)
     problems = []
     for key, value in values.items():
-        if key == "env":
+        if key == "env" or (key not in actions and key in launch_keys()):
             continue
         if key not in actions:
             close = difflib.get_close_matches(str(key), actions, 1)
@@ -166,8 +173,8 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
                 fine = False
             if not fine:
                 problems.append(f"{key} must be a number{' (whole)' if kind is int else ''}, not {value!r}")
-        elif actions[key].choices and value not in actions[key].choices:
-            problems.append(f"{key} must be one of {', '.join(map(str, actions[key].choices))}, not {value!r}")
+        elif (choices := list(actions[key].choices or ())) and value not in choices:
+            problems.append(f"{key} must be one of {', '.join(map(str, choices))}, not {value!r}")
         elif key in texts and isinstance(value, (list, dict)):
             problems.append(f"{key} must be a single value, not {value!r}")
     if problems:

@@ -20,13 +20,13 @@ def launch_keys() -> frozenset[str]:
     return frozenset({action.dest for action in actions if action.option_strings} - own | {CONFIG_KEY})
 
 
-def relaunch_if_asked(kind: str, values: dict[str, Any], argv: list[str], own: set[str]) -> bool:
+def relaunch_if_asked(kind: str, argv: list[str], values: dict[str, Any], own: set[str]) -> bool:
     """Starts `crrelu KIND` through Accelerate where launch options are given; False where there is nothing to do.
 
     Args:
         kind: `"sft"` or `"dpo"`.
-        values: The recipe's keys.
         argv: The command line.
+        values: The recipe's keys.
         own: Options that the recipe parser knows; they are never launch options.
 
     Raises:

@@ -29,7 +29,7 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
         _check_resumable(recipe)
     train, test = datasets_of(recipe)
     model = starting_checkpoint(
-        recipe.model.model_name_or_path,
+        str(recipe.model.model_name_or_path),
         recipe.activation.patch_config(f"{recipe.source}: "),
         output_dir / "patched",
         recipe.model.dtype or "float32",

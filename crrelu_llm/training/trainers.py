@@ -73,7 +73,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
     }
     with _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
         try:
-            trainer = TRAINERS[recipe.kind](
+            trainer: Any = TRAINERS[recipe.kind](
                 model=model,
                 args=args,
                 train_dataset=train,
@@ -120,7 +120,7 @@ def restore_float32(model: Any) -> None:
 
 def _peft_config(recipe: Recipe, model: str) -> Any:
     """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path."""
-    config = get_peft_config(recipe.model)
+    config: Any = get_peft_config(recipe.model)
     if config is None:
         return None
     found = section.read(checkpoint.load_config(model))

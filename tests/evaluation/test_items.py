@@ -1,4 +1,4 @@
-"""Evaluation with a value for every item: equal to TRL's own numbers, whatever the batches, adapters and references."""
+"""Evaluation with a value for every item: equal to TRL's own numbers, whatever the batches and references."""
 
 import math
 

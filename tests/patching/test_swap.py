@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from crrelu_llm import CRReLU, PatchConfig, find_sites, patch, unpatch
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.section import mlp_config_keys
 
 
 def tree(model):
@@ -155,6 +156,13 @@ def test_config_keys_that_mean_the_mlp_are_set(family, keys):
     patch(model)
     assert model.config.crrelu["config_keys"] == keys
     assert all(getattr(model.config, key) == "crrelu" for key in keys)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid"])
+def test_a_key_that_also_reaches_a_convolution_is_left_alone(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=4))
+    assert mlp_config_keys(model, find_sites(model)) == {}
 
 
 def test_config_names_the_sites():

@@ -185,7 +185,7 @@ def test_files_that_are_no_recipes(folder):
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not valid YAML"):
         parse("sft", ["--config", "binary.yaml"])
-    with pytest.raises(InputError, match="no such recipe: absent.yaml"):
+    with pytest.raises(InputError, match=r"no such recipe: absent\.yaml"):
         parse("sft", ["--config", "absent.yaml"])
     with pytest.raises(InputError, match="--config needs a file"):
         parse("sft", ["--config"])

@@ -117,7 +117,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, kind):
 
 def test_torch_compile(workshop):
     plain = workshop.run("sft", "plain")
-    compiled = workshop.run("sft", "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = workshop.run("sft", "compiled", torch_compile=True, torch_compile_backend="eager")
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-5)
     assert compiled["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
     assert sorted(compiled["epsilon"]) == SITES
@@ -195,7 +195,7 @@ class TestBadData:
         assert not (workshop.folder / "run").exists()
 
     def test_missing_splits(self, workshop):
-        with pytest.raises(InputError, match='no split "validation"; it has: test, train|train, test'):
+        with pytest.raises(InputError, match='no split "validation"; it has: train, test'):
             workshop.run("sft", "run", eval_strategy="epoch", dataset_test_split="validation")
         with pytest.raises(InputError, match='no split "learn"'):
             workshop.run("sft", "run", dataset_train_split="learn")

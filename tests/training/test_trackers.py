@@ -26,7 +26,8 @@ def test_tensorboard(workshop, monkeypatch):
 
 
 def test_trackio(workshop, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(workshop.folder / "trackio"))
+    # Not by its environment variable, which is read once, when the first trainer of a process is built
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", workshop.folder / "trackio")
     record = workshop.run("sft", "run", report_to="trackio", project="crrelu-test", run_name="first")
     assert record["status"] == "done"
     stored = b"".join(path.read_bytes() for path in (workshop.folder / "trackio").iterdir())

@@ -1,0 +1,60 @@
+"""Launch options in a recipe or on the command line, as TRL's own recipes have them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import losses
+
+from crrelu_llm.cli.main import main
+from crrelu_llm.errors import InputError
+from crrelu_llm.training import launch
+from crrelu_llm.training.arguments import parse
+
+
+def test_a_recipe_with_launch_options_starts_itself_through_accelerate(workshop):
+    argv = workshop.argv("sft", "launched", num_processes=1, accelerate_config="single_gpu")
+    environment = os.environ | {"HF_HOME": str(workshop.folder / "accelerate")}
+    command = [sys.executable, "-m", "crrelu_llm", "sft", *argv, "--mixed_precision", "no", "--cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((workshop.folder / "launched" / "run.json").read_text())
+    assert losses(record) == losses(workshop.run("sft", "plain"))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What Accelerate was asked to launch."""
+    import accelerate.commands.launch as accelerate_launch
+
+    calls = []
+    monkeypatch.setattr(accelerate_launch, "launch_command", calls.append)
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_launch_options_go_to_accelerate_and_the_rest_to_the_recipe(workshop, launched):
+    argv = workshop.argv("dpo", "unused", num_processes=4)
+    options = ["--accelerate_config", "fsdp2", "--num_machines=2", "--multi_gpu", "--beta", "0.5"]
+    assert main(["dpo", *argv, *options]) == 0
+    (asked,) = launched
+    assert (asked.num_processes, asked.num_machines, asked.multi_gpu) == (4, 2, True)
+    assert asked.config_file.endswith("fsdp2.yaml")
+    assert asked.module and asked.training_script == "crrelu_llm"
+    assert asked.training_script_args == ["dpo", *argv, "--beta", "0.5"]
+
+
+def test_a_launched_process_does_not_launch_again(workshop, launched, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    argv = workshop.argv("sft", "inner", num_processes=4)
+    assert not launch.relaunch_if_asked("sft", argv, {"num_processes": 4}, set())
+    assert parse("sft", argv).values["num_processes"] == 4
+
+
+def test_an_unknown_accelerate_config_is_one_line(workshop, launched):
+    with pytest.raises(InputError, match="accelerate_config 'fsdp3' is neither a file nor one of ddp, fsdp2"):
+        launch.relaunch_if_asked("sft", ["--accelerate_config", "fsdp3"], {}, set())
+    assert not launched
