@@ -32,26 +32,32 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args, rest = _parser().parse_known_args(argv)
-    if len(set(args.seeds)) != len(args.seeds):
-        raise InputError(f"--seeds: each seed once, not {' '.join(map(str, args.seeds))}")
-    return compare(args, ["--config", args.config, *rest], shlex.join(["crrelu", "compare", *argv]))
+    from crrelu_llm.training.arguments import without_secrets
+
+    status = _launched(argv, args.config)
+    if status is not None:
+        return status
+    return compare(args, ["--config", args.config, *rest], shlex.join(["crrelu", "compare", *without_secrets(argv)]))
 
 
 def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> int:
     """Runs a comparison and writes its report, also where some runs failed."""
+    if len(set(args.seeds)) != len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
+        raise InputError(f"--seeds: whole numbers from 0 up, each once, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.cli.quiet import quieten_libraries
-    from crrelu_llm.comparison.arms import choose_baseline, parse_arms, parse_grid
+    from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
     from crrelu_llm.comparison.matrix import Comparison, run_comparison
 
     quieten_libraries()
     arms = parse_arms(args.arms)
+    check_baseline(arms, args.baseline)
     comparison = Comparison(
         kind=args.kind,
         argv=recipe_argv,
         arms=arms,
         seeds=args.seeds,
         points=parse_grid(args.grid),
-        baseline=choose_baseline(arms, args.baseline),
+        baseline=args.baseline,
         output_dir=Path(args.output_dir),
         command=command,
         keep_models=not args.discard_models,
@@ -68,6 +74,16 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
         if failed:
             print(f"crrelu compare: {failed}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _launched(argv: list[str], config: str) -> int | None:
+    """Exit status of the same command on several processes, where launch options ask for them."""
+    from crrelu_llm.training.arguments import make_parser, read_recipe
+    from crrelu_llm.training.launch import relaunch_if_asked
+
+    kind = next((word for word in argv if word in ("sft", "dpo")), "sft")
+    own = {action.dest for parser in (_parser(), make_parser(kind)) for action in parser._actions}
+    return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
 
 def write(output_dir: Path) -> None:

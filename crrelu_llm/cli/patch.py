@@ -79,13 +79,14 @@ def _perplexity(measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | No
     if tokens <= 1:
         raise InputError(f"--perplexity_tokens must be 2 or more, not {tokens}")
     from crrelu_llm.data import language_modelling_blocks
-    from crrelu_llm.evaluation.perplexity import BLOCK_SIZE, perplexity
+    from crrelu_llm.evaluation.perplexity import perplexity
+    from crrelu_llm.patching.calibrate import block_size
 
     blocks: list[Any] = []  # read once, when the tokenizer is known
 
     def measure(model: Any, tokenizer: Any) -> float:
         if not blocks:
-            blocks.append(language_modelling_blocks(data, tokenizer, tokens, BLOCK_SIZE, split="test"))
+            blocks.append(language_modelling_blocks(data, tokenizer, tokens, block_size(model.config), split="test"))
             measured_on["tokens"] = blocks[0].numel()
         return perplexity(model, blocks[0])
 

@@ -20,6 +20,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     args = parser.parse_args(argv)
+    import shlex
+
     from crrelu_llm.cli.compare import compare
     from crrelu_llm.recipes_path import recipes_dir
 
@@ -34,6 +36,6 @@ def run(argv: list[str]) -> int:
         grid=[],
         discard_models=True,
     )
-    status = compare(arguments, ["--config", str(recipe)], f"crrelu quickstart --output_dir {args.output_dir}")
+    status = compare(arguments, ["--config", str(recipe)], shlex.join(["crrelu", "quickstart", *argv]))
     print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return status

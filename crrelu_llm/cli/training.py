@@ -13,17 +13,14 @@ def run_training(kind: str, argv: list[str], example: str) -> int:
     from crrelu_llm.training.launch import relaunch_if_asked
 
     own = {action.dest for action in make_parser(kind)._actions}
-    if relaunch_if_asked(kind, argv, read_recipe(argv)[1], own):
-        return 0
+    status = relaunch_if_asked([kind], argv, read_recipe(argv)[1], own)
+    if status is not None:
+        return status
     from crrelu_llm.training.run import run_recipe
 
     record = run_recipe(kind, argv)
     output_dir = record["recipe"].get("output_dir") or "trainer_output"
-    speed = record["tokens_per_second"]
-    print(
-        f"trained {record['steps']} steps in {record['train_seconds']:.0f} s"
-        + (f" ({speed:.0f} tokens/s)" if speed else "")
-        + f"; model and run.json are in {output_dir}",
-        file=sys.stderr,
-    )
+    seconds, speed = record["train_seconds"], record["tokens_per_second"]
+    took = f" in {seconds:.0f} s ({speed:.0f} tokens/s)" if seconds and speed else ""
+    print(f"trained {record['steps']} steps{took}; model and run.json are in {output_dir}", file=sys.stderr)
     return 0

@@ -40,9 +40,12 @@ def parse_arm(text: str) -> Arm:
             f"arm {text!r}: unknown activation {activation!r}; choose native or one of {', '.join(names)}"
         )
     known = [field.name for field in fields(ActivationArguments) if field.name != "activation"]
-    options = []
+    options: list[tuple[str, str]] = []
     for part in parts:
         key, equals, value = part.partition("=")
+        if not equals and options:  # a colon within a value: calibration_data=builtin:docstrings
+            options[-1] = (options[-1][0], f"{options[-1][1]}:{part}")
+            continue
         if key not in known or not equals or not value:
             raise InputError(f"arm {text!r}: write options as key=value, key one of {', '.join(known)}, not {part!r}")
         options.append((key, value))
@@ -56,13 +59,16 @@ def parse_arms(texts: list[str]) -> list[Arm]:
     return [parse_arm(text) for text in texts]
 
 
-def choose_baseline(arms: list[Arm], baseline: str | None) -> str:
-    """The arm that the others are compared with: the one asked for, else gelu, native, or the first."""
+def check_baseline(arms: list[Arm], baseline: str | None) -> None:
+    """Raises InputError where the arm to compare with is none of the arms."""
     names = [arm.name for arm in arms]
-    if baseline is not None:
-        if baseline not in names:
-            raise InputError(f"--baseline {baseline} is none of the arms: {' '.join(names)}")
-        return baseline
+    if baseline is not None and baseline not in names:
+        raise InputError(f"--baseline {baseline} is none of the arms: {' '.join(names)}")
+
+
+def default_baseline(arms: list[Arm]) -> str:
+    """The arm that the others are compared with where the user chose none: gelu, native, or the first."""
+    names = [arm.name for arm in arms]
     return next((name for name in ("gelu", NATIVE) if name in names), names[0])
 
 
@@ -88,14 +94,27 @@ def grid_argv(point: dict[str, str]) -> list[str]:
 
 def grid_name(point: dict[str, str]) -> str:
     """A grid point as a directory name: `beta=0.1`, or `beta=0.1,max_steps=5`."""
-    return ",".join(f"{key}={value}" for key, value in point.items())
+    return directory_name(",".join(f"{key}={value}" for key, value in point.items()))
 
 
-def is_patch_key(key: str) -> bool:
-    """Whether a grid key changes the patched checkpoint, and not only the training."""
-    from crrelu_llm.patching import PatchConfig
+def directory_name(text: str) -> str:
+    """An arm or a grid point as the name of one directory: a path in it must not lead elsewhere."""
+    return text.replace("/", "%2F")
 
-    return key in {field.name for field in fields(PatchConfig)} | {"model_name_or_path"}
+
+def check_grid(points: list[dict[str, str]], arms: list[Arm]) -> None:
+    """Refuses grid keys that a comparison sets by itself, reads once for all runs, or that an arm sets.
+
+    Raises:
+        InputError: Such a key.
+    """
+    taken = {"seed", "data_seed", "output_dir", "activation", "config", "datasets", "streaming", "test_split_size"}
+    for key in points[0]:
+        if key in taken or key.startswith("dataset_"):
+            raise InputError(f"--grid {key}=…: a comparison cannot vary this key; run one comparison for each value")
+        for arm in arms:
+            if key in dict(arm.options):
+                raise InputError(f"--grid {key}=…: the arm {arm.name} sets this key too; leave one of them out")
 
 
 def number(value: str) -> Any:

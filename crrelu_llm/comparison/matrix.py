@@ -1,23 +1,29 @@
 """The run matrix: every arm × grid point × seed of one recipe, finished runs kept, killed ones resumed."""
 
+import contextlib
 import gc
 import json
+import shutil
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from crrelu_llm.comparison.arms import Arm, grid_argv, grid_name, is_patch_key, number
+from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.items import evaluate_trainer
-from crrelu_llm.patching import checkpoint, find_sites
+from crrelu_llm.files import is_leftover, write_json
+from crrelu_llm.patching import checkpoint, find_sites, section
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
-from crrelu_llm.training.run import RUN, last_checkpoint, train_and_save, write_json
+from crrelu_llm.training.run import RUN, last_checkpoint, train_and_save
 from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 SETTINGS = "comparison.json"
@@ -34,7 +40,7 @@ class Comparison:
         arms: The arms.
         seeds: One run of every arm for each.
         points: Grid points; a single empty one without a grid.
-        baseline: Name of the arm that the others are compared with.
+        baseline: Name of the arm that the others are compared with, where the user chose one.
         output_dir: Where everything goes.
         command: The exact command, for the report.
         keep_models: Whether the trained models are saved.
@@ -45,11 +51,10 @@ class Comparison:
     arms: list[Arm]
     seeds: list[int]
     points: list[dict[str, str]]
-    baseline: str
+    baseline: str | None
     output_dir: Path
     command: str
     keep_models: bool = True
-    data: list[dict[str, Any]] = field(default_factory=list)
 
     def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
         """The recipe of one run; arms differ in the activation section only."""
@@ -64,12 +69,12 @@ class Comparison:
 
     def run_dir(self, arm: str, point: dict[str, str], seed: int) -> Path:
         """`D/<arm>/seed-<n>`, with the grid point between."""
-        return self.output_dir / arm / grid_name(point) / f"seed-{seed}"
+        return arm_dir(self.output_dir, arm, point) / f"seed-{seed}"
 
-    def patch_dir(self, arm: str, point: dict[str, str]) -> Path:
-        """Where an arm's starting checkpoint is: shared by all runs that can share it."""
-        own = {key: value for key, value in point.items() if is_patch_key(key)}
-        return self.output_dir / arm / grid_name(own)
+
+def arm_dir(output_dir: Path, arm: str, point: dict[str, str]) -> Path:
+    """Where an arm at a grid point has its starting checkpoint, its metrics before training, and its runs."""
+    return output_dir / directory_name(arm) / grid_name(point)
 
 
 def run_comparison(comparison: Comparison) -> None:
@@ -85,33 +90,60 @@ def run_comparison(comparison: Comparison) -> None:
     _record(comparison, recipe, train, test)
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
-    for number_, (arm, point, seed) in enumerate(todo, 1):
-        directory = comparison.run_dir(arm.name, point, seed)
-        label = f"[{number_}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
-        if is_done(directory):
-            _say(f"{label}: kept")
-            continue
-        _say(f"{label}: training")
-        try:
-            _one_run(comparison, arm, point, seed, train, test)
-        except InputError:
-            raise
-        except KeyboardInterrupt:
-            done = sum(is_done(comparison.run_dir(a.name, p, s)) for a, p, s in todo)
-            raise KeyboardInterrupt(
-                f"{done} of {len(todo)} runs are finished and kept; run the same command again to go on"
-            ) from None
-        except Exception as error:  # one arm that diverges or runs out of memory must not take the others with it
-            failures.append(f"{label}: {type(error).__name__}: {_one_line(error)}")
-            _say(failures[-1])
-            failed = {"status": "failed", "seed": seed, "error": f"{type(error).__name__}: {_one_line(error)}"}
-            if PartialState().is_main_process:
-                write_json(directory / RUN, failed)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with _interrupts() as interrupted:
+        for index, (arm, point, seed) in enumerate(todo):
+            directory = comparison.run_dir(arm.name, point, seed)
+            label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
+            if is_done(directory):
+                _say(f"{label}: kept")
+                continue
+            _say(f"{label}: training")
+            try:
+                _one_run(comparison, arm, point, seed, train, test)
+                if interrupted:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                done = sum(is_done(comparison.run_dir(a.name, p, s)) for a, p, s in todo)
+                hint = f"{done} of {len(todo)} runs are finished and kept; run the same command again to go on"
+                raise KeyboardInterrupt(hint) from None
+            except Exception as error:  # one arm that diverges or runs out of memory must not take the others with it
+                if isinstance(error, InputError) and index == 0:  # nothing has been trained: the recipe is wrong
+                    raise
+                message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                failures.append(message)
+                _say(f"{label}: {message}")
+                if PartialState().is_main_process:
+                    write_json(directory / RUN, {"status": "failed", "seed": seed, "error": message})
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(todo)} runs failed; the others are in {comparison.output_dir}")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C, also where a destructor has swallowed the KeyboardInterrupt."""
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(True)
+        signal.default_int_handler(number, frame)
+
+    def quietly(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            report(unraisable)
+
+    before, report = signal.signal(signal.SIGINT, note), sys.unraisablehook
+    sys.unraisablehook = quietly
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = report
 
 
 def is_done(directory: Path) -> bool:
@@ -122,7 +154,7 @@ def is_done(directory: Path) -> bool:
 
 def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any) -> None:
     recipe = comparison.recipe(arm, point, seed)
-    patch_dir = comparison.patch_dir(arm.name, point)
+    patch_dir = arm_dir(comparison.output_dir, arm.name, point)
     config = recipe.activation.patch_config()
     model = starting_checkpoint(
         _source(comparison, recipe),
@@ -147,6 +179,9 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
 
     train_and_save(trainer, recipe, comparison.keep_models, evaluate)
     trainer.end()
+    if not comparison.keep_models and trainer.accelerator.is_main_process:
+        for saved in Path(trainer.args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(saved)
     trainer.accelerator.free_memory()
 
 
@@ -155,26 +190,34 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
     model = str(recipe.model.model_name_or_path)
     if not checkpoint.is_gguf(model):
         return model
-    return starting_checkpoint(model, None, comparison.output_dir / "converted", recipe.model.dtype or "float32")
+    converted = comparison.output_dir / "converted" / Path(model).stem
+    return starting_checkpoint(model, None, converted, recipe.model.dtype or "float32")
 
 
 def _check_everything(comparison: Comparison) -> Recipe:
     """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
     base = parse(comparison.kind, comparison.argv)
+    check_grid(comparison.points, comparison.arms)
     for point in comparison.points:
         for arm in comparison.arms:
             recipe = comparison.recipe(arm, point, comparison.seeds[0])
             recipe.activation.patch_config(f"{recipe.source}: ")
             require_bitsandbytes(recipe)
     model = str(base.model.model_name_or_path)
-    find_sites(checkpoint.skeleton(model, trust_remote_code=base.training.trust_remote_code))
+    skeleton = checkpoint.skeleton(model, trust_remote_code=base.training.trust_remote_code)
+    found = section.read(skeleton.config)
+    if found is not None:
+        raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")
+    find_sites(skeleton)
     return base
 
 
 def _claim(comparison: Comparison, recipe: Recipe) -> None:
     """Refuses a directory that holds anything but this comparison."""
     directory = comparison.output_dir
-    if not directory.exists() or not any(directory.iterdir()):
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir {directory} is a file; choose a directory")
+    if not directory.exists() or all(is_leftover(path) for path in directory.iterdir()):
         return
     found = read_settings(directory)
     wanted = _identity(comparison, recipe)
@@ -206,18 +249,23 @@ def _record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> No
         raise InputError(
             f"{directory}: the data has changed since this comparison was begun; choose another output_dir"
         )
-    points = [{key: number(value) for key, value in point.items()} for point in comparison.points]
+    asked = [
+        [arm.name, grid_name(point), seed]
+        for arm in comparison.arms
+        for point in comparison.points
+        for seed in comparison.seeds
+    ]
     settings = {
         "identity": _identity(comparison, recipe),
         "kind": comparison.kind,
-        "command": comparison.command,
+        "commands": _union(old.get("commands", []), [comparison.command]),
         "created": old.get("created") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "baseline": comparison.baseline,
+        "baseline": comparison.baseline or old.get("baseline") or default_baseline(comparison.arms),
         # A second call may add arms, seeds or grid points to the same recipe.
         "arms": _union(old.get("arms", []), [arm.name for arm in comparison.arms]),
         "seeds": _union(old.get("seeds", []), comparison.seeds),
+        "asked": _union(old.get("asked", []), asked),
         "points": _union(old.get("points", []), comparison.points),
-        "grid": _union(old.get("grid", []), points),
         "recipe": recipe.values,
         "data": data,
     }
@@ -235,7 +283,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
     path = directory / SETTINGS
     if not path.is_file():
         raise InputError(f"{directory} holds no comparison (no {SETTINGS}); choose a new or empty directory")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it to begin the comparison anew") from error
 
 
 def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
@@ -246,10 +297,6 @@ def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
 
 def _union(old: list[Any], new: list[Any]) -> list[Any]:
     return old + [value for value in new if value not in old]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _say(message: str) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.comparison.arms import grid_name, is_patch_key, number, parse_arm
-from crrelu_llm.comparison.matrix import BEFORE, read_settings
+from crrelu_llm.comparison.arms import grid_name, number, parse_arm
+from crrelu_llm.comparison.matrix import BEFORE, arm_dir, read_settings
 from crrelu_llm.comparison.statistics import adjust, compare_metric
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
 
-HEADLINE = {"sft": "loss", "dpo": "loss"}
+HEADLINE = "loss"  # of both trainers: the only metric that every item has a value of and training lowers directly
 
 
 def build_report(directory: Path) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def build_report(directory: Path) -> dict[str, Any]:
         for arm in settings["arms"]
         for point in settings["points"]
         for seed in settings["seeds"]
+        if [arm, grid_name(point), seed] in settings["asked"]
     }
     finished = [run for run in runs.values() if run["status"] == "done"]
     names = [name for name in METRICS if any(name in run["metrics"] for run in finished)]
@@ -36,11 +37,10 @@ def build_report(directory: Path) -> dict[str, Any]:
         name: dict(zip(("label", "higher_is_better", "format", "reference"), METRICS[name], strict=True))
         for name in names
     }
-    headline = HEADLINE[settings["kind"]]
     return {
         "schema_version": 1,
         "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
-        "command": settings["command"],
+        "command": "\n".join(settings["commands"]),
         "created": settings["created"],
         "trainer": settings["kind"],
         "recipe": settings["recipe"],
@@ -49,35 +49,41 @@ def build_report(directory: Path) -> dict[str, Any]:
         "comparisons": _comparisons(settings, runs, metrics),
         "data": settings["data"],
         "baseline": settings["baseline"],
-        "headline": {"metric": headline, "higher_is_better": False},
+        "headline": {"metric": HEADLINE, "higher_is_better": False},
         "metrics": metrics,
     }
 
 
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
-    path = directory / arm / grid_name(point) / f"seed-{seed}" / RUN
-    run = json.loads(path.read_text()) if path.is_file() else {"status": "failed", "error": "not run yet"}
-    empty: dict[str, Any] = {"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}}
+    place = arm_dir(directory, arm, point)
+    run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": "not run yet"}
+    empty: dict[str, Any] = {
+        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}},
+        "before": _read_json(place / BEFORE) or {},
+    }
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
 
 
 def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, Any]) -> dict[str, Any]:
     arm = parse_arm(name)
-    own = {key: value for key, value in settings["points"][0].items() if is_patch_key(key)}
-    patch_dir = directory / name / grid_name(own)
-    before = patch_dir / BEFORE
     keys = (
-        *("seed", "status", "error", "grid", "metrics", "train_seconds", "tokens_per_second", "peak_memory_bytes"),
-        *("epsilon", "epsilon_start", "history"),
+        *("seed", "status", "error", "grid", "before", "metrics", "train_seconds", "tokens_per_second"),
+        *("peak_memory_bytes", "epsilon", "epsilon_start", "history"),
     )
+    own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
+    patches = [read_report(arm_dir(directory, name, point) / "patched") for point in settings["points"]]
     return {
         "arm": name,
         "activation": arm.activation or "native",
         "options": dict(arm.options),
-        "patch": read_report(patch_dir / "patched"),
-        "before": json.loads(before.read_text()) if before.is_file() else {},
-        "runs": [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name],
+        "patch": next((patch for patch in patches if patch), None),
+        "before": next((run["before"] for run in own if run["before"]), {}),
+        "runs": own,
     }
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,10 +94,10 @@ def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[s
             if candidate == baseline:
                 continue
             pairs = [
-                (runs[baseline, grid_name(point), seed], runs[candidate, grid_name(point), seed])
+                (runs.get((baseline, grid_name(point), seed)), runs.get((candidate, grid_name(point), seed)))
                 for seed in settings["seeds"]
             ]
-            pairs = [pair for pair in pairs if all(run["status"] == "done" for run in pair)]
+            pairs = [pair for pair in pairs if all(run is not None and run["status"] == "done" for run in pair)]
             if not pairs:
                 continue
             for metric, about in metrics.items():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crrelu_llm.data.sources import load_dataset, texts, token_blocks
+from crrelu_llm.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+_FALLBACKS = {"calibration": ("train", "validation"), "test": ("validation", "train")}
 
 
 def language_modelling_blocks(
@@ -23,7 +27,8 @@ def language_modelling_blocks(
         tokenizer: the model's tokenizer; blocks are no longer than what it says the model can read.
         tokens: the most tokens to use.
         block_size: tokens in a block.
-        split: the split to take; the first of test, validation and train where there is no such split.
+        split: `calibration` or `test`. Where there is no such split, calibration text is taken from train, so that it
+            is never what a model is evaluated on; evaluation text from validation, then train.
 
     Returns:
         Token ids of shape (blocks, block_size), int64.
@@ -36,12 +41,17 @@ def language_modelling_blocks(
 
 
 def _documents(name: str, split: str) -> Iterable[str]:
-    suffixes = set(Path(name).suffixes)
-    if Path(name).is_file() and suffixes & {".txt", ".text"}:
+    path = Path(name).expanduser()
+    plain = re.search(r"\.(txt|text)(\.gz|\.zst)?$", path.name)
+    if path.is_file() and plain:
         import datasets
 
-        rows = datasets.load_dataset("text", data_files=name, sample_by="document", split="train")
-        return rows["text"]
+        try:
+            return datasets.load_dataset("text", data_files=str(path), sample_by="document", split="train")["text"]
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise InputError(f"{name}: cannot be read as text: {error.__cause__ or error}") from error
     splits = load_dataset(name)
-    chosen = next((key for key in (split, "test", "validation", "train") if key in splits), next(iter(splits)))
+    chosen = next((key for key in (split, *_FALLBACKS[split]) if key in splits), None)
+    if chosen is None:
+        raise InputError(f"{name}: no split to take {split} text from; it has: {', '.join(splits)}")
     return texts(splits[chosen])

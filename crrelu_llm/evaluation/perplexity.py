@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 512
-
 
 def perplexity(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each block.

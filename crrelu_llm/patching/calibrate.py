@@ -16,11 +16,17 @@ BLOCK_SIZE = 512
 _PRIOR = 1e-2  # weight of the layer's ε in a channel's fit, as a share of an average channel's own evidence
 
 
-def calibration_blocks(data: str, tokenizer: Any, tokens: int) -> Tensor:
+def calibration_blocks(data: str, tokenizer: Any, tokens: int, config: Any) -> Tensor:
     """Calibration text as token ids, `(blocks, tokens of a block)`: `builtin:` data, a local file, or a hub name."""
     from crrelu_llm.data import language_modelling_blocks
 
-    return language_modelling_blocks(data, tokenizer, tokens, BLOCK_SIZE, split="calibration")
+    return language_modelling_blocks(data, tokenizer, tokens, block_size(config), split="calibration")
+
+
+def block_size(config: Any) -> int:
+    """Tokens in a block of text: 512, or what the model of this config can read, if that is less."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(BLOCK_SIZE, limit) if isinstance(limit, int) and limit > 0 else BLOCK_SIZE
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
@@ -83,7 +84,9 @@ def skeleton(model: str, **kwargs: Any) -> Any:
     config = load_config(model, **kwargs)
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{model}: {config.model_type} has no causal language model in transformers") from error
 
@@ -96,6 +99,8 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
     """
     target = Path(output_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(scratch)
@@ -125,7 +130,7 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(source, **kwargs)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{model}: cannot be loaded: {first.strip()}") from error
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from crrelu_llm.patching.swap import PatchConfig
 
 VERSION = 1
+_KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
+_SITE_KEYS = {"path", "original", "num_channels"}
 _KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,15 @@ def read(config: Any) -> dict[str, Any] | None:
     if section is None:
         return None
     where = getattr(config, "_name_or_path", "") or "the model's config"
-    if not isinstance(section, dict) or "version" not in section or "sites" not in section:
+    if not isinstance(section, dict) or not isinstance(section.get("version"), int):
         raise InputError(f"{where}: the crrelu section of config.json is not one that crrelu_llm wrote")
     if section["version"] > VERSION:
         raise InputError(
             f"{where}: patched by a newer crrelu_llm (section version {section['version']}, this one reads up to "
             f"{VERSION}); upgrade crrelu_llm"
         )
+    if not section.keys() >= _KEYS or not all(site.keys() >= _SITE_KEYS for site in section["sites"]):
+        raise InputError(f"{where}: the crrelu section of config.json is not complete; patch the checkpoint again")
     return section
 
 

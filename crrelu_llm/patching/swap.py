@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +97,7 @@ def patch(
         model: A Hugging Face causal LM (before any adapter is added).
         activation: The target's name, or a whole `PatchConfig`.
         tokenizer: Needed by `calibration="fit"` only.
-        **options: Fields of `PatchConfig`, where `activation` is a name.
+        **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
 
     Returns:
         The sites swapped, with ε and the error of each, and what was left alone.
@@ -106,7 +106,14 @@ def patch(
         InputError: Unknown activation or option, a model without sites or already patched, or calibration without a
             tokenizer. The model is then unchanged.
     """
-    config = activation if isinstance(activation, PatchConfig) else PatchConfig(activation, **options)
+    known = [entry.name for entry in fields(PatchConfig)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"unknown option {name!r}; a patch takes {', '.join(known)}")
+    if isinstance(activation, PatchConfig):
+        config = replace(activation, **options)
+    else:
+        config = PatchConfig(activation, **options)
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
     if section.read(model.config) is not None:
@@ -134,6 +141,8 @@ def unpatch(model: PreTrainedModel) -> None:
     Raises:
         InputError: The model is not patched.
     """
+    if hasattr(model, "peft_config"):
+        raise InputError("the model has adapters: unpatch the base model (merge or unload the adapters first)")
     found = section.read(model.config)
     if found is None:
         raise InputError("the model is not patched: its config has no crrelu section")
@@ -193,7 +202,7 @@ def _calibrate(model: nn.Module, sites: list[Site], config: PatchConfig, tokeniz
         raise InputError(f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)')
     from crrelu_llm.patching.calibrate import calibration_blocks, fit_epsilon
 
-    blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens)
+    blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
     return fit_epsilon(model, sites, blocks, config.epsilon_per)
 
 

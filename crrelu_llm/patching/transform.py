@@ -15,6 +15,7 @@ from crrelu_llm.patching import checkpoint, section
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
 REPORT = "patch_report.json"
+ORIGIN = "patch_origin.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -74,13 +75,34 @@ def patch_checkpoint(
             "skipped": done.skipped,
         }
     report |= {"perplexity": measured, "seconds": time.perf_counter() - started, "versions": versions()}
-    checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report})
+    made_from = origin(model, config, dtype, options.get("revision"))
+    checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
 
 
 def read_report(directory: str | Path) -> dict[str, Any] | None:
     """The patch report beside a checkpoint, or None."""
     path = Path(directory) / REPORT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def origin(model: str, config: PatchConfig | None, dtype: str, revision: str | None) -> dict[str, Any]:
+    """All that decides what a patched copy of a MODEL is; of a local one also its files' names, sizes and times."""
+    path = Path(checkpoint.resolve(model))
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors*")) + sorted(path.glob("config.json"))
+    found = [(file, file.stat()) for file in files]
+    return {
+        "model": model,
+        "options": None if config is None else asdict(config),
+        "dtype": dtype,
+        "revision": revision,
+        "files": [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in found],
+    }
+
+
+def read_origin(directory: str | Path) -> dict[str, Any] | None:
+    """What a patched copy was made from, or None where the directory holds no such copy."""
+    path = Path(directory) / ORIGIN
     return json.loads(path.read_text()) if path.is_file() else None
 
 

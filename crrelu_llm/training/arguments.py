@@ -119,7 +119,8 @@ def parse(kind: str, argv: list[str]) -> Recipe:
         raise InputError(f"{where}{' '.join(str(error).split())}") from error
     _check(kind, script, training, model, mixture, activation, where)
     overrides = _overrides(argv, parser)
-    return Recipe(kind, script, training, model, mixture, activation, values | overrides, path or "the command line")
+    known = {key: value for key, value in (values | overrides).items() if key not in _SECRETS}
+    return Recipe(kind, script, training, model, mixture, activation, known, path or "the command line")
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -232,6 +233,20 @@ def _overrides(argv: list[str], parser: RecipeParser) -> dict[str, Any]:
         return {}
     namespace, _ = parser.parse_known_args([a for a in _without_config(argv)])
     return {name: getattr(namespace, name) for name in sorted(names) if hasattr(namespace, name)}
+
+
+_SECRETS = ("hub_token", "push_to_hub_token")
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line that may be published: access tokens are left out."""
+    result, hide = [], False
+    for argument in argv:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        secret = argument.startswith("--") and name in _SECRETS
+        result.append("…" if hide else f"--{name}=…" if secret and equals else argument)
+        hide = secret and not equals
+    return result
 
 
 def _without_config(argv: list[str]) -> list[str]:

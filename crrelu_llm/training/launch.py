@@ -1,6 +1,7 @@
 """`accelerate launch` from within: a recipe or command line with launch options starts itself on several processes."""
 
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,29 @@ def launch_keys() -> frozenset[str]:
     return frozenset({action.dest for action in actions if action.option_strings} - own | {CONFIG_KEY})
 
 
-def relaunch_if_asked(kind: str, argv: list[str], values: dict[str, Any], own: set[str]) -> bool:
-    """Starts `crrelu KIND` through Accelerate where launch options are given; False where there is nothing to do.
+def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any], own: set[str]) -> int | None:
+    """Starts a command again through Accelerate where launch options are given.
 
     Args:
-        kind: `"sft"` or `"dpo"`.
+        command: The command: `["sft"]`, `["compare"]`.
         argv: The command line.
         values: The recipe's keys.
         own: Options that the recipe parser knows; they are never launch options.
+
+    Returns:
+        The exit status of what was launched, or None where there is nothing to launch.
 
     Raises:
         InputError: An `accelerate_config` that is neither a file nor a shipped name, or launch options that
             Accelerate refuses.
     """
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # already launched
-        return False
+        return None
     given = {key: value for key, value in values.items() if key in launch_keys() - own}
     options, rest = _split(argv, own)
     given |= options
     if not given:
-        return False
+        return None
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     arguments = []
@@ -51,11 +55,14 @@ def relaunch_if_asked(kind: str, argv: list[str], values: dict[str, Any], own: s
         elif value is not False and value is not None:
             arguments += [f"--{key}", str(value)]
     try:
-        parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", kind, *rest])
+        parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", *command, *rest])
     except SystemExit as error:
         raise InputError(f"accelerate launch refuses these options: {' '.join(arguments)}") from error
-    launch_command(parsed)
-    return True
+    try:
+        launch_command(parsed)
+    except subprocess.CalledProcessError as error:  # it has said what was wrong
+        return error.returncode
+    return 0
 
 
 def _split(argv: list[str], own: set[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,6 +1,6 @@
 """Before training: the checkpoint a run starts from, patched and saved, and the data it reads."""
 
-from dataclasses import asdict
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ from accelerate import PartialState
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig, checkpoint, section
-from crrelu_llm.patching.transform import patch_checkpoint, read_report
+from crrelu_llm.patching.transform import origin, patch_checkpoint, read_origin
 from crrelu_llm.training.arguments import Recipe
+
+logger = logging.getLogger("crrelu_llm")
 
 
 def starting_checkpoint(
@@ -18,27 +20,31 @@ def starting_checkpoint(
     """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
 
     Training starts from a path, not from a model in memory, so that everything that loads the model again (the DPO
-    reference above all) sees the same activation. A copy that is already there is used again.
+    reference above all) sees the same activation. A copy that was made from the same files in the same way is used
+    again. A model that is already patched to this activation is taken as it is, ε included.
 
     Raises:
-        InputError: The model is already patched to another activation, or `directory` holds something else.
+        InputError: The model is already patched to another activation or ε granularity, or `directory` holds another
+            copy.
     """
     source = checkpoint.resolve(model)
     if config is None and not checkpoint.is_gguf(source):
         return source
     found = section.read(checkpoint.load_config(source, **{key: value for key, value in loading.items() if value}))
     if config is not None and found is not None:
-        if found["activation"] == config.activation:
-            return source
-        raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")
-    wanted = {"model": model, "options": None if config is None else asdict(config)}
+        _check_same_patch(model, config, found)
+        return source
+    wanted = origin(model, config, dtype, loading.get("revision"))
     with PartialState().main_process_first():  # the others find it made
         if directory.is_dir() and any(directory.iterdir()):
-            if _made_for(directory) != wanted:
-                raise InputError(f"{directory} holds another patched checkpoint; choose another output_dir")
+            if read_origin(directory) != wanted:
+                raise InputError(
+                    f"{directory} holds another patched checkpoint (from another model or with other options); "
+                    "remove it or choose another output_dir"
+                )
         else:
             patch_checkpoint(model, config, directory, dtype, **loading)
-    return str(directory)
+    return str(directory.resolve())  # an adapter remembers it, wherever it is loaded from
 
 
 def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
@@ -70,9 +76,15 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     return train, test
 
 
-def _made_for(directory: Path) -> dict[str, Any] | None:
-    report = read_report(directory)
-    return None if report is None else {"model": report["model"], "options": report["options"]}
+def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:
+    if found["activation"] != config.activation:
+        raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")
+    if config.activation == "crrelu" and found["epsilon_per"] != config.epsilon_per:
+        raise InputError(
+            f"{model} is already patched with one epsilon per {found['epsilon_per']}; set epsilon_per to that, or "
+            "start from the original checkpoint"
+        )
+    logger.warning("%s is already patched to %s: it is trained as it is, ε included", model, config.activation)
 
 
 def _check_columns(kind: str, split: Any, name: str) -> None:

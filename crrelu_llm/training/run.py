@@ -1,13 +1,12 @@
 """One training run: patch, train, save, and run.json."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from crrelu_llm.environment import environment
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import write_json
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.memory import PeakMemory
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
@@ -59,6 +58,8 @@ def train_and_save(
         evaluate: Called with the trained trainer; what it returns is added to the record.
     """
     args = trainer.args
+    if trainer.accelerator.is_main_process:
+        (Path(args.output_dir) / RUN).unlink(missing_ok=True)
     start = epsilon_means(trainer.model)
     with PeakMemory() as memory:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -66,12 +67,15 @@ def train_and_save(
         trainer.save_model(args.output_dir)
     history = trainer.state.log_history
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
-    seconds = result.metrics["train_runtime"]
+    # After a resume the Trainer times and counts the rest only: no number is better than a wrong one.
+    resumed = bool(args.resume_from_checkpoint)
+    seconds = None if resumed else result.metrics["train_runtime"]
     record = {
         "kind": recipe.kind,
         "activation": recipe.activation.activation or "native",
         "seed": args.seed,
         "status": "done",
+        "resumed": resumed,
         "metrics": {key: value for key, value in history[-1].items() if isinstance(value, (int, float))},
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
@@ -91,19 +95,12 @@ def train_and_save(
     return record
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file beside `path` and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-
-
 def last_checkpoint(output_dir: Path) -> str | None:
-    """The newest `checkpoint-N` of a run, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    """The newest whole `checkpoint-N` of a run, or None: one that was being written at a kill does not count."""
+    # trainer_state.json is what the Trainer writes last.
+    whole = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdigit()]
+    return str(max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))) if numbered else None
 
 
 def _check_resumable(recipe: Recipe) -> None:
@@ -115,8 +112,8 @@ def _check_resumable(recipe: Recipe) -> None:
             raise InputError(f"resume_from_checkpoint: {args.output_dir} has no checkpoint to resume from")
     elif wanted.lower() == "false":
         args.resume_from_checkpoint = None
-    elif not Path(wanted).is_dir():
-        raise InputError(f"resume_from_checkpoint: no such directory: {wanted}")
+    elif not (Path(wanted) / "trainer_state.json").is_file():
+        raise InputError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint (no trainer_state.json)")
 
 
 def _how_to_go_on(output_dir: Path) -> str:

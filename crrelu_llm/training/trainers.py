@@ -123,7 +123,11 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     config: Any = get_peft_config(recipe.model)
     if config is None:
         return None
-    found = section.read(checkpoint.load_config(model))
+    found = section.read(
+        checkpoint.load_config(
+            model, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
+        )
+    )
     if found is not None and found["activation"] == "crrelu" and recipe.activation.epsilon_learning_rate > 0:
         paths = [site["path"] for site in found["sites"]]
         config.modules_to_save = [*(config.modules_to_save or []), *paths]

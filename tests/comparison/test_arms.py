@@ -41,12 +41,13 @@ def test_arms_are_distinct():
     [(["crrelu", "gelu", "native"], "gelu"), (["relu", "native"], "native"), (["silu", "crrelu"], "silu")],
 )
 def test_the_baseline_is_gelu_then_native_then_the_first(names, baseline):
-    assert arms.choose_baseline(arms.parse_arms(names), None) == baseline
+    assert arms.default_baseline(arms.parse_arms(names)) == baseline
 
 
 def test_a_baseline_must_be_an_arm():
     with pytest.raises(InputError, match="--baseline mish is none of the arms"):
-        arms.choose_baseline(arms.parse_arms(["gelu", "crrelu"]), "mish")
+        arms.check_baseline(arms.parse_arms(["gelu", "crrelu"]), "mish")
+    arms.check_baseline(arms.parse_arms(["gelu", "crrelu"]), "crrelu")
 
 
 def test_a_grid_is_every_combination():
@@ -64,6 +65,19 @@ def test_a_wrong_grid_is_refused(texts):
         arms.parse_grid(texts)
 
 
-def test_a_grid_over_the_patch_gets_checkpoints_of_its_own():
-    assert arms.is_patch_key("epsilon_init") and arms.is_patch_key("calibration_tokens")
-    assert not arms.is_patch_key("beta")
+@pytest.mark.parametrize("key", ["seed", "output_dir", "activation", "dataset_name", "dataset_train_split"])
+def test_a_grid_cannot_vary_what_a_comparison_shares(key):
+    with pytest.raises(InputError, match=f"--grid {key}=…"):
+        arms.check_grid([{key: "1"}], arms.parse_arms(["gelu"]))
+
+
+def test_a_grid_and_an_arm_cannot_set_the_same_key():
+    with pytest.raises(InputError, match="the arm crrelu:epsilon_init=1 sets this key too"):
+        arms.check_grid([{"epsilon_init": "2"}], arms.parse_arms(["gelu", "crrelu:epsilon_init=1"]))
+
+
+def test_values_may_hold_colons_and_slashes_but_lead_nowhere_else():
+    arm = arms.parse_arm("crrelu:calibration_data=builtin:docstrings:calibration=fit")
+    assert arm.options == (("calibration_data", "builtin:docstrings"), ("calibration", "fit"))
+    assert "/" not in arms.directory_name("crrelu:calibration_data=../../elsewhere")
+    assert "/" not in arms.grid_name({"calibration_data": "../a"})

@@ -115,7 +115,52 @@ def test_arms_and_seeds_can_be_added_later(sft, workshop):
     assert compare(workshop, "sft", directory, ["native", "relu"], seeds=("0",)) == 0
     report = read(directory)
     assert [arm["arm"] for arm in report["arms"]] == [*ARMS, "relu"]
-    assert [run["status"] for run in report["arms"][-1]["runs"]] == ["done", "failed"]  # seed 1 was not asked for
+    assert [(run["seed"], run["status"]) for run in report["arms"][-1]["runs"]] == [(0, "done")]
+    assert report["baseline"] == "native" and len(report["command"].splitlines()) == 2
+
+
+def test_a_later_call_keeps_the_baseline(sft, workshop):
+    directory = workshop.folder / "baseline"
+    shutil.copytree(sft, directory)
+    assert compare(workshop, "sft", directory, ["relu"], seeds=("0",)) == 0
+    report = read(directory)
+    assert report["baseline"] == "native"
+    assert {entry["baseline"] for entry in report["comparisons"]} == {"native"}
+    first = [entry for entry in read(sft)["comparisons"] if entry["unit"] == "item"]
+    kept = [entry for entry in report["comparisons"] if entry["unit"] == "item" and entry["candidate"] != "relu"]
+    assert [entry["difference"] for entry in kept] == [entry["difference"] for entry in first]
+
+
+def test_a_grid_over_the_patch_has_checkpoints_and_metrics_of_its_own(workshop):
+    directory = workshop.folder / "patch-grid"
+    options = ["--grid", "epsilon_init=0.01,5", "--discard_models"]
+    assert compare(workshop, "sft", directory, ["native", "crrelu"], *options, seeds=("0",)) == 0
+    native, crrelu = read(directory)["arms"]
+    assert len({run["before"]["loss"] for run in native["runs"]}) == 1
+    assert len({run["before"]["loss"] for run in crrelu["runs"]}) == 2
+    starts = [list(run["epsilon_start"].values()) for run in crrelu["runs"]]
+    assert starts == [pytest.approx([0.01, 0.01]), [5.0, 5.0]]
+
+
+def test_a_run_killed_while_it_saved_goes_on_from_the_last_whole_checkpoint(workshop):
+    directory = workshop.folder / "killed"
+    save = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert compare(workshop, "sft", directory, ["crrelu"], *save, seeds=("0",)) == 0
+    place = directory / "crrelu" / "seed-0"
+    whole = json.loads((place / "run.json").read_text())
+    (place / "run.json").unlink()
+    (place / "checkpoint-2" / "trainer_state.json").unlink()  # written last: the kill came before
+    assert compare(workshop, "sft", directory, ["crrelu"], *save, seeds=("0",)) == 0
+    again = json.loads((place / "run.json").read_text())
+    assert again["metrics"] == whole["metrics"] and again["epsilon"] == whole["epsilon"]
+    assert again["resumed"] and again["train_seconds"] is None and not whole["resumed"]
+
+
+def test_secrets_are_not_published(workshop):
+    directory = workshop.folder / "secret"
+    assert compare(workshop, "sft", directory, ["native"], "--hub_token", "hunter2", seeds=("0",)) == 0
+    texts = [path.read_text() for pattern in ("*.json", "*.md", "*.html") for path in directory.rglob(pattern)]
+    assert texts and not any("hunter2" in text for text in texts)
 
 
 def test_another_recipe_is_refused_and_nothing_is_lost(sft, workshop, capsys):
@@ -188,7 +233,9 @@ def test_one_failing_run_does_not_take_the_others_with_it(workshop, monkeypatch,
     "change, wrong",
     [
         (["--arms", "gelu", "crelu"], "unknown activation"),
-        (["--seeds", "0", "0"], "each seed once"),
+        (["--seeds", "0", "0"], "each once"),
+        (["--seeds", "-1"], "from 0 up"),
+        (["--grid", "seed=1,2"], "--grid seed"),
         (["--grid", "beta"], "--grid"),
         (["--grid", "betta=1,2"], "betta"),
         (["--baseline", "mish"], "--baseline"),

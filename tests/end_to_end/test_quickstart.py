@@ -22,7 +22,7 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
         time.sleep(0.2)
     assert first.is_file(), "the first run never finished"
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "Traceback" not in error
     assert "run the same command again to go on" in error.splitlines()[-1]
     stamp = first.stat().st_mtime_ns

@@ -28,7 +28,7 @@ def test_the_checkpoint_is_the_model_patched_in_memory(tiny_checkpoint, tmp_path
 
 def test_files(tiny_checkpoint, tmp_path):
     report = patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out")
-    names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json"}
+    names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json", "patch_origin.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((tmp_path / "out/patch_report.json").read_text()) == report == read_report(tmp_path / "out")

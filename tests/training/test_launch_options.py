@@ -50,11 +50,11 @@ def test_launch_options_go_to_accelerate_and_the_rest_to_the_recipe(workshop, la
 def test_a_launched_process_does_not_launch_again(workshop, launched, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     argv = workshop.argv("sft", "inner", num_processes=4)
-    assert not launch.relaunch_if_asked("sft", argv, {"num_processes": 4}, set())
+    assert launch.relaunch_if_asked(["sft"], argv, {"num_processes": 4}, set()) is None
     assert parse("sft", argv).values["num_processes"] == 4
 
 
 def test_an_unknown_accelerate_config_is_one_line(workshop, launched):
     with pytest.raises(InputError, match="accelerate_config 'fsdp3' is neither a file nor one of ddp, fsdp2"):
-        launch.relaunch_if_asked("sft", ["--accelerate_config", "fsdp3"], {}, set())
+        launch.relaunch_if_asked(["sft"], ["--accelerate_config", "fsdp3"], {}, set())
     assert not launched

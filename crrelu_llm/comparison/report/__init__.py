@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.comparison.report.contents import plain
 from crrelu_llm.comparison.report.render import render_html, render_markdown
 from crrelu_llm.comparison.report.verdict import verdict_sentence
+from crrelu_llm.files import plain
 
 __all__ = ["verdict_sentence", "write_report"]
 

@@ -1,26 +1,9 @@
 """Reads the report's dict: plain values, the arms, their runs and grid values, and what the headline is."""
 
-import math
-import numbers
 from typing import Any
 
 Report = dict[str, Any]
 Grid = dict[str, Any]
-
-
-def plain(value: Any) -> Any:
-    """Copies a report into plain JSON values; numbers that are not finite become None, as JSON has none."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
 
 
 def grids(report: Report) -> list[Grid]:
@@ -77,4 +60,6 @@ def describe(report: Report, metric: str) -> dict[str, Any]:
 
 def items_word(report: Report) -> str:
     """What an evaluation item is called."""
-    return "preference pairs" if report.get("trainer") == "dpo" else "documents"
+    if report.get("trainer") == "dpo":
+        return "preference pairs"
+    return "blocks of text" if (report.get("recipe") or {}).get("eval_packing") else "documents"

@@ -1,5 +1,6 @@
 """The report's tables as rows of cells, rendered alike to HTML and to Markdown."""
 
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,9 @@ def results(report: Report) -> Table:
                 continue
             row = [Cell(arm["arm"], arm=arm["arm"]), *([Cell(text.grid_label(grid))] if gridded else [])]
             row.append(Cell(f"{len(done)} of {len(planned)}"))
-            row += [Cell(text.number((arm.get("before") or {}).get(m), described[m]["format"])) for m in before]
+            # A grid may change the patch, so a run's own numbers come first.
+            swapped = next((run["before"] for run in planned if run.get("before")), arm.get("before") or {})
+            row += [Cell(text.number(swapped.get(m), described[m]["format"])) for m in before]
             for metric, description in described.items():
                 values = [(run.get("metrics") or {}).get(metric) for run in done]
                 row.append(Cell(text.spread(values, description["format"])))
@@ -109,17 +112,20 @@ def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[s
 
 def swaps(report: Report) -> Table:
     """What the patch did to each arm before any training; no rows where no arm has a patch report."""
-    columns = ["arm", "original", "sites", "left alone", "perplexity unpatched", "plain swap", "as trained from"]
-    table = Table(columns, words=2)
+    columns = ["arm", "original", "calibration", "sites", "left alone", "relative error"]
+    table = Table(columns, words=3)
     for arm in report.get("arms", []):
         patch = arm.get("patch")
         if not patch:
             continue
-        sites, perplexity = patch.get("sites") or [], patch.get("perplexity") or {}
+        sites, options = patch.get("sites") or [], patch.get("options") or {}
         originals = sorted({str(site.get("original")) for site in sites})
         row = [Cell(arm["arm"], arm=arm["arm"]), Cell(", ".join(originals) or text.MISSING)]
+        errors = [site["relative_error"] for site in sites if site.get("relative_error") is not None]
+        calibrated = arm.get("activation") == "crrelu" and options.get("calibration", "none") != "none"
+        row += [Cell(f"{options['calibration']}, per {patch.get('epsilon_per')}" if calibrated else "none")]
         row += [Cell(str(len(sites))), Cell(str(len(patch.get("skipped") or [])))]
-        row += [Cell(text.number(perplexity.get(key), "{:.2f}")) for key in ("before", "after_naive", "after")]
+        row += [Cell(text.number(statistics.fmean(errors) if errors else None, "{:.3f}"))]
         table.rows.append(row)
     return table
 
