@@ -37,7 +37,7 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
     before = {arm["arm"]: arm["before"]["perplexity"] for arm in report["arms"]}
     # What the project is about, measured: the plain swap destroys the model, fitting ε repairs most of it,
     # and training recovers the rest.
-    assert before["crrelu"] > 3 * before["native"]
+    assert before["crrelu"] > 2 * before["native"]
     assert before["crrelu:calibration=fit"] < before["crrelu"] / 2
     assert all(after < before[arm] for arm, after in runs.items())
     page = (directory / "report.html").read_text()
