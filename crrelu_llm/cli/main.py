@@ -80,6 +80,7 @@ def _silence_libraries() -> None:
     # Said at every import on a machine without a GPU: an optional kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL itself sets the options that transformers has renamed.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated")
 
 
