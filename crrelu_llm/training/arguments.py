@@ -14,6 +14,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
 from crrelu_llm.training.launch import launch_keys
 
+_NO_MODEL = "model_name_or_path is missing: a hub name, a directory or a .gguf file"
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
@@ -108,6 +109,9 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     where = f"{path}: " if path else ""
     if path:
         _check_keys(parser, values, where)
+    if not values.get("model_name_or_path") and not any(a.startswith("--model_name_or_path") for a in argv):
+        _check_options(parser, argv)
+        raise InputError(f"{where}{_NO_MODEL}")
     try:
         # Every key has been checked: what the parser does not know are options of `accelerate launch`.
         script, training, model, mixture, activation = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
@@ -205,7 +209,10 @@ def _name_the_option(error: InputError) -> str:
 
 def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, activation: Any, where: str) -> None:
     if not model.model_name_or_path:
-        raise InputError(f"{where}model_name_or_path is missing: a hub name, a directory or a .gguf file")
+        raise InputError(f"{where}{_NO_MODEL}")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, key) < 1:
+            raise InputError(f"{where}{key} must be 1 or more, not {getattr(training, key)}")
     if not script.dataset_name and not mixture.datasets:
         raise InputError(
             f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings"

@@ -208,3 +208,14 @@ def test_the_command_prints_one_line_and_exits_with_2(folder):
     assert done.stdout == ""
     assert done.stderr == 'crrelu sft: r.yaml: epsilon_per must be "layer" or "channel", not "neuron"\n'
     assert [entry.name for entry in folder.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_of_nothing_is_refused(workshop, key):
+    with pytest.raises(InputError, match=f"{key} must be 1 or more, not 0"):
+        parse("sft", workshop.argv("sft", "unused", **{key: 0}))
+
+
+def test_a_missing_model_is_named_before_anything_else():
+    with pytest.raises(InputError, match="^model_name_or_path is missing"):
+        parse("sft", ["--max_steps", "3"])  # without use_cpu, a CPU would refuse bf16 first
