@@ -86,7 +86,12 @@ def activation_names() -> list[str]:
 
 
 def patch(
-    model: PreTrainedModel, activation: str | PatchConfig = "crrelu", *, tokenizer: Any = None, **options: Any
+    model: PreTrainedModel,
+    activation: str | PatchConfig = "crrelu",
+    *,
+    tokenizer: Any = None,
+    blocks: torch.Tensor | None = None,
+    **options: Any,
 ) -> PatchReport:
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
 
@@ -97,6 +102,7 @@ def patch(
         model: A Hugging Face causal LM (before any adapter is added).
         activation: The target's name, or a whole `PatchConfig`.
         tokenizer: Needed by `calibration="fit"` only.
+        blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
         **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
 
     Returns:
@@ -119,7 +125,7 @@ def patch(
     if section.read(model.config) is not None:
         raise InputError("the model is already patched: call crrelu_llm.unpatch(model) first")
     sites, left_alone = survey(model)
-    fits = _calibrate(model, sites, config, tokenizer)
+    fits = _calibrate(model, sites, config, tokenizer, blocks)
     keys = section.mlp_config_keys(model, sites)
     originals = {site.path: model.get_submodule(site.path) for site in sites}
     for site in sites:
@@ -195,14 +201,19 @@ def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module 
     setattr(owner, attribute, module)
 
 
-def _calibrate(model: nn.Module, sites: list[Site], config: PatchConfig, tokenizer: Any) -> dict:
+def _calibrate(
+    model: PreTrainedModel, sites: list[Site], config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None
+) -> dict[str, Any]:
     if not config.calibrates:
         return {}
-    if tokenizer is None:
-        raise InputError(f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)')
     from crrelu_llm.patching.calibrate import calibration_blocks, fit_epsilon
 
-    blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
+    if blocks is None:
+        if tokenizer is None:
+            raise InputError(
+                f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)'
+            )
+        blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
     return fit_epsilon(model, sites, blocks, config.epsilon_per)
 
 

@@ -12,6 +12,7 @@ import torch
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching.calibrate import calibration_blocks
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
 REPORT = "patch_report.json"
@@ -51,6 +52,10 @@ def patch_checkpoint(
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     options = {key: value for key, value in loading.items() if value}
     tokenizer = checkpoint.load_tokenizer(model, **options)
+    blocks = None
+    if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
+        about = checkpoint.load_config(model, **options)
+        blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     measured = None
@@ -64,7 +69,7 @@ def patch_checkpoint(
                 patch(loaded, replace(config, calibration="none"))
                 measured["after_naive"] = perplexity(loaded, tokenizer)
                 unpatch(loaded)
-        done = patch(loaded, config, tokenizer=tokenizer)
+        done = patch(loaded, config, blocks=blocks)
         if measured is not None:
             measured |= {"after": perplexity(loaded, tokenizer), **(perplexity_of or {})}  # type: ignore[misc]
         report |= {

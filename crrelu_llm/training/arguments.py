@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from crrelu_llm.errors import InputError
@@ -217,6 +218,10 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         raise InputError(
             f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings"
         )
+    for name in training.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise InputError(f"{where}report_to: unknown tracker {name!r}; choose from {known}")
     activation.patch_config(where)
     if training.output_dir and Path(training.output_dir).is_file():
         raise InputError(f"{where}output_dir {training.output_dir} is a file")

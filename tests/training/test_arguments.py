@@ -217,5 +217,10 @@ def test_a_batch_of_nothing_is_refused(workshop, key):
 
 
 def test_a_missing_model_is_named_before_anything_else():
-    with pytest.raises(InputError, match="^model_name_or_path is missing"):
+    with pytest.raises(InputError, match=r"^model_name_or_path is missing"):
         parse("sft", ["--max_steps", "3"])  # without use_cpu, a CPU would refuse bf16 first
+
+
+def test_an_unknown_tracker_is_refused(workshop):
+    with pytest.raises(InputError, match="report_to: unknown tracker 'nothere'"):
+        parse("sft", workshop.argv("sft", "unused", report_to=["nothere"]))
