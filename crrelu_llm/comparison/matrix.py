@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import shutil
 import signal
 import sys
@@ -197,6 +198,7 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
 def _check_everything(comparison: Comparison) -> Recipe:
     """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
     base = parse(comparison.kind, comparison.argv)
+    _refuse_sharding(base)
     check_grid(comparison.points, comparison.arms)
     for point in comparison.points:
         for arm in comparison.arms:
@@ -210,6 +212,13 @@ def _check_everything(comparison: Comparison) -> Recipe:
         raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")
     find_sites(skeleton)
     return base
+
+
+def _refuse_sharding(recipe: Recipe) -> None:
+    launched = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if launched or recipe.training.fsdp or recipe.training.deepspeed:
+        # The metrics before training are taken from a model that is not sharded yet.
+        raise InputError("crrelu compare runs in one process or with DDP; not yet with FSDP or DeepSpeed")
 
 
 def _claim(comparison: Comparison, recipe: Recipe) -> None:

@@ -156,6 +156,13 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_last_whole_checkpoint(work
     assert again["resumed"] and again["train_seconds"] is None and not whole["resumed"]
 
 
+def test_sharded_comparisons_are_refused(workshop, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert compare(workshop, "sft", workshop.folder / "sharded", ["native"]) == 2
+    assert "not yet with FSDP or DeepSpeed" in capsys.readouterr().err
+    assert not (workshop.folder / "sharded").exists()
+
+
 def test_secrets_are_not_published(workshop):
     directory = workshop.folder / "secret"
     assert compare(workshop, "sft", directory, ["native"], "--hub_token", "hunter2", seeds=("0",)) == 0
