@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        write(comparison.output_dir)
+        print(write(comparison.output_dir))
         if failed:
             print(f"crrelu compare: {failed}", file=sys.stderr)
     return 1 if failed else 0
@@ -86,12 +86,11 @@ def _launched(argv: list[str], config: str) -> int | None:
     return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
 
-def write(output_dir: Path) -> None:
-    """Builds the report of a comparison from its files, writes it, and prints its verdict."""
+def write(output_dir: Path) -> str:
+    """Builds the report of a comparison from its files and writes it; returns its verdict and where it is."""
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.comparison.results import build_report
 
     report = build_report(output_dir)
     write_report(report, output_dir)
-    print(report["verdict"])
-    print(f"report: {output_dir / 'report.html'}")
+    return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"

@@ -1,6 +1,5 @@
 """`crrelu report`: rebuilds the report of a comparison from what is on disk."""
 
-import json
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
@@ -19,13 +18,6 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.cli.compare import write
 
     directory = Path(args.directory)
-    if args.json:
-        from crrelu_llm.comparison.report import write_report
-        from crrelu_llm.comparison.results import build_report
-
-        report = build_report(directory)
-        write_report(report, directory)
-        print(json.dumps(report, indent=1, default=str))
-    else:
-        write(directory)
+    verdict = write(directory)
+    print((directory / "report.json").read_text() if args.json else verdict)
     return 0

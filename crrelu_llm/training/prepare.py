@@ -72,7 +72,7 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
         evaluated = always_test or recipe.training.eval_strategy != "no"
         test = get_split(data, script.dataset_test_split, name) if evaluated else None
     for split in (train, test):
-        _check_columns(recipe.kind, split, name)
+        _check_columns(recipe, split, name)
     return train, test
 
 
@@ -87,16 +87,20 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
     logger.warning("%s is already patched to %s: it is trained as it is, ε included", model, config.activation)
 
 
-def _check_columns(kind: str, split: Any, name: str) -> None:
+def _check_columns(recipe: Recipe, split: Any, name: str) -> None:
     columns = None if split is None else split.column_names
     if columns is None:  # not evaluated, or a stream that does not know its columns
         return
-    if kind == "dpo":
+    if recipe.kind == "dpo":
         if not {"chosen", "rejected"} <= set(columns):
             raise InputError(
                 f"{name}: DPO needs the columns chosen and rejected (and prompt), not {', '.join(columns)}"
             )
-    elif not ({"messages", "text", "input_ids"} & set(columns) or {"prompt", "completion"} <= set(columns)):
+        return
+    text = recipe.training.dataset_text_field
+    if not (
+        {"messages", "conversations", "input_ids", text} & set(columns) or {"prompt", "completion"} <= set(columns)
+    ):
         raise InputError(
-            f"{name}: SFT needs a column messages or text, or prompt and completion, not {', '.join(columns)}"
+            f"{name}: SFT needs a column messages or {text}, or prompt and completion, not {', '.join(columns)}"
         )

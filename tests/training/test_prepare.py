@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from runs import sft_rows
 from safetensors.torch import load_file, save_file
 
 from crrelu_llm.errors import InputError
@@ -56,3 +57,12 @@ def test_a_patched_model_is_taken_as_it_is_or_refused(source, tmp_path):
 def test_an_unpatched_model_needs_no_copy(source, tmp_path):
     assert starting_checkpoint(source, None, tmp_path / "out") == source
     assert not (tmp_path / "out").exists()
+
+
+def test_sft_reads_the_text_column_that_the_recipe_names(workshop):
+    rows = [{"chosen": row["text"], "rejected": "no"} for row in sft_rows()]
+    data = workshop.data("sft", train=rows, test=rows)
+    record = workshop.run("sft", "named", dataset_name=data, dataset_text_field="chosen")
+    assert record["steps"] == 3
+    with pytest.raises(InputError, match=r"SFT needs a column messages or text, .*, not chosen, rejected"):
+        workshop.run("sft", "unnamed", dataset_name=data)
