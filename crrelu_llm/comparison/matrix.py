@@ -29,6 +29,7 @@ from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 SETTINGS = "comparison.json"
 BEFORE = "before.json"
+_SETTINGS_KEYS = {"identity", "kind", "commands", "created", "baseline", "arms", "seeds", "asked", "points", "data"}
 
 
 @dataclass
@@ -293,9 +294,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{directory} holds no comparison (no {SETTINGS}); choose a new or empty directory")
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); remove it to begin the comparison anew") from error
+    if not isinstance(settings, dict) or not _SETTINGS_KEYS <= settings.keys():
+        raise InputError(f"{path} is not one that this version of crrelu_llm wrote; choose another directory")
+    return settings
 
 
 def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:

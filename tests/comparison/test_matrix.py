@@ -156,6 +156,14 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_last_whole_checkpoint(work
     assert again["resumed"] and again["train_seconds"] is None and not whole["resumed"]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "sft"}'])
+def test_damaged_settings_are_one_line(tmp_path, capsys, content):
+    (tmp_path / "comparison.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "comparison.json" in error and error.count("\n") == 0
+
+
 def test_sharded_comparisons_are_refused(workshop, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert compare(workshop, "sft", workshop.folder / "sharded", ["native"]) == 2
