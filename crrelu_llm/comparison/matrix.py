@@ -297,7 +297,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); remove it to begin the comparison anew") from error
-    if not isinstance(settings, dict) or not _SETTINGS_KEYS <= settings.keys():
+    if not isinstance(settings, dict) or not settings.keys() >= _SETTINGS_KEYS:
         raise InputError(f"{path} is not one that this version of crrelu_llm wrote; choose another directory")
     return settings
 
