@@ -80,7 +80,7 @@ def _perplexity(measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | No
         raise InputError(f"--perplexity_tokens must be 2 or more, not {tokens}")
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
-    from crrelu_llm.patching.calibrate import block_size
+    from crrelu_llm.patching.calibration.text import block_size
 
     blocks: list[Any] = []  # read once, when the tokenizer is known
 

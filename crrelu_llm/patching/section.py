@@ -47,7 +47,9 @@ def read(config: Any) -> dict[str, Any] | None:
     return section
 
 
-def write(config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: dict[str, str]) -> None:
+def write(
+    config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: dict[str, str], weights_changed: bool = False
+) -> None:
     """Adds the section to a config, and sets the family's own activation keys to the new activation."""
     config.crrelu = {
         "version": VERSION,
@@ -55,6 +57,7 @@ def write(config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: d
         "epsilon_per": patch_config.epsilon_per,
         "epsilon_init": patch_config.epsilon_init,
         "config_keys": keys,
+        "weights_changed": weights_changed,
         "sites": [
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
             for site in sites

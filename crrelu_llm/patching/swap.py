@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,9 @@ from crrelu_llm.patching.sites import LeftAlone, Site, survey
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CALIBRATIONS = ("none", "fit")
+    from crrelu_llm.patching.calibration import Calibrated
+
+CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
 EPSILON_PER = ("layer", "channel")
 
 
@@ -29,7 +31,10 @@ class PatchConfig:
         activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
         epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
         epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
-        calibration: `"none"`, or `"fit"`: ε by weighted least squares against the original activation.
+        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`; `"fit"`: ε by
+            weighted least squares against the original activation; `"refit"`: also two factors a channel, folded into
+            the weights, and the following projection by ridge regression; `"reconstruct"`: then a short training of
+            each MLP toward the original MLP's output.
         calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens: How many tokens of it to use.
     """
@@ -58,7 +63,7 @@ class PatchConfig:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
-        return self.calibration != "none" and self.activation == "crrelu"
+        return self.calibration in ("refit", "reconstruct") or (self.calibration == "fit" and self.activation == "crrelu")
 
 
 @dataclass
@@ -66,9 +71,10 @@ class PatchReport:
     """What a patch did: one entry a site, and the activations that it left alone.
 
     Attributes:
-        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error}` each. `relative_error` is
-            the root mean square of (new − original) over that of the original, at the MLP's product where it is
-            gated; None where no calibration text was read.
+        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error}` each, and where text was
+            read `relative_error_naive`, `kept` and `note`. `relative_error` is the root mean square of (new −
+            original) over that of the original, given the same input, at the MLP's output on tokens that the weights
+            were not fitted to (`fit`: at its product, on all tokens); None where no calibration text was read.
         skipped: `{path, reason}` each.
     """
 
@@ -101,7 +107,7 @@ def patch(
     Args:
         model: A Hugging Face causal LM (before any adapter is added).
         activation: The target's name, or a whole `PatchConfig`.
-        tokenizer: Needed by `calibration="fit"` only.
+        tokenizer: Needed to calibrate, where no `blocks` are given.
         blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
         **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
 
@@ -125,18 +131,33 @@ def patch(
     if section.read(model.config) is not None:
         raise InputError("the model is already patched: call crrelu_llm.unpatch(model) first")
     sites, left_alone = survey(model)
-    fits = _calibrate(model, sites, config, tokenizer, blocks)
+    if config.calibrates:
+        blocks = _calibration_text(model, config, tokenizer, blocks)
     keys = section.mlp_config_keys(model, sites)
     originals = {site.path: model.get_submodule(site.path) for site in sites}
-    for site in sites:
-        module = build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
-        if isinstance(module, CRReLU) and fits:
-            with torch.no_grad():
-                module.epsilon.copy_(fits[site.path].epsilon)
+
+    def build(site: Site) -> nn.Module:
+        return build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
+
+    def swap(site: Site, module: nn.Module) -> None:
         swap_in(model, site.path, module, originals[site.path])
-    section.write(model.config, config, sites, keys)
+
+    done: dict[str, Calibrated] = {}
+    if config.calibrates:
+        from crrelu_llm.patching.calibration import calibrate
+
+        try:
+            done = calibrate(model, sites, blocks, config, build, swap)
+        except BaseException:
+            for site in sites:
+                swap_in(model, site.path, originals[site.path], None)
+            raise
+    else:
+        for site in sites:
+            swap(site, build(site))
+    section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
     _keep_epsilon_in_float32(model, sites)
-    return _report(model, config, sites, left_alone, fits)
+    return _report(model, config, sites, left_alone, done)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -201,20 +222,16 @@ def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module 
     setattr(owner, attribute, module)
 
 
-def _calibrate(
-    model: PreTrainedModel, sites: list[Site], config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None
-) -> dict[str, Any]:
-    if not config.calibrates:
-        return {}
-    from crrelu_llm.patching.calibrate import calibration_blocks, fit_epsilon
+def _calibration_text(
+    model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None
+) -> torch.Tensor:
+    from crrelu_llm.patching.calibration.text import calibration_blocks
 
-    if blocks is None:
-        if tokenizer is None:
-            raise InputError(
-                f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)'
-            )
-        blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
-    return fit_epsilon(model, sites, blocks, config.epsilon_per)
+    if blocks is not None:
+        return blocks
+    if tokenizer is None:
+        raise InputError(f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)')
+    return calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
 
 
 def _keep_epsilon_in_float32(model: PreTrainedModel, sites: list[Site]) -> None:
@@ -223,21 +240,26 @@ def _keep_epsilon_in_float32(model: PreTrainedModel, sites: list[Site]) -> None:
 
 
 def _report(
-    model: PreTrainedModel, config: PatchConfig, sites: list[Site], left_alone: list[LeftAlone], fits: dict
+    model: PreTrainedModel,
+    config: PatchConfig,
+    sites: list[Site],
+    left_alone: list[LeftAlone],
+    done: dict[str, Calibrated],
 ) -> PatchReport:
     report = PatchReport(model.config.model_type, copy.copy(config))
     for site in sites:
         module = model.get_submodule(site.path)
-        epsilon = module.epsilon.mean().item() if isinstance(module, CRReLU) else None
-        report.sites.append(
-            {
-                "path": site.path,
-                "original": site.original,
-                "num_channels": site.num_channels,
-                "epsilon_mean": epsilon,
-                "scale_mean": 1.0,
-                "relative_error": fits[site.path].relative_error if fits else None,
-            }
-        )
+        entry = {
+            "path": site.path,
+            "original": site.original,
+            "num_channels": site.num_channels,
+            "epsilon_mean": module.epsilon.mean().item() if isinstance(module, CRReLU) else None,
+            "scale_mean": 1.0,
+            "relative_error": None,
+        }
+        if site.path in done:
+            entry |= asdict(done[site.path])
+            entry.pop("changed_weights")
+        report.sites.append(entry)
     report.skipped = [{"path": item.path, "reason": f"{item.activation}: {item.reason}"} for item in left_alone]
     return report

@@ -12,7 +12,7 @@ import torch
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import checkpoint, section
-from crrelu_llm.patching.calibrate import calibration_blocks
+from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
 REPORT = "patch_report.json"

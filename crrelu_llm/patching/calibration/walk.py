@@ -1,0 +1,181 @@
+"""Runs a model over calibration text one layer at a time, each layer on what the patched layers before it give."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from crrelu_llm.patching.sites import Site
+
+_PROBE_TOKENS = 48
+
+
+@dataclass
+class Layer:
+    """A part of the model that runs as a whole, and the sites in it."""
+
+    path: str
+    sites: list[Site]
+
+
+class Walk:
+    """Iterates over the layers of a model; only one layer's outputs are kept at a time.
+
+    For each layer the caller may `run` it (hooks see its inputs), change it, and go on: the next layer then sees the
+    changed one's outputs. What the model does outside its layers (embeddings, masks, rotary angles) is done by its
+    own forward: the layers before the current one only hand the stored outputs through.
+
+    Where a model does not work so (its layers share modules, run several times, or pass tensors around the next
+    layer), which is found out on a few tokens beforehand, every `run` goes through the whole model instead: the same
+    result, but with a time that grows with the square of the depth.
+
+    Args:
+        model: A causal LM in evaluation mode.
+        sites: Its sites.
+        blocks: Token ids, `(blocks, tokens)`, int64.
+        batch_size: Blocks in a forward pass.
+        progress: Called after each forward pass.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor, batch_size: int = 4):
+        self.backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self.batches = list(blocks.to(self.device).split(batch_size))
+        self.layers = self._in_order(_layers(model, sites))
+        self.stepwise = self._hands_through()
+        self._stream: list[Any] = [None] * len(self.batches)
+        self._current = 0
+
+    def __iter__(self) -> Iterator[Layer]:
+        for index, layer in enumerate(self.layers):
+            self._current = index
+            yield layer
+            if self.stepwise and index + 1 < len(self.layers):
+                self._advance()
+
+    def run(self) -> None:
+        """Runs the current layer on all of the text, as it is now."""
+        for index, batch in enumerate(self.batches):
+            self._forward(batch, self._stream[index], lambda output: None)
+
+    def _advance(self) -> None:
+        for index, batch in enumerate(self.batches):
+            self._forward(batch, self._stream[index], lambda output, index=index: self._store(index, output))
+
+    def _store(self, index: int, output: Any) -> None:
+        self._stream[index] = output
+
+    def _forward(self, batch: Tensor, stream: Any, keep: Callable[[Any], None]) -> None:
+        if not self.stepwise:
+            self._call(batch)
+            return
+        layer = self.model.get_submodule(self.layers[self._current].path)
+
+        def stop(module: Any, args: Any, output: Any) -> None:
+            keep(output)
+            raise _Reached
+
+        before = [self.model.get_submodule(done.path) for done in self.layers[: self._current]]
+        hook = layer.register_forward_hook(stop)
+        try:
+            with _handing_through(before, stream), contextlib.suppress(_Reached):
+                self._call(batch)
+        finally:
+            hook.remove()
+
+    def _call(self, batch: Tensor) -> None:
+        with torch.no_grad():
+            self.backbone(input_ids=batch, use_cache=False)
+
+    def _in_order(self, layers: list[Layer]) -> list[Layer]:
+        """Layers in the order in which they first run."""
+        seen: list[str] = []
+        hooks = [
+            self.model.get_submodule(layer.path).register_forward_pre_hook(lambda *_, path=layer.path: seen.append(path))
+            for layer in layers
+        ]
+        try:
+            self._call(self.batches[0][:1, :_PROBE_TOKENS])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._calls = seen
+        return sorted(layers, key=lambda layer: seen.index(layer.path) if layer.path in seen else len(seen))
+
+    def _hands_through(self) -> bool:
+        """Whether every layer gives the same output when those before it only hand their outputs through."""
+        owners = [id(self.model.get_submodule(site.owner)) for layer in self.layers for site in layer.sites]
+        if sorted(self._calls) != sorted(layer.path for layer in self.layers) or len(set(owners)) < len(owners):
+            return False
+        probe = self.batches[0][:1, :_PROBE_TOKENS]
+        outputs: list[Any] = []
+        hooks = [
+            self.model.get_submodule(layer.path).register_forward_hook(lambda m, a, o: outputs.append(_copied(o)))
+            for layer in self.layers
+        ]
+        try:
+            self._call(probe)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.stepwise = True
+        for index in range(1, len(self.layers)):
+            self._current = index
+            found: list[Any] = []
+            try:
+                self._forward(probe, outputs[index - 1], lambda output, found=found: found.append(_copied(output)))
+            except Exception:  # the model cannot run so: whatever it misses, the other way is right
+                return False
+            if not found or not _same(found[0], outputs[index]):
+                return False
+        return True
+
+
+class _Reached(Exception):
+    """The layer has run: the rest of the forward pass is not needed."""
+
+
+def _layers(model: nn.Module, sites: list[Site]) -> list[Layer]:
+    grouped: dict[str, list[Site]] = {}
+    for site in sites:
+        grouped.setdefault(_layer_path(site.path), []).append(site)
+    return [Layer(path, found) for path, found in grouped.items()]
+
+
+def _layer_path(path: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.act_fn`."""
+    components = path.split(".")
+    index = next((i for i, component in enumerate(components) if component.isdigit()), len(components) - 2)
+    return ".".join(components[: index + 1])
+
+
+@contextlib.contextmanager
+def _handing_through(modules: list[nn.Module], output: Any) -> Iterator[None]:
+    """Makes modules return `output` whatever they are given."""
+    held = [module.__dict__.get("forward") for module in modules]  # device_map sets one on the instance
+    for module in modules:
+        module.__dict__["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, held, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _copied(output: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), output)
+
+
+def _same(first: Any, second: Any) -> bool:
+    ours, theirs = tree_flatten(first)[0], tree_flatten(second)[0]
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else True for a, b in zip(ours, theirs, strict=True)
+    )
