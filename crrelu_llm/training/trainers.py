@@ -14,6 +14,7 @@ from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
+from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 
 
@@ -65,7 +66,7 @@ class EpsilonMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class SFT(EpsilonMixin, SFTTrainer):
+class SFT(DistillationMixin, EpsilonMixin, SFTTrainer):
     """TRL's SFTTrainer with a learnable ε."""
 
 
@@ -97,6 +98,9 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
                 peft_config=_peft_config(recipe, model),
                 activation_args=recipe.activation,
             )
+            if recipe.kind == "sft" and recipe.activation.distill_weight:
+                teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
+                trainer.learn_from(teacher, recipe.activation.distill_weight)
         except InputError:
             raise
         except (ValueError, TypeError, KeyError) as error:

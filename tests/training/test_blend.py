@@ -166,8 +166,6 @@ class TestReference:
     )
     def test_the_first_loss_is_ln_2(self, workshop, options, precompute):
         options = options | {"precompute_ref_log_probs": precompute}
-        # The same weights without a blend first: what TRL caches for them must not be taken.
-        workshop.run("dpo", "plain", **options, max_steps=1)
         record = workshop.run("dpo", "run", **options, **BLEND)
         assert losses(record)[0] == pytest.approx(LN2, abs=1e-6)
         assert losses(record)[-1] != pytest.approx(LN2, abs=1e-4)
@@ -190,6 +188,14 @@ class TestReference:
             torch.testing.assert_close(*reference(), atol=1e-5, rtol=1e-6)
             if trainer.state.global_step == 0:
                 train_and_save(trainer, recipe)
+
+    def test_arms_with_the_same_weights_do_not_share_what_trl_caches(self, workshop):
+        arms = ({"activation": "gelu"}, {"activation": "relu"}, {"activation": "relu"} | BLEND)
+        keys = set()
+        for number, arm in enumerate(arms):
+            _, trainer = workshop.trainer("dpo", str(number), **arm, precompute_ref_log_probs=True)
+            keys.add(trainer._precompute_model_hash)
+        assert len(keys) == 3
 
     def test_computed_in_advance_or_not_is_the_same(self, workshop):
         options = LORA | BLEND
