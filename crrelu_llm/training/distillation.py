@@ -34,17 +34,10 @@ class DistillationMixin:
     _weight: float = 0.0
 
     def learn_from(self, teacher: Any, weight: float) -> None:
-        """Sets the teacher: a causal LM of the student's architecture, frozen here, on the student's device.
-
-        Raises:
-            InputError: The LM head has an adapter, which the loss would not see.
-        """
-        student = _base(self.model)
-        if hasattr(student.get_output_embeddings(), "base_layer"):
-            raise InputError("distill_weight: the LM head must have no adapter; take it out of lora_target_modules")
+        """Sets the teacher: a causal LM of the student's architecture, on its device; it is frozen here."""
         self.teacher, self._weight = teacher.eval().requires_grad_(False), weight
         self._seen = _LastHiddenState()
-        student.base_model.register_forward_hook(self._seen)
+        _base(self.model).base_model.register_forward_hook(self._seen)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None

@@ -18,6 +18,7 @@ from crrelu_llm.patching.transform import ORIGIN, patch_checkpoint
 from crrelu_llm.training.run import train_and_save
 
 TURNS = [{"role": "user", "content": "Which tree?"}, {"role": "assistant", "content": "the red one"}]
+CHAT = [{"prompt": TURNS[:1], "completion": TURNS[1:]}] * 4
 
 
 @pytest.fixture
@@ -49,11 +50,11 @@ def gradients(model):
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [{}, LORA | {"lora_dropout": 0.0}], ids=["full", "lora"])
 @pytest.mark.parametrize("data", ["text", "chat"])
 def test_loss_and_gradient_are_those_computed_by_hand(llama, options, data):
     if data == "chat":  # only a part of the tokens is trained
-        folder = llama.data("sft", train=[{"prompt": TURNS[:1], "completion": TURNS[1:]}] * 4)
+        folder = llama.data("sft", train=CHAT, test=CHAT)
         options = options | {"dataset_name": folder}
     _, trainer = llama.trainer("sft", "run", **options, distill_weight=0.7, epsilon_init=0.2)
     teacher = AutoModelForCausalLM.from_pretrained(llama.model)
@@ -182,7 +183,7 @@ class TestTeacherSource:
     ("kind", "options", "message"),
     [
         ("sft", {"distill_weight": -1.0}, "distill_weight must be 0 or more, not -1.0"),
-        ("sft", {"distill_weight": float("nan")}, "distill_weight must be 0 or more, not nan"),
+        ("sft", {"distill_weight": float("nan")}, "distill_weight must be a number, not nan"),
         ("sft", {"distill_weight": 1.0, "activation": None}, "distill_weight needs an activation"),
         ("dpo", {"distill_weight": 1.0}, "distill_weight is for SFT"),
     ],
@@ -192,8 +193,3 @@ def test_mistakes_are_one_line(workshop, kind, options, message):
         workshop.run(kind, "run", **options)
     assert len(str(caught.value).splitlines()) == 1
     assert not (workshop.folder / "run").exists()
-
-
-def test_an_adapter_on_the_head_is_refused(llama):
-    with pytest.raises(InputError, match="the LM head must have no adapter"):
-        llama.run("sft", "run", **LORA | {"lora_target_modules": ["q_proj", "lm_head"]}, distill_weight=1.0)
