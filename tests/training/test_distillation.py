@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import LORA, losses
 from safetensors.torch import load_file
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm.activation import CRReLU
@@ -193,3 +194,17 @@ def test_mistakes_are_one_line(workshop, kind, options, message):
         workshop.run(kind, "run", **options)
     assert len(str(caught.value).splitlines()) == 1
     assert not (workshop.folder / "run").exists()
+
+
+def test_quantised(workshop, tokenizer):
+    """The teacher is quantised like the student, so that the divergence is the activation's alone."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128, vocab_size=len(tokenizer))
+    workshop.model = str(workshop.folder / "llama")
+    model.save_pretrained(workshop.model)
+    tokenizer.save_pretrained(workshop.model)
+    options = LORA | {"load_in_4bit": True, "distill_weight": 1.0, "blend_steps": 2}
+    recipe, trainer = workshop.trainer("sft", "run", **options)
+    assert trainer.teacher.is_loaded_in_4bit
+    record = train_and_save(trainer, recipe)
+    found = [entry["distill_kl"] for entry in record["history"]]
+    assert found[0] == pytest.approx(0, abs=1e-5) and all(np.isfinite(found))

@@ -39,3 +39,16 @@ def test_two_processes_are_one_with_twice_the_batch(workshop, tiny_llama_checkpo
     assert (launched["environment"]["processes"], plain["environment"]["processes"]) == (2, 1)
     np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
     assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_blend_and_distil_as_one(workshop, tiny_llama_checkpoint):
+    options = {"model_name_or_path": str(tiny_llama_checkpoint), "max_length": 8, "max_steps": 4, "epsilon_init": 0.2}
+    options |= {"blend_steps": 2, "distill_weight": 2.0}
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launched = launch(workshop, "launched", arguments, **options)
+    plain = workshop.run("sft", "plain", **options, per_device_train_batch_size=4)
+    np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
+    ours, theirs = ([entry["distill_kl"] for entry in run["history"]] for run in (plain, launched))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-6)
+    assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
