@@ -263,6 +263,11 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
     activation.patch_config(where)
     if training.max_steps > 0:
         check_blend_ends(activation.blend_steps, training.max_steps, where)
+    if kind == "dpo" and activation.blend_steps and training.sync_ref_model:
+        raise InputError(
+            f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "
+            "the trained weights move away from; leave one of them out"
+        )
     if kind == "dpo" and activation.distill_weight:
         raise InputError(f"{where}distill_weight is for SFT; DPO has its own pull to the original, beta")
     if training.output_dir and Path(training.output_dir).is_file():

@@ -28,7 +28,9 @@ def blend_of(model: Any, section: dict[str, Any]) -> Blend:
         path = site_path(name)
         if path in originals and (isinstance(module, CRReLU) or "activation_name" in module.__dict__):
             owner = model.get_submodule(name.rpartition(".")[0])
-            activations.append((module, path, originals[path], next(owner.parameters()).device))
+            nearest = next(owner.parameters(), None)
+            device = next(model.parameters()).device if nearest is None else nearest.device
+            activations.append((module, path, originals[path], device))
     return Blend(activations)
 
 

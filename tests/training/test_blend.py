@@ -222,6 +222,11 @@ class TestMistakes:
         assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
         assert not (workshop.folder / "run").exists()
 
+    def test_a_reference_that_follows_the_policy(self, workshop):
+        with pytest.raises(InputError, match="sync_ref_model does not go with blend_steps"):
+            workshop.run("dpo", "run", **BLEND, sync_ref_model=True)
+        assert not (workshop.folder / "run").exists()
+
     def test_epochs_that_are_too_short(self, workshop):
         with pytest.raises(InputError, match="at most the number of training steps, 8, not 9"):
             workshop.run("sft", "run", blend_steps=9, max_steps=-1, num_train_epochs=1)
