@@ -13,6 +13,8 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
+from crrelu_llm.patching.blend import SCHEDULES
+from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
 
 _NO_MODEL = "model_name_or_path is missing: a hub name, a directory or a .gguf file"
@@ -41,6 +43,15 @@ class ActivationArguments:
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
             Number of calibration tokens.
+        blend_steps (`int`, *optional*, defaults to `0`):
+            Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
+            and everything that is saved have the new activation alone. DPO's reference is then the model that training
+            starts from: the original activation in the patched checkpoint.
+        blend_schedule (`str`, *optional*, defaults to `"linear"`):
+            How λ grows: `"linear"` or `"cosine"`.
+        distill_weight (`float`, *optional*, defaults to `0.0`):
+            SFT: weight of an added term, the KL divergence from the original (unpatched) model's predictions, per
+            trained token. Evaluation measures the cross-entropy alone.
     """
 
     activation: str | None = field(
@@ -57,18 +68,45 @@ class ActivationArguments:
         default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
     )
     calibration_tokens: int = field(default=8192, metadata={"help": "Number of calibration tokens."})
+    blend_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps over which training goes from the original activation to the new one. The reference of DPO "
+            "then has the original activation, as the model at the first step."
+        },
+    )
+    blend_schedule: str = field(default="linear", metadata={"help": "`linear` or `cosine`."})
+    distill_weight: float = field(
+        default=0.0, metadata={"help": "SFT: weight of the KL divergence from the original model's predictions."}
+    )
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
-        for key in ("epsilon_learning_rate", "epsilon_weight_decay"):
+        for key in ("epsilon_learning_rate", "epsilon_weight_decay", "blend_steps", "distill_weight"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{where}{key} must be 0 or more, not {getattr(self, key)}")
+        if self.blend_schedule not in SCHEDULES:
+            choices = " or ".join(f'"{name}"' for name in SCHEDULES)
+            raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
         keys = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
         try:
             config = PatchConfig(self.activation or "crrelu", **{key: getattr(self, key) for key in keys})
         except InputError as error:
             raise InputError(f"{where}{error}") from error
         return None if self.activation is None else config
+
+    def require_activation(self, where: str = "") -> None:
+        """Raises InputError for options that do nothing without a swap; a comparison's arms share them, one run not.
+
+        Args:
+            where: Put before the message.
+        """
+        if self.activation is None and self.blend_steps:
+            raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")
+        if self.activation is None and self.distill_weight:
+            raise InputError(
+                f"{where}distill_weight needs an activation; a model that is not patched would be its own teacher"
+            )
 
 
 @dataclass
@@ -223,6 +261,15 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             raise InputError(f"{where}report_to: unknown tracker {name!r}; choose from {known}")
     activation.patch_config(where)
+    if training.max_steps > 0:
+        check_blend_ends(activation.blend_steps, training.max_steps, where)
+    if kind == "dpo" and activation.blend_steps and training.sync_ref_model:
+        raise InputError(
+            f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "
+            "the trained weights move away from; leave one of them out"
+        )
+    if kind == "dpo" and activation.distill_weight:
+        raise InputError(f"{where}distill_weight is for SFT; DPO has its own pull to the original, beta")
     if training.output_dir and Path(training.output_dir).is_file():
         raise InputError(f"{where}output_dir {training.output_dir} is a file")
     parent = Path(training.output_dir or ".").absolute()

@@ -22,6 +22,7 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
         InputError: Anything wrong with the recipe, its model or its data; nothing has been trained then.
     """
     recipe = parse(kind, argv)
+    recipe.activation.require_activation(f"{recipe.source}: ")
     require_bitsandbytes(recipe)
     output_dir = Path(recipe.training.output_dir)
     if recipe.training.resume_from_checkpoint:

@@ -10,17 +10,21 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
+from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
+from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 
 
 class EpsilonMixin:
-    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs."""
+    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs; and a gradual swap."""
 
     model: Any
     optimizer: Any
     accelerator: Any
+    blend: Blend | None = None
 
     def __init__(self, *args: Any, activation_args: ActivationArguments, **kwargs: Any):
         self.activation_args = activation_args
@@ -30,6 +34,16 @@ class EpsilonMixin:
             for module in epsilon_modules(self.model).values():
                 module.epsilon.requires_grad_(False)
         quieten(self)
+        self.install_blend()
+        if self.blend is not None:
+            callback = BlendCallback(self.blend, activation_args.blend_steps, activation_args.blend_schedule)
+            self.add_callback(callback)  # type: ignore[attr-defined]
+
+    def install_blend(self) -> None:
+        """Makes the model blend where the recipe asks for it and the model is patched; again is harmless."""
+        patched = section.read(self.model.config)
+        if self.blend is None and self.activation_args.blend_steps and patched is not None:
+            self.blend = blend_of(self.model, patched)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own optimiser, with ε moved into a group of its own."""
@@ -41,8 +55,10 @@ class EpsilonMixin:
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds ε of every site (its mean, where it is per channel) to the training logs."""
+        """Adds ε of every site (its mean, where it is per channel) and λ of a blend to the training logs."""
         if "loss" in logs:
+            if self.blend is not None:
+                logs["blend"] = self.blend.weight
             means = epsilon_means(self.model)
             if means:
                 logs["epsilon_mean"] = sum(means.values()) / len(means)
@@ -50,11 +66,11 @@ class EpsilonMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class SFT(EpsilonMixin, SFTTrainer):
+class SFT(DistillationMixin, EpsilonMixin, SFTTrainer):
     """TRL's SFTTrainer with a learnable ε."""
 
 
-class DPO(EpsilonMixin, DPOTrainer):
+class DPO(BlendedReferenceMixin, EpsilonMixin, DPOTrainer):
     """TRL's DPOTrainer with a learnable ε."""
 
 
@@ -82,6 +98,9 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
                 peft_config=_peft_config(recipe, model),
                 activation_args=recipe.activation,
             )
+            if recipe.kind == "sft" and recipe.activation.distill_weight:
+                teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
+                trainer.learn_from(teacher, recipe.activation.distill_weight)
         except InputError:
             raise
         except (ValueError, TypeError, KeyError) as error:

@@ -267,3 +267,32 @@ def test_wrong_input_is_one_line_before_anything_is_written(workshop, tmp_path, 
     error = capsys.readouterr().err.strip()
     assert wrong in error and error.count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_arms_blend(workshop, kind, tmp_path):
+    arms = ["native", "crrelu", "crrelu:blend_steps=2", "relu:blend_steps=1:blend_schedule=cosine"]
+    assert compare(workshop, kind, tmp_path / "out", arms, seeds=["0"]) == 0
+    report = {arm["arm"]: arm for arm in read(tmp_path / "out")["arms"]}
+    history = {
+        arm: json.loads((tmp_path / "out" / arm / "seed-0" / "run.json").read_text())["history"] for arm in arms
+    }
+    first = {arm: entries[0]["loss"] for arm, entries in history.items()}
+    assert first[arms[2]] == pytest.approx(first["native"], abs=1e-6)
+    assert first[arms[3]] == pytest.approx(first["native"], abs=1e-6)
+    # Right after the swap: the plain swap's own number, blended or not.
+    assert report[arms[2]]["before"]["perplexity"] == report["crrelu"]["before"]["perplexity"]
+
+
+def test_a_blend_longer_than_the_training_is_refused_before_any_run(workshop, tmp_path, capsys):
+    assert compare(workshop, "sft", tmp_path / "out", ["native", "crrelu:blend_steps=3"], seeds=["0"]) == 2
+    assert "blend_steps must be at most the number of training steps, 2, not 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_distils_does_so_in_every_arm(workshop, tmp_path):
+    argv = ["--config", recipe(workshop, "sft", distill_weight=0.5), "--arms", "native", "crrelu", "--seeds", "0"]
+    assert main(["compare", "sft", *argv, "--output_dir", str(tmp_path / "out")]) == 0
+    for arm in ("native", "crrelu"):
+        run = json.loads((tmp_path / "out" / arm / "seed-0" / "run.json").read_text())
+        assert all("distill_kl" in entry for entry in run["history"] if "loss" in entry)

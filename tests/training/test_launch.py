@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from runs import losses
+from runs import LORA, losses
 
 
-def launch(workshop, name, arguments, **options):
+def launch(workshop, name, arguments, kind="sft", **options):
     """What run.json says after `accelerate launch <arguments> -m crrelu_llm sft --config ...`."""
-    argv = workshop.argv("sft", name, **options)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "crrelu_llm", "sft", *argv]
+    argv = workshop.argv(kind, name, **options)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "-m", "crrelu_llm", kind, *argv]
     empty = workshop.folder / "accelerate"  # no default configuration of the user's
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HOME": str(empty)}
@@ -39,3 +39,28 @@ def test_two_processes_are_one_with_twice_the_batch(workshop, tiny_llama_checkpo
     assert (launched["environment"]["processes"], plain["environment"]["processes"]) == (2, 1)
     np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
     assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_blend_and_distil_as_one(workshop, tiny_llama_checkpoint):
+    options = {"model_name_or_path": str(tiny_llama_checkpoint), "max_length": 8, "max_steps": 4, "epsilon_init": 0.2}
+    options |= {"blend_steps": 2, "distill_weight": 2.0}
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launched = launch(workshop, "launched", arguments, **options)
+    plain = workshop.run("sft", "plain", **options, per_device_train_batch_size=4)
+    np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
+    ours, theirs = ([entry["distill_kl"] for entry in run["history"]] for run in (plain, launched))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-6)
+    assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, LORA | {"lora_dropout": 0.0}], ids=["full", "lora"])
+def test_two_processes_share_the_reference_of_a_blend(workshop, tiny_llama_checkpoint, options):
+    options = options | {"model_name_or_path": str(tiny_llama_checkpoint), "epsilon_init": 0.2, "max_grad_norm": 0}
+    options |= {"max_steps": 4, "blend_steps": 3}
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launched = launch(workshop, "launched", arguments, "dpo", **options)
+    plain = workshop.run("dpo", "plain", **options, per_device_train_batch_size=4)
+    np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
+    assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-5)

@@ -1,0 +1,116 @@
+"""The gradual swap in a trainer: λ step by step, and the reference model that DPO measures against."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching.blend import Blend, blend_weight
+from crrelu_llm.training.optimizer import site_path
+
+logger = logging.getLogger("crrelu_llm")
+
+
+def blend_of(model: Any, section: dict[str, Any]) -> Blend:
+    """The blend of a patched model, at λ = 0.
+
+    Args:
+        model: As a trainer holds it; under PEFT a site's trained copy and the original beside it both blend.
+        section: The `crrelu` section of the model's config.
+    """
+    originals = {site["path"]: site["original"] for site in section["sites"]}
+    activations = []
+    for name, module in model.named_modules():
+        path = site_path(name)
+        if path in originals and (isinstance(module, CRReLU) or "activation_name" in module.__dict__):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            nearest = next(owner.parameters(), None)
+            device = next(model.parameters()).device if nearest is None else nearest.device
+            activations.append((module, path, originals[path], device))
+    return Blend(activations)
+
+
+def check_blend_ends(blend_steps: int, max_steps: int, where: str = "") -> None:
+    """Raises InputError where λ would not reach 1 before the last step is done."""
+    if max_steps < blend_steps:
+        raise InputError(
+            f"{where}blend_steps must be at most the number of training steps, {max_steps}, not {blend_steps}"
+        )
+
+
+class BlendCallback(TrainerCallback):
+    """Sets λ before every optimiser step from the number of steps done and nothing else, so that a resume is right."""
+
+    def __init__(self, blend: Blend, steps: int, schedule: str):
+        self.blend, self.steps, self.schedule = blend, steps, schedule
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises InputError where the training is too short for the blend."""
+        check_blend_ends(self.steps, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets λ of the step that begins, the same for all its micro-batches."""
+        self.blend.set(blend_weight(state.global_step, self.steps, self.schedule))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends the blend: from here on the model has the new activation alone in training mode too."""
+        if state.global_step < self.steps:
+            logger.warning(
+                "training stopped after %d of %d blend_steps: the model is saved with the new activation alone",
+                state.global_step,
+                self.steps,
+            )
+        self.blend.set(1.0)
+
+
+class BlendedReferenceMixin:
+    """DPO's reference under a blend: the model that training starts from.
+
+    At the first step λ is 0, so the policy is the patched checkpoint with the original activation. That, fixed, is
+    the reference, and the first loss is ln 2. It holds for a reference model of its own, for the base model under an
+    adapter that is switched off, and for log-probabilities that are computed in advance.
+    """
+
+    model: Any
+    ref_model: Any
+    blend: Blend | None
+    reference_blend: Blend | None = None
+
+    def install_blend(self) -> None:
+        """Also fixes the reference."""
+        super().install_blend()  # type: ignore[misc]
+        if self.blend is None:
+            return
+        if self.ref_model is not None and self.reference_blend is None:
+            self.reference_blend = blend_of(self.ref_model, self.model.config.crrelu)
+            self.reference_blend.stay_original()
+        if hasattr(self.model, "peft_config") and "disable_adapter" not in self.model.__dict__:
+            self.model.disable_adapter = self._disable_adapter(self.model.disable_adapter)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """TRL's own, of the model that training starts from; also called while the trainer is being built."""
+        self.install_blend()
+        alone = self.blend is None or self.ref_model is not None
+        with contextlib.nullcontext() if alone else self.blend.original():  # type: ignore[union-attr]
+            return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self.install_blend()
+        # TRL caches by the weights alone; arms differ in the activation, which may have none.
+        activation = self.model.config.to_dict().get("crrelu")
+        mark = f" {activation}, original: {self.blend is not None}"
+        if not self._precompute_model_hash.endswith(mark):  # type: ignore[has-type]
+            self._precompute_model_hash += mark  # type: ignore[has-type]
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+
+    def _disable_adapter(self, disable: Any) -> Any:
+        @contextlib.contextmanager
+        def disable_adapter() -> Iterator[None]:
+            with self.blend.original(), disable():  # type: ignore[union-attr]
+                yield
+
+        return disable_adapter
