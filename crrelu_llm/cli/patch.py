@@ -15,8 +15,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="crrelu patch",
         description="Swap the activation of every MLP of a checkpoint and save the result.",
-        epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --calibration fit --epsilon_per channel "
-        "--output_dir smollm2-crrelu",
+        epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --calibration refit --epsilon_per channel "
+        "--output_dir smollm2-crrelu --plot",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
@@ -24,11 +24,16 @@ def _parser() -> Parser:
     add("--activation", default="crrelu", help="crrelu, or any name of transformers' ACT2FN (default: crrelu)")
     add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
     add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
-    add("--calibration", default="none", help="none, or fit: epsilon by least squares (default: none)")
+    add(
+        "--calibration",
+        default="none",
+        help="none, fit, refit or reconstruct: how closely, and how long (default: none)",
+    )
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
+    add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
     add("--dtype", default="float32", help="dtype to load and save the weights in (default: float32)")
     add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
     add("--json", action="store_true", help="print patch_report.json instead of a table")
@@ -55,6 +60,10 @@ def run(argv: list[str]) -> int:
         measured_on,
         trust_remote_code=args.trust_remote_code,
     )
+    if args.plot:
+        from crrelu_llm.patching.plot import PLOT, plot_report
+
+        plot_report(report, output_dir / PLOT)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -97,8 +106,12 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     print(f"{report['model_type']}: {len(report['sites'])} sites -> {report['activation']}")
     for site in report["sites"]:
         epsilon = "" if site["epsilon_mean"] is None else f"  epsilon {site['epsilon_mean']:+.4f}"
-        error = "" if site["relative_error"] is None else f"  relative error {site['relative_error']:.3f}"
-        print(f"  {site['path']}  {site['original']}  {site['num_channels']} channels{epsilon}{error}")
+        error = ""
+        if site["relative_error"] is not None:
+            naive = site["relative_error_naive"]
+            error = f"  relative error {site['relative_error']:.3f} ({naive:.3f} with the plain swap)"
+        note = f"  {site['note']}" if site.get("note") else ""
+        print(f"  {site['path']}  {site['original']}  {site['num_channels']} channels{epsilon}{error}{note}")
     for item in report["skipped"]:
         print(f"  left alone: {item['path']}  ({item['reason']})")
     found = report["perplexity"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from crrelu_llm.patching.calibration import Calibrated
 
+logger = logging.getLogger("crrelu_llm")
 CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
 EPSILON_PER = ("layer", "channel")
 
@@ -63,7 +65,9 @@ class PatchConfig:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
-        return self.calibration in ("refit", "reconstruct") or (self.calibration == "fit" and self.activation == "crrelu")
+        return self.calibration in ("refit", "reconstruct") or (
+            self.calibration == "fit" and self.activation == "crrelu"
+        )
 
 
 @dataclass
@@ -160,13 +164,18 @@ def patch(
     return _report(model, config, sites, left_alone, done)
 
 
-def unpatch(model: PreTrainedModel) -> None:
+def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
     """Puts the original activations back, in place, and takes the section out of the config.
 
     The module tree and the config are then exactly what they were before `patch`, also for a reloaded checkpoint.
 
+    Args:
+        model: A patched model.
+        original: The model before the patch, whose weights are copied; without it, weights that a calibration has
+            folded or refitted stay changed, and a warning says so.
+
     Raises:
-        InputError: The model is not patched.
+        InputError: The model is not patched, or `original` is another model.
     """
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters: unpatch the base model (merge or unload the adapters first)")
@@ -180,6 +189,16 @@ def unpatch(model: PreTrainedModel) -> None:
     for name in {f"{site['path'].rpartition('.')[2]}.epsilon" for site in found["sites"]}:
         (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
     section.remove(model.config)
+    if original is not None:
+        try:
+            model.load_state_dict(original.state_dict())
+        except RuntimeError as error:
+            raise InputError("unpatch: `original` is not the model that was patched: its weights differ") from error
+    elif found.get("weights_changed"):
+        logger.warning(
+            "the weights around the activations were changed by the calibration and stay so: the model is not what it "
+            "was before the patch; give unpatch(model, original=...), or load the original checkpoint"
+        )
 
 
 def build_activation(

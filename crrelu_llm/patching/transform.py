@@ -1,6 +1,7 @@
 """Checkpoint in, patched checkpoint out, with its patch report beside the weights."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -13,10 +14,12 @@ from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import checkpoint, section
 from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.finite import require_finite
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"
+_A_FEW_TOKENS = torch.arange(3, 35)[None]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,12 +60,14 @@ def patch_checkpoint(
         about = checkpoint.load_config(model, **options)
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
+    require_space(loaded, output_dir)
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     measured = None
     if config is None:
         report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
     else:
         _refuse_patched(model, loaded.config)
+        require_finite(loaded, _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size)
         if perplexity is not None:
             measured = {"before": perplexity(loaded, tokenizer), "after_naive": None}
             if config.calibrates:
@@ -83,6 +88,18 @@ def patch_checkpoint(
     made_from = origin(model, config, dtype, options.get("revision"))
     checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
+
+
+def require_space(model: Any, output_dir: str | Path) -> None:
+    """Raises InputError where the disk has no room for the model's weights."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    parent = next(path for path in Path(output_dir).absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < 1.05 * needed:
+        raise InputError(
+            f"{output_dir}: the checkpoint needs {needed / 2**30:.1f} GiB, and {parent} has {free / 2**30:.1f} GiB "
+            "free; choose another output_dir, or make room"
+        )
 
 
 def read_report(directory: str | Path) -> dict[str, Any] | None:

@@ -38,7 +38,8 @@ class ActivationArguments:
         epsilon_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay of ε.
         calibration (`str`, *optional*, defaults to `"none"`):
-            `"none"`, or `"fit"`: ε by least squares against the original activation, before training.
+            How the patch is fitted to the original model before training: `"none"`, `"fit"` (ε), `"refit"` (also the
+            weights around it, in closed form) or `"reconstruct"` (then a short training of each MLP).
         calibration_data (`str`, *optional*, defaults to `"builtin:docstrings"`):
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
@@ -63,7 +64,10 @@ class ActivationArguments:
         default=1e-3, metadata={"help": "Learning rate of epsilon, on the recipe's schedule. 0 freezes it."}
     )
     epsilon_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of epsilon."})
-    calibration: str = field(default="none", metadata={"help": "`none`, or `fit`: epsilon by least squares."})
+    calibration: str = field(
+        default="none",
+        metadata={"help": "How the patch is fitted before training: `none`, `fit`, `refit` or `reconstruct`."},
+    )
     calibration_data: str = field(
         default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
     )
@@ -93,6 +97,11 @@ class ActivationArguments:
             config = PatchConfig(self.activation or "crrelu", **{key: getattr(self, key) for key in keys})
         except InputError as error:
             raise InputError(f"{where}{error}") from error
+        if self.blend_steps and config.calibration in ("refit", "reconstruct"):
+            raise InputError(
+                f'{where}blend_steps starts from the original activation, which calibration="{config.calibration}" '
+                "leaves with weights made for the new one; use calibration: fit, or none"
+            )
         return None if self.activation is None else config
 
     def require_activation(self, where: str = "") -> None:

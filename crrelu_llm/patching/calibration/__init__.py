@@ -1,16 +1,18 @@
 """Calibration: fits a patch to text, so that the model keeps its function before any training.
 
-Levels, each containing the one before: `fit` (ε, closed form), `refit` (also a scale per channel, folded into the
-weights, and the following projection by ridge regression), `reconstruct` (then a short training of each MLP toward
-the original MLP's output).
+Levels, each containing the one before: `fit` (ε, closed form), `refit` (also scale, shift and gain of each channel,
+folded into the weights, and the following projection by ridge regression), `reconstruct` (then a short training of
+each MLP toward the original MLP's output).
+
+walk.py runs the model layer by layer; taps.py watches its activations; anatomy.py finds the weights around each;
+tasks.py decides what is kept; epsilon.py, shape.py, refit.py and reconstruct.py are the numerical methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
@@ -18,13 +20,14 @@ from crrelu_llm.patching.calibration.anatomy import Mlp, find_mlps
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import Calibrated, FitTask, MlpTask
 from crrelu_llm.patching.calibration.walk import Walk
+from crrelu_llm.patching.finite import require_finite
 from crrelu_llm.patching.sites import Site
 
 if TYPE_CHECKING:
     from crrelu_llm.patching.swap import PatchConfig
 
-LEVELS = ("none", "fit", "refit", "reconstruct")
 _ONLY_FIT = "only epsilon was fitted: this MLP is more than linear layers around its activation"
+_PROBE_TOKENS = 64
 
 
 def calibrate(
@@ -58,10 +61,11 @@ def calibrate(
 
     was_training = model.training
     model.eval()
+    found: dict[str, Calibrated] = {}
     try:
+        require_finite(model, blocks[:1, :_PROBE_TOKENS])
         mlps = _changeable(model, sites, blocks, config.calibration)
         walk = Walk(model, sites, blocks)
-        found: dict[str, Calibrated] = {}
         bar = tqdm(walk, total=len(walk.layers), desc=f"Calibrating ({config.calibration})", unit="layer")
         first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
         for index, layer in enumerate(bar):
@@ -76,6 +80,10 @@ def calibrate(
                 found[site.path] = found[same]
                 swap(site, activation)
             bar.set_postfix(error=f"{max(found[site.path].relative_error for site in layer.sites):.3f}")
+    except InputError as error:
+        if any(entry.changed_weights for entry in found.values()):
+            raise InputError(f"{error}; the model in memory is half calibrated: load it again") from error
+        raise
     finally:
         model.train(was_training)
     return found
@@ -94,7 +102,7 @@ def _changeable(model: nn.Module, sites: list[Site], blocks: Tensor, level: str)
             raise InputError(
                 f'calibration="{level}" changes weights, and {name} is offloaded; use "fit", or give it more memory'
             )
-    return find_mlps(model, sites, blocks[:1, :32])
+    return find_mlps(model, sites, blocks[:1, :_PROBE_TOKENS])
 
 
 def _look(

@@ -1,4 +1,4 @@
-"""The weights around a site: which linear layers feed an activation and which one follows, found by watching it run."""
+"""The weights around a site: the linear layers that feed an activation and the one that follows, found as it runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +143,10 @@ class _Watch:
 
 def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors hold the same rows, whatever their leading dimensions."""
-    return first.numel() == second.numel() and first.shape[-1] == second.shape[-1] and torch.equal(
-        first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
+    return (
+        first.numel() == second.numel()
+        and first.shape[-1] == second.shape[-1]
+        and torch.equal(first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1]))
     )
 
 

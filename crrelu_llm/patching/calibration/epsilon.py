@@ -63,6 +63,11 @@ class EpsilonSums:
         """Whether all that was seen is."""
         return bool(self.sums.isfinite().all())
 
+    @property
+    def total(self) -> float:
+        """Σ u²·act(x)²."""
+        return float(self.sums[3].sum())
+
     def solve(self, epsilon_per: str) -> EpsilonFit:
         """The best ε: one for all channels or one a channel."""
         gg, gr, rr, yy = self.sums

@@ -73,7 +73,7 @@ def reconstruct(
 
 
 def _rate(name: str, tensors: dict[str, Tensor]) -> float:
-    """A bias, which may be 0, moves like its matrix. The median: folded scales leave a few rows that are far larger."""
+    """A bias, which may be 0, moves like its matrix. The median: folding leaves a few rows that are far larger."""
     return _RATE * 1.48 * float(tensors[name.removesuffix("_bias")].detach().abs().median())
 
 

@@ -15,8 +15,8 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the features' mean squar
 def fold(weights: Weights, shape: Shape, one: Tensor | None) -> Weights:
     """Moves a shape's factors into the weights, so that `f(x)` becomes `gain·f(scale·(x + shift)) + constant`.
 
-    Gated MLP: gate rows × scale, up rows × gain. Plain MLP: input rows and bias × scale, output columns × gain. A shift
-    goes into the bias; without a bias, into the weights, along the direction in which the MLP's inputs are all alike.
+    Gated MLP: gate rows × scale, up rows × gain. Plain MLP: input rows and bias × scale, output columns × gain. A
+    shift goes into the bias; without one, into the weights, along the direction in which the inputs are all alike.
 
     Args:
         weights: The MLP's weights.

@@ -1,9 +1,9 @@
 """What each channel's activation becomes, `gain·f(scale·(x + shift)) + constant`, by least squares: the level `refit`.
 
 Scale, shift, gain and constant are no parameters of the activation: they fold into the weights around it. The gain
-matters most. With gain = 1/scale the new activation equals the old one far from 0, but the inputs of pretrained MLPs lie
-near 0, where relu's kink is at its worst; with a free gain, a large ε makes the kink small. A shift goes further: it
-moves the kink to where inputs are rare, and leaves them to a smooth stretch of the curve.
+matters most. With gain = 1/scale the new activation equals the old one far from 0, but the inputs of pretrained MLPs
+lie near 0, where relu's kink is at its worst; with a free gain, a large ε makes the kink small. A shift goes further:
+it moves the kink to where inputs are rare, and leaves them to a smooth stretch of the curve.
 """
 
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ def _at_shift(
 
 
 class _Sums:
-    """The moments of f(scale·(x + shift))/|scale| = R + ε·B and of the original's output, each `(scales, channels)`."""
+    """Moments of f(scale·(x + shift))/|scale| = R + ε·B and of the original's output, each `(scales, channels)`."""
 
     def __init__(
         self,

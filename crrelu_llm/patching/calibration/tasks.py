@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from crrelu_llm.patching.swap import PatchConfig
 
 _SHAPE_TOKENS = 8192  # enough to see where a channel's inputs lie
-_CHECK_TOKENS = 4096  # of those held back, while training
-_CHUNK = 2048
+_HELD_BACK = 4096  # enough to judge an error by
+_UNSEEN = "no calibration token came here (an expert that was never chosen)"
 
 
 @dataclass
@@ -67,6 +67,8 @@ class FitTask:
         """Sets ε of the new activation."""
         if not self.sums.finite:
             raise _not_finite(self.site)
+        if not self.sums.total:
+            return Calibrated("none", 0.0, 0.0, note=_UNSEEN)
         fit = self.sums.solve(config.epsilon_per)
         if fit.epsilon is None or fit.error >= fit.naive_error:
             return Calibrated("none", fit.naive_error, fit.naive_error, note=self.note)
@@ -102,16 +104,18 @@ class MlpTask:
     @torch.no_grad()
     def solve(self, config: PatchConfig, seed: int) -> Calibrated:
         """Sets the new activation's parameters and writes the MLP's new weights."""
+        if not self.inputs:
+            return Calibrated("none", 0.0, 0.0, note=_UNSEEN)
         x, target = torch.cat(self.inputs), torch.cat(self.outputs)
         if not (x.isfinite().all() and target.isfinite().all()):
             raise _not_finite(self.site)
         held = _held_back(len(x)).to(x.device)
-        x, target, x_held, target_held = x[~held], target[~held], x[held], target[held]
+        x, target, x_held, target_held = x[~held], target[~held], x[held][:_HELD_BACK], target[held][:_HELD_BACK]
         self.activation.to(x.device)
         weights = self.mlp.read()
 
-        def error(weights: Weights, activation: nn.Module, tokens: int | None = None) -> float:
-            return relative_error(weights, activation, x_held[:tokens], target_held[:tokens])
+        def error(weights: Weights, activation: nn.Module) -> float:
+            return relative_error(weights, activation, x_held, target_held)
 
         naive = _Candidate("none", weights, self.activation, error(weights, self.activation))
         starts = self._shapes(weights, x, config)
@@ -122,14 +126,7 @@ class MlpTask:
             found = replace(best, kept="refit", weights=changed, error=error(changed, best.activation))
             best = min(best, found, key=_error)
         if config.calibration == "reconstruct":
-            changed, activation = reconstruct(
-                best.weights,
-                best.activation,
-                x,
-                target,
-                lambda weights, activation: error(weights, activation, _CHECK_TOKENS),
-                seed,
-            )
+            changed, activation = reconstruct(best.weights, best.activation, x, target, error, seed)
             found = _Candidate("reconstruct", changed, activation, error(changed, activation), best.scale)
             best = min(best, found, key=_error)
         self.activation = best.activation

@@ -96,7 +96,9 @@ class Walk:
         """Layers in the order in which they first run."""
         seen: list[str] = []
         hooks = [
-            self.model.get_submodule(layer.path).register_forward_pre_hook(lambda *_, path=layer.path: seen.append(path))
+            self.model.get_submodule(layer.path).register_forward_pre_hook(
+                lambda *_, path=layer.path: seen.append(path)
+            )
             for layer in layers
         ]
         try:
