@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import section
+from crrelu_llm.patching import families, section
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
 logger = logging.getLogger("crrelu_llm")
@@ -184,6 +184,11 @@ def _swap_from_section(model: Any) -> set[str]:
         return set()
     names = set()
     for site in found["sites"]:
+        if site.get("kind") == "functional":
+            owner_path, _, attribute = site["path"].rpartition(".")
+            owner = _local_path(model, owner_path)
+            if owner is not None:
+                families.expose(model, [f"{owner}.{attribute}"])
         path = _local_path(model, site["path"])
         if path is None:  # this is a part of the model, and the site is in another part
             continue

@@ -11,7 +11,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import section
+from crrelu_llm.patching import families, section
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
 
 if TYPE_CHECKING:
@@ -125,8 +125,14 @@ def patch(
     if section.read(model.config) is not None:
         raise InputError("the model is already patched: call crrelu_llm.unpatch(model) first")
     sites, left_alone = survey(model)
-    fits = _calibrate(model, sites, config, tokenizer, blocks)
-    keys = section.mlp_config_keys(model, sites)
+    paths = [site.path for site in sites]
+    try:
+        families.expose(model, paths)
+        fits = _calibrate(model, sites, config, tokenizer, blocks)
+        keys = section.mlp_config_keys(model, sites)
+    except BaseException:
+        families.conceal(model, paths)
+        raise
     originals = {site.path: model.get_submodule(site.path) for site in sites}
     for site in sites:
         module = build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
@@ -155,7 +161,10 @@ def unpatch(model: PreTrainedModel) -> None:
     for site in found["sites"]:
         path = site["path"]
         held = model.get_submodule(path).__dict__.get("_original")
-        swap_in(model, path, held[0] if held else build_activation(site["original"]), None)
+        if families.is_exposed(model.get_submodule(path.rpartition(".")[0])):
+            families.conceal(model, [path])
+        else:
+            swap_in(model, path, held[0] if held else build_activation(site["original"]), None)
     for name in {f"{site['path'].rpartition('.')[2]}.epsilon" for site in found["sites"]}:
         (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
     section.remove(model.config)
@@ -192,6 +201,8 @@ def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module 
     owner_path, _, attribute = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     reference = next(owner.parameters(), None)
+    if reference is None:  # a gate that is a module of its own: the weights are beside it
+        reference = next(model.get_submodule(owner_path.rpartition(".")[0]).parameters(), None)
     if reference is not None and reference.device != torch.device("cpu"):
         module.to(reference.device)
     module.train(owner.training)
