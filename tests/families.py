@@ -99,7 +99,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
-        "is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32],
+        "is_decoder": True, "hash_seed": 0, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32],
         "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "max_position_embeddings": 16,
     },
     "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 8},
@@ -167,6 +167,11 @@ def family_config(family: str):
     return config
 
 
+def token_ids() -> torch.Tensor:
+    """Random token ids, `(2, 16)`, that every family can read."""
+    return torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
 def family_model(family: str, seed: int = 0):
     """A tiny causal LM of a family in evaluation mode, with weights large enough for an activation to matter."""
     torch.manual_seed(seed)
@@ -179,5 +184,5 @@ def family_model(family: str, seed: int = 0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
-                parameter.mul_(4)
+                parameter.mul_(4).add_(torch.randn_like(parameter), alpha=0.02)  # xLSTM starts from gates of zero
     return model.eval()
