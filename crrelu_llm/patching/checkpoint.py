@@ -222,7 +222,9 @@ def _warn_of_missing(model: Any) -> None:
     missing = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, CRReLU) and not getattr(module.epsilon, "_is_hf_initialized", False)
+        if isinstance(module, CRReLU)
+        and not getattr(module.epsilon, "_is_hf_initialized", False)
+        and not module.epsilon.is_meta  # device_map leaves it on the disk, where it is; a missing one never is
     ]
     if missing:
         logger.warning(
