@@ -85,7 +85,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"head_dim": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "gemma4": {"text_config": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40}},
+    "gemma4": {
+        "text_config": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40}
+    },
     "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -100,14 +102,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
-        "is_decoder": True, "hash_seed": 0, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32],
-        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "max_position_embeddings": 16,
+        "is_decoder": True, "hash_seed": 0, "attn_layers": ["local", "lsh"], "max_position_embeddings": 16,
+        "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32],
+        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8,
     },
     "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 8},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_hidden_size": 128, "attention_head_dim": 32},
-    "zamba2": {"hybrid_layer_ids": [1], "layers_block_type": ["linear_attention", "hybrid"],
-        "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 32},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3,
+        "attention_hidden_size": 128, "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1],
+        "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 32,
+    },
 }  # fmt: skip
 
 

@@ -159,7 +159,7 @@ def expose(model: nn.Module, paths: Iterable[str]) -> None:
         paths: The paths that the activations will have; one that is a module already is left as it is.
 
     Raises:
-        InputError: A module whose activation is not known, or whose forward something else has replaced.
+        InputError: A module whose activation is not known.
     """
     for path in paths:
         owner_path, _, attribute = path.rpartition(".")
@@ -172,11 +172,6 @@ def expose(model: nn.Module, paths: Iterable[str]) -> None:
         before: Any = owner.__dict__.get(attribute)
         if before is None:
             before = type(owner)
-            if "forward" in owner.__dict__ and "_old_forward" not in owner.__dict__:
-                raise InputError(
-                    f"{path}: something has replaced the forward of this {before.__name__} (a kernel, for example), so "
-                    "a new activation would have no effect; load the model without it"
-                )
             _set_class(owner, _exposing(before))
         setattr(owner, attribute, found[1].train(owner.training))
         owner.__dict__["_exposed"] = before  # the function, or the class, that conceal puts back

@@ -69,6 +69,16 @@ def _check_module(path: str, module: nn.Module) -> None:
         )
 
 
+def refuse_mlp_kernels(liger_kernel_config: dict[str, Any], where: str = "") -> None:
+    """Raises InputError, which begins with `where`, if Liger's options ask for a kernel that replaces whole MLPs."""
+    for name in LIGER_MLP_KERNELS:
+        if liger_kernel_config.get(name):
+            raise InputError(
+                f"{where}liger_kernel_config: {name}: true replaces the MLPs, and the swapped activation with them; "
+                "leave it out"
+            )
+
+
 def install() -> None:
     """Adds the check to what puts kernels into a model: `use_kernels` and the Trainer's `use_liger_kernel`."""
     from transformers import PreTrainedModel
@@ -99,12 +109,7 @@ def _without_mlp_kernels(apply: Callable[[Any, Any], None]) -> Callable[[Any, An
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if section.read(getattr(base, "config", None)) is not None:
             options = kernel_config or {}
-            for name in LIGER_MLP_KERNELS:
-                if options.get(name):
-                    raise InputError(
-                        f"liger_kernel_config: {name}: true replaces the MLPs, and the swapped activation with them; "
-                        "leave it out"
-                    )
+            refuse_mlp_kernels(options)
             logger.warning("use_liger_kernel: the MLPs keep their swapped activation; Liger's other kernels are used")
             kernel_config = options | dict.fromkeys(LIGER_MLP_KERNELS, False)
         apply(model, kernel_config)

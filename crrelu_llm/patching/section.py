@@ -48,7 +48,7 @@ def read(config: Any) -> dict[str, Any] | None:
 
 
 def local_path(model: nn.Module, path: str) -> str | None:
-    """A site's path as seen from `model`, which may be the whole model or its base model; None where it is neither's."""
+    """A site's path as seen from `model`, the whole model or its base model; None where it is in neither."""
     for candidate in (path, path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
         try:
             model.get_submodule(candidate)

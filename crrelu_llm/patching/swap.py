@@ -197,8 +197,8 @@ def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
     original = build_activation(site["original"])
     if next(original.parameters(), None) is not None:
         raise InputError(
-            f"{site['path']}: the original {site['original']} had parameters of its own, and a patched checkpoint does "
-            "not hold them; start from the original checkpoint"
+            f"{site['path']}: the original {site['original']} had parameters of its own, which a patched checkpoint "
+            "does not hold; start from the original checkpoint"
         )
     return original
 

@@ -108,7 +108,9 @@ def has_gradient(parameter):
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
-HIDDEN = [family for family in PATCHED if any(value.endswith("functional") for value in FACTS[family]["sites"].values())]
+HIDDEN = [
+    family for family in PATCHED if any(value.endswith("functional") for value in FACTS[family]["sites"].values())
+]
 
 
 @pytest.mark.parametrize("family", HIDDEN)

@@ -1,30 +1,22 @@
 """Kernels that replace whole MLPs: a swap is never lost silently."""
 
+import subprocess
 import sys
-from types import MethodType, ModuleType
+from types import MethodType
 
+import kernel_fakes
 import pytest
 import torch
 from families import family_model
+from kernel_fakes import replace_mlps
 from peft import LoraConfig, get_peft_model
 from tiny import logits, tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.integrations import liger
 
 from crrelu_llm import patch
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard
-
-
-def fast_mlp(self, x):
-    """A kernel for a whole gated MLP: it knows SiLU, and never looks at the activation module."""
-    return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def replace_mlps(model):
-    for layer in model.model.layers:
-        layer.mlp.forward = MethodType(fast_mlp, layer.mlp)
 
 
 def refused(call, words):
@@ -108,27 +100,16 @@ def test_use_kernels_is_refused_where_it_replaces_mlps(hub_kernels, tmp_path):
     model.save_pretrained(tmp_path / "patched")
     AutoModelForCausalLM.from_pretrained(tmp_path / "native", use_kernels=True)
     refused(
-        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "patched", use_kernels=True), "kernel library has replaced"
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "patched", use_kernels=True),
+        "kernel library has replaced",
     )
     refused(lambda: model.set_use_kernels(True), "kernel library has replaced")
 
 
 @pytest.fixture
 def fake_liger(monkeypatch):
-    """liger_kernel, which needs a GPU, with its one function that transformers calls; returns the calls."""
-    calls = []
-
-    def apply(model, swiglu=True, rms_norm=True, **others):
-        calls.append({"swiglu": swiglu, "rms_norm": rms_norm, **others})
-        if swiglu:
-            replace_mlps(model)
-
-    package = ModuleType("liger_kernel.transformers")
-    package._apply_liger_kernel_to_instance = apply
-    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)
-    return calls
+    """The calls of a stand-in for Liger."""
+    return kernel_fakes.install_liger(monkeypatch)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -152,7 +133,10 @@ def test_liger_is_used_whole_on_other_models(fake_liger):
 def test_liger_mlp_kernels_that_are_asked_for_are_refused(fake_liger):
     model = tiny_model("llama")
     patch(model)
-    refused(lambda: liger.apply_liger_kernel(model, {"swiglu": True}), "liger_kernel_config: swiglu: true replaces the MLPs")
+    refused(
+        lambda: liger.apply_liger_kernel(model, {"swiglu": True}),
+        "liger_kernel_config: swiglu: true replaces the MLPs",
+    )
     assert fake_liger == []
 
 
@@ -163,3 +147,16 @@ def test_liger_kernels_under_another_name_are_noticed(fake_liger, monkeypatch):
     model = tiny_model("llama")
     patch(model)
     refused(lambda: liger.apply_liger_kernel(model, None), "kernel library has replaced")
+
+
+def test_the_trainer_uses_the_guarded_function():
+    import transformers.trainer
+
+    assert transformers.trainer.apply_liger_kernel is liger.apply_liger_kernel
+    assert hasattr(liger.apply_liger_kernel, "__wrapped__")
+
+
+def test_a_trainer_that_was_imported_earlier_uses_it_too():
+    code = "import transformers.trainer as t, crrelu_llm; print(hasattr(t.apply_liger_kernel, '__wrapped__'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -192,7 +192,9 @@ def test_an_mlp_that_hides_its_activation_is_refused_even_beside_others():
 
     model = future_model(FutureMLP)
     model.stack[1].channel_mixer = Hidden()
-    with pytest.raises(InputError, match=r"Hidden \(stack\.1\.channel_mixer\) computes its activation inside") as caught:
+    with pytest.raises(
+        InputError, match=r"Hidden \(stack\.1\.channel_mixer\) computes its activation inside"
+    ) as caught:
         find_sites(model)
     assert "\n" not in str(caught.value)
 

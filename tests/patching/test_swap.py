@@ -291,7 +291,9 @@ def test_adapters_are_refused():
     assert "silu" in {site.original for site in find_sites(model)}
     base = tiny_model("llama")
     patch(base)
-    refused(lambda: unpatch(get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))), "adapters", "base model")
+    refused(
+        lambda: unpatch(get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))), "adapters", "base model"
+    )
 
 
 def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():

@@ -1,4 +1,4 @@
-"""Patched models together with what else people do to models: device maps, 4 and 8 bits, adapters, compilation, heads."""
+"""Patched models and what else people do to models: device maps, 4 and 8 bits, adapters, compilation, heads."""
 
 import logging
 
@@ -129,7 +129,9 @@ def test_a_patched_checkpoint_loads_in_fewer_bits(bits, tmp_path):
     model.save_pretrained(tmp_path)
     quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, dtype=torch.float32)
-    assert any(type(module).__name__.startswith("Linear4bit" if bits == 4 else "Linear8bit") for module in again.modules())
+    assert any(
+        type(module).__name__.startswith("Linear4bit" if bits == 4 else "Linear8bit") for module in again.modules()
+    )
     for path, module in ours(model).items():
         assert torch.equal(again.get_submodule(path).epsilon, module.epsilon)
 
@@ -255,7 +257,7 @@ def test_original_activations_with_parameters_cannot_be_restored_from_a_checkpoi
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     patched = logits(again)
     for change in (unpatch, lambda model: patch(model, "gelu")):
-        with pytest.raises(InputError, match="xielu had parameters of its own.*start from the original") as caught:
+        with pytest.raises(InputError, match=r"xielu had parameters of its own.*start from the original") as caught:
             change(again)
         assert "\n" not in str(caught.value)
         assert torch.equal(logits(again), patched)
