@@ -9,10 +9,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _LAYERS = 2
-_LAYER_COUNTS = {
+_LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "num_blocks", "num_layers_per_stack", "depth",
-}  # fmt: skip
+)  # fmt: skip
 # Every size that a configuration may name; one that is smaller already keeps its value.
 _SIZES = {
     16: {

@@ -1,6 +1,8 @@
 """Families whose MLP computes its activation inside a method: replaces the method, so that a child computes it."""
 
 import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -112,38 +114,50 @@ class Hidden:
         method: The method of the family's class that computes it.
         replacement: The same method with the activation as the child `act_fn`. Clamps and other factors stay in it.
         activation: Builds the activation, bit for bit the original's function, from the module that owns it.
+        source: Fingerprint of the method that `replacement` was written for (see `_fingerprint`).
     """
 
     method: str
     replacement: Callable[..., Any]
     activation: Callable[[Any], nn.Module]
+    source: str
 
 
-_gated_silu_mlp = Hidden("forward", _gated_mlp, _named("silu"))
+def _sigmoid_gate(owner: Any) -> nn.Module:
+    return SigmoidGate(owner.alpha if hasattr(owner, "alpha") else owner.swiglu_alpha)
+
+
+def _softcapped_silu(owner: Any) -> nn.Module:
+    return SoftcappedSiLU(owner.gate_softcap.softcap)
+
+
+_gated_silu_mlp = Hidden("forward", _gated_mlp, _named("silu"), "45c95a82ba56")
 # By the name of the class in transformers.
 HIDDEN = {
     "Lfm2MLP": _gated_silu_mlp,
     "Lfm2MoeMLP": _gated_silu_mlp,
     "Lfm3MLP": _gated_silu_mlp,
-    "GptOssExperts": Hidden("_apply_gate", _clamped_pairs, lambda owner: SigmoidGate(owner.alpha)),
-    "MiniMaxM3VLDenseMLP": Hidden("forward", _clamped_mlp, lambda owner: SigmoidGate(owner.swiglu_alpha)),
-    "MiniMaxM3VLExperts": Hidden("_apply_gate", _clamped_halves, lambda owner: SigmoidGate(owner.swiglu_alpha)),
-    "HYV4Experts": Hidden("_apply_gate", _clamped_silu, _named("silu")),
-    "RwkvFeedForward": Hidden("forward", _time_mixed, _named("relu2")),
-    "Inkling2SoftcappedSwiGLU": Hidden(
-        "forward", _softcapped, lambda owner: SoftcappedSiLU(owner.gate_softcap.softcap)
-    ),
+    "GptOssExperts": Hidden("_apply_gate", _clamped_pairs, _sigmoid_gate, "56c298e8c648"),
+    "MiniMaxM3VLDenseMLP": Hidden("forward", _clamped_mlp, _sigmoid_gate, "cc8eb16baef6"),
+    "MiniMaxM3VLExperts": Hidden("_apply_gate", _clamped_halves, _sigmoid_gate, "3df079e4c906"),
+    "HYV4Experts": Hidden("_apply_gate", _clamped_silu, _named("silu"), "a4845d57efce"),
+    "RwkvFeedForward": Hidden("forward", _time_mixed, _named("relu2"), "f16303fd82b4"),
+    "Inkling2SoftcappedSwiGLU": Hidden("forward", _softcapped, _softcapped_silu, "e078a4e37046"),
 }
 
 
 def hidden_activation(owner: nn.Module) -> tuple[str, nn.Module] | None:
-    """The attribute and the activation that `expose` would add to a module, or None where it has nothing hidden."""
+    """The attribute and the activation that `expose` would add to a module, or None where it has nothing hidden.
+
+    Raises:
+        InputError: This release of transformers computes it in another way than the one that is known here.
+    """
     for attribute, value in owner.__dict__.items():
         for function, name in FUNCTIONS.items():
             if value is function and not attribute.startswith("_"):
                 return attribute, _named(name)(owner)
-    hidden = _entry(type(owner))
-    return (ATTRIBUTE, hidden.activation(owner)) if hidden and not is_exposed(owner) else None
+    hidden = None if is_exposed(owner) else _entry(type(owner))
+    return (ATTRIBUTE, hidden.activation(owner)) if hidden else None
 
 
 def is_exposed(owner: nn.Module) -> bool:
@@ -197,13 +211,27 @@ def conceal(model: nn.Module, paths: Iterable[str]) -> None:
             setattr(owner, attribute, before)
 
 
+@functools.cache
 def _entry(cls: type) -> Hidden | None:
     """What the table says of a class or of one that it derives from, if the method is still that class's own."""
     for base in cls.__mro__:
         hidden = HIDDEN.get(base.__name__)
         if hidden and base.__module__.startswith("transformers.models."):
-            return hidden if getattr(cls, hidden.method) is getattr(base, hidden.method) else None
+            method = getattr(base, hidden.method, None)
+            if getattr(cls, hidden.method, None) is not method:
+                return None
+            if method is None or _fingerprint(method) != hidden.source:
+                raise InputError(
+                    f"{base.__name__}.{hidden.method} of this release of transformers is not the one that crrelu_llm "
+                    "knows how to replace; upgrade crrelu_llm, or install the transformers that it names"
+                )
+            return hidden
     return None
+
+
+def _fingerprint(method: Callable) -> str:
+    """Of a function's source without its white space: a replacement must not outlive what it replaces."""
+    return hashlib.sha256("".join(inspect.getsource(method).split()).encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,18 @@ def test_exposing_an_activation_changes_no_bit(family, size):
     families.conceal(model, paths)
     assert tree(model) == modules
     assert torch.equal(logits(model), native)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "rwkv", "inkling2_text"])
+def test_a_method_that_transformers_has_changed_is_not_replaced(family, monkeypatch):
+    model = family_model(family)
+    known = {name: replace(hidden, source="another") for name, hidden in families.HIDDEN.items()}
+    monkeypatch.setattr(families, "HIDDEN", known)
+    families._entry.cache_clear()
+    with pytest.raises(InputError, match="of this release of transformers is not the one") as caught:
+        patch(model)
+    families._entry.cache_clear()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", [family for family, facts in FACTS.items() if "refused" in facts])
