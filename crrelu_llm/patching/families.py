@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def hidden_activation(owner: nn.Module) -> tuple[str, nn.Module] | None:
         for function, name in FUNCTIONS.items():
             if value is function and not attribute.startswith("_"):
                 return attribute, _named(name)(owner)
-    hidden = None if is_exposed(owner) else _entry(type(owner))
+    hidden = None if is_exposed(owner) else _entry(cast(Any, type(owner)))
     return (ATTRIBUTE, hidden.activation(owner)) if hidden else None
 
 

@@ -26,10 +26,15 @@ def check(model: nn.Module) -> None:
     Raises:
         InputError: Something has replaced the forward of a module that should call one of them.
     """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    base = _base(model)
     found = section.read(getattr(base, "config", None))
     paths = [section.local_path(base, site["path"]) for site in found["sites"]] if found else []
     check_forwards(base, [path for path in paths if path is not None])
+
+
+def _base(model: Any) -> Any:
+    # transformers' own models have peft_config too, once an adapter has been added to them without a wrapper.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_forwards(model: nn.Module, paths: Iterable[str]) -> None:
@@ -106,8 +111,7 @@ def _install_in_liger() -> None:
 def _without_mlp_kernels(apply: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     @functools.wraps(apply)
     def apply_then_check(model: Any, kernel_config: dict[str, Any] | None) -> None:
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        if section.read(getattr(base, "config", None)) is not None:
+        if section.read(getattr(_base(model), "config", None)) is not None:
             options = kernel_config or {}
             refuse_mlp_kernels(options)
             logger.warning("use_liger_kernel: the MLPs keep their swapped activation; Liger's other kernels are used")

@@ -247,7 +247,7 @@ def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module 
 def _device(owner: nn.Module) -> torch.device | None:
     """Where an MLP computes: where its weights are, or where accelerate's hooks (`device_map`) bring them."""
     for module in owner.modules():
-        hook = module.__dict__.get("_hf_hook")
+        hook: Any = module.__dict__.get("_hf_hook")
         for part in getattr(hook, "hooks", (hook,)):
             if getattr(part, "offload", False) and part.execution_device is not None:
                 return torch.device(part.execution_device)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from families import family_config
 from tiny import FAMILIES, tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -69,6 +70,18 @@ def test_table(tmp_path, capsys):
         "  transformer.h.1.mlp.act  gelu_new  128 channels  plain",
         "config keys that mean the MLP alone: activation_function",
     ]
+
+
+def test_activations_inside_methods_are_functional_sites(tmp_path, capsys):
+    family_config("minimax_m3_vl_text").save_pretrained(tmp_path)
+    found = document(capsys, tmp_path)
+    assert {site["kind"] for site in found["sites"]} == {"functional"}
+    assert [site["path"] for site in found["sites"]] == [
+        "model.layers.0.mlp.act_fn",
+        "model.layers.1.mlp.experts.act_fn",
+        "model.layers.1.mlp.shared_experts.act_fn",
+    ]
+    assert found["config_keys"] == []
 
 
 def test_a_patched_checkpoint_says_so(tmp_path, capsys):

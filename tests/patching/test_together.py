@@ -1,5 +1,6 @@
 """Patched models and what else people do to models: device maps, 4 and 8 bits, adapters, compilation, heads."""
 
+import copy
 import logging
 
 import pytest
@@ -247,6 +248,31 @@ def test_a_reward_model_made_from_a_patched_causal_lm_keeps_the_swap(family, tmp
     for path, module in ours(model).items():
         assert torch.equal(reward.get_submodule(path).epsilon, module.epsilon)
     assert all(gradients(reward))
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_deep_copy_is_independent(family):
+    model = family_model(family)
+    native = logits(model)
+    patch(model, epsilon_init=0.3)
+    twin, patched = copy.deepcopy(model), logits(model)
+    randomise(model)
+    assert torch.equal(logits(twin), patched)
+    unpatch(twin)
+    assert torch.equal(logits(twin), native)
+    assert not torch.equal(logits(model), native)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_another_patch_of_a_reloaded_model(family, tmp_path):
+    model = family_model(family)
+    patch(model)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    again, fresh = AutoModelForCausalLM.from_pretrained(tmp_path), family_model(family)
+    assert patch(again, "relu").sites == patch(fresh, "relu").sites
+    torch.testing.assert_close(logits(again), logits(fresh))
+    assert again.config.crrelu == fresh.config.crrelu
 
 
 def test_original_activations_with_parameters_cannot_be_restored_from_a_checkpoint(tmp_path):
