@@ -1,4 +1,4 @@
-"""Runs a function once transformers' model code has been imported, so that our own import can stay light."""
+"""Runs a function once a module of transformers has been imported, so that our own import can stay light."""
 
 import importlib.abc
 import importlib.machinery
@@ -7,27 +7,28 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-_TARGET = "transformers.modeling_utils"
+MODELS = "transformers.modeling_utils"
 
 
-def arrange(register: Callable[[], None]) -> None:
-    """Calls `register` now if transformers' model code is loaded, else right after its import."""
-    if _TARGET in sys.modules:
+def arrange(register: Callable[[], None], target: str = MODELS) -> None:
+    """Calls `register` now if the module `target` is loaded, else right after its import."""
+    if target in sys.modules:
         register()
     else:
-        sys.meta_path.insert(0, _Finder(register))
+        sys.meta_path.insert(0, _Finder(register, target))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds one module, lets the ordinary finders load it, and steps aside for good."""
 
-    def __init__(self, register: Callable[[], None]):
+    def __init__(self, register: Callable[[], None], target: str):
         self.register = register
+        self.target = target
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != self.target:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)

@@ -51,6 +51,14 @@ def tiny_model(family, seed=0, **overrides):
     return model
 
 
+def tiny_lfm2():
+    """A tiny model of a family whose MLP computes its activation inside a method."""
+    sizes = {key: value for key, value in _LLAMA.items() if key != "max_position_embeddings"}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("lfm2", **_COMMON, **sizes, layer_types=["conv", "full_attention"])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def token_ids(batch=2, length=12, seed=1):
     """Random token ids, `(batch, length)`."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import section
+from crrelu_llm.patching import families, guard, section
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
 logger = logging.getLogger("crrelu_llm")
@@ -143,6 +143,7 @@ def install_hook() -> None:
     if "crrelu" in ACT2FN:
         return
     ACT2FN["crrelu"] = CRReLU
+    guard.install()
     post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
     initialize_missing = PreTrainedModel._initialize_missing_keys
 
@@ -184,7 +185,12 @@ def _swap_from_section(model: Any) -> set[str]:
         return set()
     names = set()
     for site in found["sites"]:
-        path = _local_path(model, site["path"])
+        if site.get("kind") == "functional":
+            owner_path, _, attribute = site["path"].rpartition(".")
+            owner = section.local_path(model, owner_path)
+            if owner is not None:
+                families.expose(model, [f"{owner}.{attribute}"])
+        path = section.local_path(model, site["path"])
         if path is None:  # this is a part of the model, and the site is in another part
             continue
         current = model.get_submodule(path)
@@ -200,22 +206,10 @@ def _swap_from_section(model: Any) -> set[str]:
     return names
 
 
-def _local_path(model: Any, path: str) -> str | None:
-    """`path` as seen from `model`, which may be the whole model or its base model."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (path, path.removeprefix(prefix)):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    return None
-
-
 def _check_swapped(model: Any) -> None:
     found = section.read(model.config)
     for site in found["sites"] if found else ():
-        path = _local_path(model, site["path"])
+        path = section.local_path(model, site["path"])
         # A head on the base model, or another class of the same family, keeps the base model under its prefix.
         if path is None:
             raise InputError(
@@ -228,7 +222,9 @@ def _warn_of_missing(model: Any) -> None:
     missing = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, CRReLU) and not getattr(module.epsilon, "_is_hf_initialized", False)
+        if isinstance(module, CRReLU)
+        and not getattr(module.epsilon, "_is_hf_initialized", False)
+        and not module.epsilon.is_meta  # device_map leaves it on the disk, where it is; a missing one never is
     ]
     if missing:
         logger.warning(

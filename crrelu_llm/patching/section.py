@@ -47,6 +47,36 @@ def read(config: Any) -> dict[str, Any] | None:
     return section
 
 
+def local_path(model: nn.Module, path: str) -> str | None:
+    """A site's path as seen from `model`, the whole model or its base model; None where it is in neither."""
+    for candidate in (path, path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConfig", name: str) -> None:
+    """Whether a model with this section, called `name`, may be patched to `patch_config`.
+
+    Raises:
+        InputError: It has been patched in the same way already, or its weights no longer fit its original activation.
+    """
+    activation = section["activation"]
+    if section.get("weights_changed", False):
+        raise InputError(
+            f"{name} is already patched to {activation} by a calibration that changed its weights; start from the "
+            "original checkpoint"
+        )
+    if activation != patch_config.activation:
+        return
+    same = all(section[key] == getattr(patch_config, key) for key in ("epsilon_per", "epsilon_init"))
+    if activation != "crrelu" or (same and not patch_config.calibrates):
+        raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
+
+
 def write(
     config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: dict[str, str], weights_changed: bool = False
 ) -> None:
@@ -65,6 +95,13 @@ def write(
     }
     for key in keys:
         _set(config, key, patch_config.activation)
+
+
+def put_back(config: Any, section: dict[str, Any]) -> None:
+    """Undoes `remove`."""
+    config.crrelu = section
+    for key in section["config_keys"]:
+        _set(config, key, section["activation"])
 
 
 def remove(config: Any) -> None:

@@ -9,21 +9,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-
-# Families whose MLP computes its activation inside a method, so that there is no module to swap for all of it.
-UNSUPPORTED_FAMILIES = {
-    "lfm2": "its MLP calls silu inside forward",
-    "lfm3": "its MLP calls silu inside forward",
-    "lfm2_moe": "its MLP calls silu inside forward",
-    "gpt_oss": "its experts compute a clamped sigmoid gate inside forward",
-    "minimax_m3_vl": "its MLP computes a clamped sigmoid gate inside forward",
-    "minimax_m3_vl_text": "its MLP computes a clamped sigmoid gate inside forward",
-    "inkling2": "its MLP uses a gate of two inputs",
-    "inkling2_text": "its MLP uses a gate of two inputs",
-    "rwkv": "its feed-forward computes a squared relu inside forward",
-    "hy_v4": "its experts compute their activation inside forward",
-    "aria_text": "its experts compute silu inside forward",
-}
+from crrelu_llm.patching import families
 
 # A path component that says: what is below is not the MLP of a decoder layer.
 _ELSEWHERE = {
@@ -65,7 +51,8 @@ class Site:
         attribute: Its name in the module that owns it, e.g. `act_fn`.
         original: Name of the activation found there: a name of transformers' ACT2FN where it has one.
         num_channels: Width of its input's last dimension.
-        kind: `"gated"`, `"plain"` or `"experts"` (fused 3-D expert weights).
+        kind: `"gated"`, `"plain"`, `"experts"` (fused 3-D expert weights), or `"functional"`: the family computes it
+            inside a method, and `patch` makes it a module first (families.py); until then nothing is at `path`.
     """
 
     path: str
@@ -90,7 +77,7 @@ class LeftAlone:
 
 
 class UnknownStructureError(InputError):
-    """A module looks like an MLP's activation, but its width cannot be told from the modules beside it."""
+    """A part of the model looks like an MLP, but its activation or its width cannot be told."""
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -106,31 +93,45 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def survey(model: nn.Module) -> tuple[list[Site], list[LeftAlone]]:
-    """Returns the sites of a model and the activations that are left alone, with the reason for each."""
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    if model_type in UNSUPPORTED_FAMILIES:
-        raise InputError(f"model type {model_type} is not supported yet: {UNSUPPORTED_FAMILIES[model_type]}")
+    """Returns the sites of a model and the activations that are left alone, with the reason for each.
+
+    Raises:
+        InputError: The model has no MLP activation, or an MLP whose activation or width cannot be told: a patch would
+            be a partial one.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     sites: list[Site] = []
     left_alone: list[LeftAlone] = []
-    for path, module in _activations(model):
+    for path, name in _activations(model):
         owner_path, _, attribute = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        name = activation_name(module)
         reason = _reason_to_leave_alone(owner_path, owner)
         if reason:
             left_alone.append(LeftAlone(path, name, reason))
             continue
-        shape = mlp_shape(owner)
+        # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
+        shape = mlp_shape(owner) or mlp_shape(model.get_submodule(owner_path.rpartition(".")[0]))
         if shape is None:
             raise UnknownStructureError(
                 f"model type {model_type} is not supported yet: cannot tell the width of {path} ({name}) "
                 f"from the modules of {type(owner).__name__}"
             )
-        sites.append(Site(path, attribute, name, *shape))
+        functional = families.hidden_activation(owner) or families.is_exposed(owner)
+        sites.append(Site(path, attribute, name, shape[0], "functional" if functional else shape[1]))
+    _refuse_mlps_without_a_site(model, model_type, sites)
     if not sites:
-        raise InputError(f"model type {model_type} has no MLP activation that could be swapped")
+        raise InputError(f"model type {model_type} has no MLP: there is no activation to swap")
     return sites, left_alone
+
+
+def _refuse_mlps_without_a_site(model: nn.Module, model_type: str, sites: list[Site]) -> None:
+    above = {site.path[:end] for site in sites for end, letter in enumerate(site.path) if letter == "."}
+    for path, module in model.named_modules():
+        if path not in above and _computes_an_mlp(module) and not _reason_to_leave_alone(path, module):
+            raise UnknownStructureError(
+                f"model type {model_type} is not supported yet: {type(module).__name__} ({path}) computes its "
+                "activation inside a method, so there is no module to swap"
+            )
 
 
 def activation_name(module: nn.Module) -> str:
@@ -151,8 +152,8 @@ def activation_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every activation module with its path; a module used in several places comes once for each place."""
+def _activations(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Path and name of every activation, also hidden ones; a module in several places comes once for each place."""
     classes = _activation_classes()
     inside: str | None = None
     for path, module in model.named_modules(remove_duplicate=False):
@@ -161,7 +162,9 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         wrapped = type(module).__name__ == _PEFT_WRAPPER and isinstance(module.original_module, classes)
         if wrapped or isinstance(module, classes) or (_named_like_one(module) and path):
             inside = path + "."
-            yield path, module
+            yield path, activation_name(module)
+        elif hidden := families.hidden_activation(module):
+            yield f"{path}.{hidden[0]}", activation_name(hidden[1])
 
 
 def _activation_classes() -> tuple[type, ...]:
@@ -170,7 +173,7 @@ def _activation_classes() -> tuple[type, ...]:
     entries: list[Any] = list(ACT2CLS.values())
     classes = {entry[0] if isinstance(entry, tuple) else entry for entry in entries}
     extra = (nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid)
-    return (*classes, *extra, CRReLU)
+    return (*classes, *extra, families.SigmoidGate, families.SoftcappedSiLU, CRReLU)
 
 
 def _named_like_one(module: nn.Module) -> bool:
@@ -222,8 +225,19 @@ def mlp_shape(owner: nn.Module) -> tuple[int, str] | None:
     return (width, "gated" if same > 1 else "plain") if same else None
 
 
+def _computes_an_mlp(module: nn.Module) -> bool:
+    if _experts_width(module) is not None:
+        return True
+    linears = [name for name, child in module.named_children() if _linear_size(child)]
+    # "out_proj" is an attention's as often as an MLP's.
+    named = any(name in linears for name in _DOWN_NAMES if name != "out_proj")
+    return named and len(linears) > 1 and mlp_shape(module) is not None
+
+
 def _experts_width(owner: nn.Module) -> int | None:
     weights = {name: tuple(p.shape) for name, p in owner.named_parameters(recurse=False) if p.dim() == 3}
+    if "w2" in owner._parameters and hasattr(owner, "moe_num_experts"):  # DBRX stacks its experts in two dimensions
+        return len(cast(nn.Parameter, owner.w2)) // cast(int, owner.moe_num_experts)
     down = next((weights[name] for name in ("down_proj", "w2") if name in weights), None)
     up = next((weights[name] for name in ("gate_up_proj", "up_proj", "w1") if name in weights), None)
     if down is None or up is None:

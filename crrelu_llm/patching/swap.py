@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import section
+from crrelu_llm.patching import families, guard, section
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
 
 if TYPE_CHECKING:
@@ -106,10 +107,11 @@ def patch(
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
 
     `model.save_pretrained(...)` then gives a checkpoint that plain `AutoModelForCausalLM.from_pretrained` reloads in
-    any process that has imported `crrelu_llm`.
+    any process that has imported `crrelu_llm`. A patched model is unpatched first, if its original activations can be
+    had: the report then names these as the originals.
 
     Args:
-        model: A Hugging Face causal LM (before any adapter is added).
+        model: A Hugging Face causal LM, or another head on the same backbone (before any adapter is added).
         activation: The target's name, or a whole `PatchConfig`.
         tokenizer: Needed to calibrate, where no `blocks` are given.
         blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
@@ -119,8 +121,8 @@ def patch(
         The sites swapped, with ε and the error of each, and what was left alone.
 
     Raises:
-        InputError: Unknown activation or option, a model without sites or already patched, or calibration without a
-            tokenizer. The model is then unchanged.
+        InputError: Unknown activation or option, a model without sites or already patched in this way, kernels that
+            replace whole MLPs, or calibration without a tokenizer. The model is then unchanged.
     """
     known = [entry.name for entry in fields(PatchConfig)]
     for name in options:
@@ -132,13 +134,30 @@ def patch(
         config = PatchConfig(activation, **options)
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
-    if section.read(model.config) is not None:
-        raise InputError("the model is already patched: call crrelu_llm.unpatch(model) first")
+    found = section.read(model.config)
+    if found is None:
+        return _patch(model, config, tokenizer, blocks)
+    section.check_may_be_patched_again(found, config, "the model")
+    modules = {site["path"]: model.get_submodule(site["path"]) for site in found["sites"]}
+    unpatch(model)
+    try:
+        return _patch(model, config, tokenizer, blocks)
+    except BaseException:
+        families.expose(model, modules)
+        for path, module in modules.items():
+            swap_in(model, path, module, None)
+        section.put_back(model.config, found)
+        _keep_epsilon_in_float32(model, modules)
+        raise
+
+
+def _patch(model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None) -> PatchReport:
     sites, left_alone = survey(model)
     if config.calibrates:
         blocks = _calibration_text(model, config, tokenizer, blocks)
-    keys = section.mlp_config_keys(model, sites)
-    originals = {site.path: model.get_submodule(site.path) for site in sites}
+    paths = [site.path for site in sites]
+    guard.check_forwards(model, paths)
+    originals: dict[str, nn.Module] = {}
 
     def build(site: Site) -> nn.Module:
         return build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
@@ -147,20 +166,25 @@ def patch(
         swap_in(model, site.path, module, originals[site.path])
 
     done: dict[str, Calibrated] = {}
-    if config.calibrates:
-        from crrelu_llm.patching.calibration import calibrate
+    try:
+        families.expose(model, paths)
+        originals |= {path: model.get_submodule(path) for path in paths}
+        keys = section.mlp_config_keys(model, sites)
+        if config.calibrates:
+            from crrelu_llm.patching.calibration import calibrate
 
-        try:
+            assert blocks is not None
             done = calibrate(model, sites, blocks, config, build, swap)
-        except BaseException:
+        else:
             for site in sites:
-                swap_in(model, site.path, originals[site.path], None)
-            raise
-    else:
-        for site in sites:
-            swap(site, build(site))
+                swap(site, build(site))
+    except BaseException:
+        for path, original in originals.items():
+            swap_in(model, path, original, None)
+        families.conceal(model, paths)
+        raise
     section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
-    _keep_epsilon_in_float32(model, sites)
+    _keep_epsilon_in_float32(model, paths)
     return _report(model, config, sites, left_alone, done)
 
 
@@ -175,17 +199,20 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             folded or refitted stay changed, and a warning says so.
 
     Raises:
-        InputError: The model is not patched, or `original` is another model.
+        InputError: The model is not patched, its original activations had parameters that its checkpoint lacks, or
+            `original` is another model.
     """
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters: unpatch the base model (merge or unload the adapters first)")
     found = section.read(model.config)
     if found is None:
         raise InputError("the model is not patched: its config has no crrelu section")
-    for site in found["sites"]:
-        path = site["path"]
-        held = model.get_submodule(path).__dict__.get("_original")
-        swap_in(model, path, held[0] if held else build_activation(site["original"]), None)
+    activations = {site["path"]: _original(model, site) for site in found["sites"]}
+    for path, activation in activations.items():
+        if families.is_exposed(model.get_submodule(path.rpartition(".")[0])):
+            families.conceal(model, [path])
+        else:
+            swap_in(model, path, activation, None)
     for name in {f"{site['path'].rpartition('.')[2]}.epsilon" for site in found["sites"]}:
         (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
     section.remove(model.config)
@@ -199,6 +226,21 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             "the weights around the activations were changed by the calibration and stay so: the model is not what it "
             "was before the patch; give unpatch(model, original=...), or load the original checkpoint"
         )
+
+
+def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
+    owner_path, _, attribute = site["path"].rpartition(".")
+    owner = model.get_submodule(owner_path)
+    held = getattr(owner, attribute).__dict__.get("_original")
+    if held or families.is_exposed(owner):  # concealed, not put back: which module is returned does not matter
+        return held[0] if held else nn.Identity()
+    original = build_activation(site["original"])
+    if next(original.parameters(), None) is not None:
+        raise InputError(
+            f"{site['path']}: the original {site['original']} had parameters of its own, which a patched checkpoint "
+            "does not hold; start from the original checkpoint"
+        )
+    return original
 
 
 def build_activation(
@@ -231,14 +273,26 @@ def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module 
     """Sets the activation at `path`; the original is remembered outside the module tree, for `unpatch`."""
     owner_path, _, attribute = path.rpartition(".")
     owner = model.get_submodule(owner_path)
-    reference = next(owner.parameters(), None)
-    if reference is not None and reference.device != torch.device("cpu"):
-        module.to(reference.device)
+    # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
+    device = _device(owner) or _device(model.get_submodule(owner_path.rpartition(".")[0]))
+    if device is not None and device != torch.device("cpu"):
+        module.to(device)
     module.train(owner.training)
     if original is not None and not isinstance(original, CRReLU):
         # In a list, so that nn.Module does not register it: its parameters are no part of the patched model.
         module.__dict__["_original"] = [original]
     setattr(owner, attribute, module)
+
+
+def _device(owner: nn.Module) -> torch.device | None:
+    """Where an MLP computes: where its weights are, or where accelerate's hooks (`device_map`) bring them."""
+    for module in owner.modules():
+        hook: Any = module.__dict__.get("_hf_hook")
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "offload", False) and part.execution_device is not None:
+                return torch.device(part.execution_device)
+    reference = next(owner.parameters(), None)
+    return None if reference is None else reference.device
 
 
 def _calibration_text(
@@ -253,9 +307,9 @@ def _calibration_text(
     return calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
 
 
-def _keep_epsilon_in_float32(model: PreTrainedModel, sites: list[Site]) -> None:
+def _keep_epsilon_in_float32(model: PreTrainedModel, paths: Iterable[str]) -> None:
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    model._keep_in_fp32_modules_strict = strict | {f"{site.attribute}.epsilon" for site in sites}
+    model._keep_in_fp32_modules_strict = strict | {f"{path.rpartition('.')[2]}.epsilon" for path in paths}
 
 
 def _report(

@@ -32,7 +32,7 @@ def patch_checkpoint(
     perplexity_of: dict[str, Any] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Loads a MODEL, patches it and saves it.
+    """Loads a MODEL, patches it and saves it. A patched MODEL gets its original activations back first.
 
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
@@ -48,7 +48,7 @@ def patch_checkpoint(
         The patch report, as written to patch_report.json.
 
     Raises:
-        InputError: A MODEL that cannot be read, is already patched, or has no sites.
+        InputError: A MODEL that cannot be read, is already patched in this way, or has no sites.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -66,7 +66,10 @@ def patch_checkpoint(
     if config is None:
         report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
     else:
-        _refuse_patched(model, loaded.config)
+        found = section.read(loaded.config)
+        if found is not None:
+            section.check_may_be_patched_again(found, config, model)
+            unpatch(loaded)
         require_finite(loaded, _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size)
         if perplexity is not None:
             measured = {"before": perplexity(loaded, tokenizer), "after_naive": None}
@@ -126,9 +129,3 @@ def read_origin(directory: str | Path) -> dict[str, Any] | None:
     """What a patched copy was made from, or None where the directory holds no such copy."""
     path = Path(directory) / ORIGIN
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _refuse_patched(model: str, config: Any) -> None:
-    found = section.read(config)
-    if found is not None:
-        raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import PatchConfig
+from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
@@ -269,7 +269,8 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             raise InputError(f"{where}report_to: unknown tracker {name!r}; choose from {known}")
-    activation.patch_config(where)
+    if activation.patch_config(where) is not None and training.use_liger_kernel:
+        guard.refuse_mlp_kernels(training.liger_kernel_config or {}, where)
     if training.max_steps > 0:
         check_blend_ends(activation.blend_steps, training.max_steps, where)
     if kind == "dpo" and activation.blend_steps and training.sync_ref_model:

@@ -9,7 +9,7 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching import checkpoint, guard, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
@@ -29,6 +29,7 @@ class EpsilonMixin:
     def __init__(self, *args: Any, activation_args: ActivationArguments, **kwargs: Any):
         self.activation_args = activation_args
         super().__init__(*args, **kwargs)
+        guard.check(self.model)
         restore_float32(self.model)
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from families import family_config
 from tiny import FAMILIES, tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -71,6 +72,18 @@ def test_table(tmp_path, capsys):
     ]
 
 
+def test_activations_inside_methods_are_functional_sites(tmp_path, capsys):
+    family_config("minimax_m3_vl_text").save_pretrained(tmp_path)
+    found = document(capsys, tmp_path)
+    assert {site["kind"] for site in found["sites"]} == {"functional"}
+    assert [site["path"] for site in found["sites"]] == [
+        "model.layers.0.mlp.act_fn",
+        "model.layers.1.mlp.experts.act_fn",
+        "model.layers.1.mlp.shared_experts.act_fn",
+    ]
+    assert found["config_keys"] == []
+
+
 def test_a_patched_checkpoint_says_so(tmp_path, capsys):
     model = tiny_model("llama")
     patch(model)
@@ -85,8 +98,7 @@ def test_a_patched_checkpoint_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("mamba2", "no MLP activation"),
-        ("gpt_oss", "gpt_oss is not supported yet"),
+        ("mamba2", "mamba2 has no MLP: there is no activation to swap"),
         ("t5", "t5 has no causal language model"),
     ],
 )

@@ -228,11 +228,53 @@ def refused(call, *words):
         assert word in message
 
 
-def test_patching_twice_is_refused():
+@pytest.mark.parametrize("options", [{}, {"epsilon_per": "channel", "epsilon_init": 0.3}])
+def test_the_same_patch_twice_is_refused(options):
+    model = tiny_model("llama")
+    patch(model, **options)
+    before = logits(model)
+    refused(lambda: patch(model, **options), "the model is already patched to crrelu", "nothing to do")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "mixtral"])
+@pytest.mark.parametrize(
+    "second", [{"activation": "gelu"}, {"activation": "prelu"}, {"epsilon_per": "channel"}, {"epsilon_init": 0.4}]
+)
+def test_another_patch_starts_from_the_original(family, second):
+    model, fresh = tiny_model(family), tiny_model(family)
+    native = logits(model)
+    originals = [site.original for site in find_sites(model)]
+    patch(model, epsilon_init=0.2)
+    report = patch(model, **second)
+    assert report.sites == patch(fresh, **second).sites
+    assert [site["original"] for site in report.sites] == originals
+    assert model.config.to_dict() == fresh.config.to_dict()
+    assert tree(model) == tree(fresh)
+    assert torch.equal(logits(model), logits(fresh))
+    unpatch(model)
+    assert torch.equal(logits(model), native)
+
+
+def test_a_patch_that_fails_leaves_the_earlier_one():
+    model = tiny_model("llama")
+    patch(model, epsilon_init=0.3)
+    before, modules, config = logits(model), tree(model), copy.deepcopy(model.config.to_dict())
+    refused(lambda: patch(model, calibration="fit"), "tokenizer")
+    assert (tree(model), model.config.to_dict()) == (modules, config)
+    assert torch.equal(logits(model), before)
+    assert "act_fn.epsilon" in model._keep_in_fp32_modules_strict
+    unpatch(model)
+    assert torch.equal(logits(model), logits(tiny_model("llama")))
+
+
+def test_weights_that_a_calibration_changed_allow_no_other_patch():
     model = tiny_model("llama")
     patch(model)
-    refused(lambda: patch(model, "gelu"), "already patched", "unpatch")
-    assert model.config.crrelu["activation"] == "crrelu"
+    model.config.crrelu["weights_changed"] = True
+    before = logits(model)
+    refused(lambda: patch(model, "gelu"), "changed its weights", "start from the original checkpoint")
+    assert torch.equal(logits(model), before)
 
 
 def test_unpatching_what_is_not_patched_is_refused():
@@ -247,6 +289,11 @@ def test_adapters_are_refused():
     model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
     refused(lambda: patch(model), "adapters", "base model")
     assert "silu" in {site.original for site in find_sites(model)}
+    base = tiny_model("llama")
+    patch(base)
+    refused(
+        lambda: unpatch(get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))), "adapters", "base model"
+    )
 
 
 def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():

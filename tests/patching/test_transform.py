@@ -92,12 +92,40 @@ def test_without_a_patch_it_only_converts(tiny_checkpoint, tmp_path):
     assert torch.equal(logits(one), logits(other))
 
 
-def test_a_patched_checkpoint_is_refused(tiny_checkpoint, tmp_path):
+def test_the_same_patch_of_a_patched_checkpoint_is_refused(tiny_checkpoint, tmp_path):
     patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
-    with pytest.raises(InputError, match="one is already patched to crrelu; start from the original") as caught:
-        patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu"), tmp_path / "two")
+    with pytest.raises(InputError, match="one is already patched to crrelu with these options") as caught:
+        patch_checkpoint(str(tmp_path / "one"), PatchConfig(), tmp_path / "two")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_patched_checkpoint_can_be_patched_to_another_activation(tiny_checkpoint, tmp_path):
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    measured = []
+
+    def measure(model, tokenizer):
+        measured.append(type(model.transformer.h[0].mlp.act).__name__)
+        return 1.0
+
+    report = patch_checkpoint(str(tmp_path / "one"), PatchConfig("relu"), tmp_path / "two", perplexity=measure)
+    straight = patch_checkpoint(str(tiny_checkpoint), PatchConfig("relu"), tmp_path / "three")
+    assert report["sites"] == straight["sites"]
+    assert measured == ["NewGELUActivation", "ReLU"]  # "before" is the original activation
+    two, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("two", "three"))
+    assert torch.equal(logits(two), logits(three))
+    assert two.config.crrelu == three.config.crrelu
+
+
+def test_a_checkpoint_whose_weights_a_calibration_changed_is_refused(tiny_checkpoint, tmp_path):
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    file = tmp_path / "one" / "config.json"
+    config = json.loads(file.read_text())
+    config["crrelu"]["weights_changed"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="changed its weights; start from the original checkpoint") as caught:
+        patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu"), tmp_path / "two")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float31", "Tensor"])

@@ -84,7 +84,7 @@ def find_mlps(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[st
         By the site's path. A site whose MLP is more than linear layers around an activation (fused experts, a norm or
         a factor in between) or is used more than once is not in it.
     """
-    linears = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
     watch = _Watch()
     hooks = [linear.register_forward_hook(watch.linear) for linear in linears]
     found: dict[str, Mlp] = {}
@@ -110,7 +110,8 @@ class _Watch:
         self.activations: dict[str, list[tuple[Tensor, Tensor | None, Tensor]]] = {}
 
     def linear(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.linears.append((module, args[0].detach(), output.detach()))
+        # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
+        self.linears.append((module, args[0].detach().clone(), output.detach().clone()))
 
     def activation(self, path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:
         self.activations.setdefault(path, []).append((x, other, result))
@@ -130,7 +131,15 @@ class _Watch:
         inputs = [given for module, given, _ in self.linears for rows in (gate, up) if rows and module is rows.linear]
         if not all(_equal(given, inputs[0]) for given in inputs[1:]):
             return None
-        return Mlp(gate, up, down[0])
+        # A family's own kind of linear layer may do more than multiply and add.
+        plain = [self._plain(module, given, output) for module, given, output in self.linears if module in modules]
+        return Mlp(gate, up, down[0]) if all(plain) else None
+
+    def _plain(self, module: nn.Module, given: Tensor, output: Tensor) -> bool:
+        weight, bias = _read(Rows(module, 0, _outputs(module)))
+        tolerance = 1e-4 if given.dtype == torch.float32 else 5e-2
+        expected = nn.functional.linear(given.float(), weight, bias)
+        return torch.allclose(output.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
     def _source(self, x: Tensor, width: int) -> Rows | None:
         """The linear layer, and the part of its outputs, that `x` is."""
@@ -150,13 +159,17 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
 def _outputs(linear: Any) -> int:
-    return linear.nf if type(linear).__name__ == "Conv1D" else linear.out_features
+    return linear.nf if _is_conv1d(linear) else linear.out_features
 
 
 def _read(rows: Rows) -> tuple[Tensor, Tensor | None]:
     linear: Any = rows.linear
-    weight = linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
+    weight = linear.weight.detach().T if _is_conv1d(linear) else linear.weight.detach()
     part = slice(rows.start, rows.stop)
     bias = None if linear.bias is None else linear.bias.detach()[part].float().clone()
     return weight[part].float().clone(), bias
@@ -166,7 +179,7 @@ def _write(rows: Rows, weight: Tensor, bias: Tensor | None) -> None:
     linear: Any = rows.linear
     part = slice(rows.start, rows.stop)
     with torch.no_grad():
-        target = linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
+        target = linear.weight.T if _is_conv1d(linear) else linear.weight
         target[part].copy_(weight)
         if bias is not None:
             linear.bias[part].copy_(bias)

@@ -88,10 +88,10 @@ class MlpTask:
         """Hooks that keep the MLP's inputs and outputs; to remove afterwards."""
 
         def keep_input(module: nn.Module, args: Any) -> None:
-            self.inputs.append(args[0].reshape(-1, args[0].shape[-1]).float())
+            self.inputs.append(_kept(args[0]))
 
         def keep_output(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.outputs.append(output.reshape(-1, output.shape[-1]).float())
+            self.outputs.append(_kept(output))
 
         return [
             self.mlp.gate.linear.register_forward_pre_hook(keep_input),
@@ -197,6 +197,11 @@ def set_epsilon(activation: nn.Module, epsilon: Tensor) -> None:
     assert isinstance(activation, CRReLU)
     with torch.no_grad():
         activation.epsilon.copy_(epsilon)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A float32 copy, `(tokens, features)`: what follows may change the tensor in place."""
+    return tensor.reshape(-1, tensor.shape[-1]).to(torch.float32, copy=True)
 
 
 def _held_back(tokens: int) -> Tensor:

@@ -46,8 +46,8 @@ def check_known(blocks: Tensor, tokenizer: Any, data: str) -> None:
     share = (blocks == unknown).float().mean().item()
     if share > 0.2:
         raise InputError(
-            f"{data}: the tokenizer knows only {1 - share:.0%} of this text ({tokenizer.unk_token} for the rest); give "
-            "text in a language of it"
+            f"{data}: the tokenizer knows only {1 - share:.0%} of this text ({tokenizer.unk_token} for the rest); "
+            "give text in a language of the model"
         )
 
 

@@ -1,0 +1,249 @@
+"""Families whose MLP computes its activation inside a method: replaces the method, so that a child computes it."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crrelu_llm.errors import InputError
+
+# The child that an exposed activation becomes.
+ATTRIBUTE = "act_fn"
+# Functions that a family keeps as an attribute in the place of a module (Lfm2MoeExperts.act_fn), and their names.
+FUNCTIONS: dict[Callable, str] = {
+    nn.functional.silu: "silu",
+    nn.functional.gelu: "gelu",
+    nn.functional.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+class SigmoidGate(nn.Module):
+    """`x · sigmoid(α·x)`; the same as SiLU for α = 1, and close to GELU for 1.702."""
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        return x * torch.sigmoid(x * self.alpha)
+
+
+class SoftcappedSiLU(nn.Module):
+    """`c · tanh(x/c) · sigmoid(x)`: SiLU whose linear factor is bounded by the softcap c."""
+
+    def __init__(self, softcap: float):
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        return torch.tanh(x / self.softcap) * self.softcap * torch.sigmoid(x)
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+
+
+def _clamped_silu(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = _clamped(gate_up.chunk(2, dim=-1), self.swiglu_limit)
+    return self.act_fn(gate) * up
+
+
+def _clamped_pairs(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = _clamped((gate_up[..., ::2], gate_up[..., 1::2]), self.limit)
+    return (up + 1) * self.act_fn(gate)
+
+
+def _clamped_halves(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = _clamped(gate_up.chunk(2, dim=-1), self.swiglu_limit)
+    return (up + 1) * self.act_fn(gate)
+
+
+def _clamped_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    return self.down_proj(_clamped_halves(self, self.gate_up_proj(hidden_states)))
+
+
+def _clamped(gate_and_up: Sequence[Tensor], limit: float) -> tuple[Tensor, Tensor]:
+    gate, up = gate_and_up
+    return gate.clamp(max=limit), up.clamp(-limit, limit)
+
+
+def _softcapped(self: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return (self.act_fn(gate.float()) * self.up_softcap(up.float())).to(gate.dtype)
+
+
+def _time_mixed(self: Any, hidden: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor] | None]:
+    """RWKV's feed-forward: `hidden` and the token before it, mixed per channel, feed the key and the receptance."""
+    previous = None if state is None else state[0][:, :, self.layer_id]
+    if previous is not None and hidden.size(1) == 1:
+        shifted = previous
+    else:
+        shifted = self.time_shift(hidden)
+        if previous is not None:
+            shifted[:, 0] = previous
+    mixed = [hidden * mix + shifted * (1 - mix) for mix in (self.time_mix_key, self.time_mix_receptance)]
+    value = self.value(self.act_fn(self.key(mixed[0])))
+    gated = torch.sigmoid(self.receptance(mixed[1])) * value
+    if state is not None:
+        state[0][:, :, self.layer_id] = hidden[:, -1]
+    return gated, state
+
+
+def _named(name: str) -> Callable[[nn.Module], nn.Module]:
+    def build(owner: nn.Module) -> nn.Module:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[name]
+
+    return build
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """An activation inside a method.
+
+    Attributes:
+        method: The method of the family's class that computes it.
+        replacement: The same method with the activation as the child `act_fn`. Clamps and other factors stay in it.
+        activation: Builds the activation, bit for bit the original's function, from the module that owns it.
+        source: Fingerprint of the method that `replacement` was written for (see `_fingerprint`).
+    """
+
+    method: str
+    replacement: Callable[..., Any]
+    activation: Callable[[Any], nn.Module]
+    source: str
+
+
+def _sigmoid_gate(owner: Any) -> nn.Module:
+    return SigmoidGate(owner.alpha if hasattr(owner, "alpha") else owner.swiglu_alpha)
+
+
+def _softcapped_silu(owner: Any) -> nn.Module:
+    return SoftcappedSiLU(owner.gate_softcap.softcap)
+
+
+_gated_silu_mlp = Hidden("forward", _gated_mlp, _named("silu"), "45c95a82ba56")
+# By the name of the class in transformers.
+HIDDEN = {
+    "Lfm2MLP": _gated_silu_mlp,
+    "Lfm2MoeMLP": _gated_silu_mlp,
+    "Lfm3MLP": _gated_silu_mlp,
+    "GptOssExperts": Hidden("_apply_gate", _clamped_pairs, _sigmoid_gate, "56c298e8c648"),
+    "MiniMaxM3VLDenseMLP": Hidden("forward", _clamped_mlp, _sigmoid_gate, "cc8eb16baef6"),
+    "MiniMaxM3VLExperts": Hidden("_apply_gate", _clamped_halves, _sigmoid_gate, "3df079e4c906"),
+    "HYV4Experts": Hidden("_apply_gate", _clamped_silu, _named("silu"), "a4845d57efce"),
+    "RwkvFeedForward": Hidden("forward", _time_mixed, _named("relu2"), "f16303fd82b4"),
+    "Inkling2SoftcappedSwiGLU": Hidden("forward", _softcapped, _softcapped_silu, "e078a4e37046"),
+}
+
+
+def hidden_activation(owner: nn.Module) -> tuple[str, nn.Module] | None:
+    """The attribute and the activation that `expose` would add to a module, or None where it has nothing hidden.
+
+    Raises:
+        InputError: This release of transformers computes it in another way than the one that is known here.
+    """
+    for attribute, value in owner.__dict__.items():
+        for function, name in FUNCTIONS.items():
+            if value is function and not attribute.startswith("_"):
+                return attribute, _named(name)(owner)
+    hidden = None if is_exposed(owner) else _entry(cast(Any, type(owner)))
+    return (ATTRIBUTE, hidden.activation(owner)) if hidden else None
+
+
+def is_exposed(owner: nn.Module) -> bool:
+    """Whether `expose` has made an activation of this module a child."""
+    return "_exposed" in owner.__dict__
+
+
+def expose(model: nn.Module, paths: Iterable[str]) -> None:
+    """Makes hidden activations children of their modules, in place; what the model computes does not change.
+
+    Args:
+        model: The model that `paths` start from, on any device.
+        paths: The paths that the activations will have; one that is a module already is left as it is.
+
+    Raises:
+        InputError: A module whose activation is not known.
+    """
+    for path in paths:
+        owner_path, _, attribute = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        if attribute in owner._modules:
+            continue
+        found = hidden_activation(owner)
+        if found is None or found[0] != attribute:
+            raise InputError(f"{path}: {type(owner).__name__} has no activation that can be made a module")
+        before: Any = owner.__dict__.get(attribute)
+        if before is None:
+            before = type(owner)
+            _set_class(owner, _exposing(before))
+        setattr(owner, attribute, found[1].train(owner.training))
+        owner.__dict__["_exposed"] = before  # the function, or the class, that conceal puts back
+
+
+def conceal(model: nn.Module, paths: Iterable[str]) -> None:
+    """Undoes `expose`, in place, whatever activation stands there now; the module tree is then as it was.
+
+    Args:
+        model: The model that `paths` start from.
+        paths: As for `expose`; one that `expose` has not changed is left as it is.
+    """
+    for path in paths:
+        owner_path, _, attribute = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        if not is_exposed(owner):
+            continue
+        delattr(owner, attribute)
+        before = owner.__dict__.pop("_exposed")
+        if isinstance(before, type):
+            _set_class(owner, before)
+        else:
+            setattr(owner, attribute, before)
+
+
+@functools.cache
+def _entry(cls: type) -> Hidden | None:
+    """What the table says of a class or of one that it derives from, if the method is still that class's own."""
+    for base in cls.__mro__:
+        hidden = HIDDEN.get(base.__name__)
+        if hidden and base.__module__.startswith("transformers.models."):
+            method = getattr(base, hidden.method, None)
+            if getattr(cls, hidden.method, None) is not method:
+                return None
+            if method is None or _fingerprint(method) != hidden.source:
+                raise InputError(
+                    f"{base.__name__}.{hidden.method} of this release of transformers is not the one that crrelu_llm "
+                    "knows how to replace; upgrade crrelu_llm, or install the transformers that it names"
+                )
+            return hidden
+    return None
+
+
+def _fingerprint(method: Callable) -> str:
+    """Of a function's source without its white space: a replacement must not outlive what it replaces."""
+    return hashlib.sha256("".join(inspect.getsource(method).split()).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _exposing(cls: type) -> type:
+    # A class of the same name: what looks at names (parallel plans, layers that are not split) still finds it. And a
+    # class, not a method bound to the instance: a deep copy has its own, and torch.compile sees nothing unusual.
+    hidden = _entry(cls)
+    assert hidden is not None
+    return type(cls.__name__, (cls,), {hidden.method: hidden.replacement, "__module__": cls.__module__})
+
+
+def _set_class(owner: Any, cls: Any) -> None:
+    owner.__class__ = cls
+    if "_old_forward" in owner.__dict__:  # a hook of accelerate, which calls the method as it found it
+        owner._old_forward = MethodType(cls.forward, owner)

@@ -1,0 +1,162 @@
+"""Every causal-LM family of transformers, as a tiny model: patched whole and nothing else, or refused in one line."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import family_model, token_ids
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from crrelu_llm import CRReLU, patch, unpatch
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import families
+from crrelu_llm.patching.sites import survey
+
+# For each type: the sites (# is the layer) with their original activation and kind, and what is left alone and why; or
+# why it is refused; or why no model of it can be built here. Layers are one of each kind (tests/families.py).
+FACTS = json.loads(Path(__file__).with_name("families.json").read_text())
+PATCHED = [family for family, facts in FACTS.items() if "sites" in facts]
+# Blt runs its patcher, which cuts the text into patches, without gradients.
+NO_GRADIENT = {"blt": "model.patcher."}
+# AutoModelForCausalLM builds these from the text part of their configuration, but does not know that part by itself.
+OWN_CLASS = {"emu3", "mllama", "musicgen", "musicgen_melody"}
+
+
+def numbered(path):
+    """A path with # for the numbers in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path)
+
+
+def tree(model):
+    """The name of every module's class, by its path; families.expose gives a class, but no name, of its own."""
+    return {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def logits(model):
+    with torch.no_grad():
+        found = model(input_ids=token_ids()).logits
+    assert torch.isfinite(found).all()
+    return found
+
+
+def assert_same(found, expected):
+    """Up to rounding: a matrix product may round differently where a weight lies at another address."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def randomise(model, paths):
+    """Gives every ε values of its own, far from the start value and from those of other layers."""
+    generator = torch.Generator().manual_seed(7)
+    for path in paths:
+        epsilon = model.get_submodule(path).epsilon
+        with torch.no_grad():
+            epsilon.copy_(torch.randn(epsilon.shape, generator=generator))
+
+
+def test_every_type_of_transformers_is_in_the_list():
+    assert set(FACTS) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("family", PATCHED)
+def test_patched_whole_and_nothing_else(family, tmp_path):
+    model = family_model(family)
+    sites, left_alone = survey(model)
+    paths = [site.path for site in sites]
+    assert {numbered(site.path): f"{site.original} {site.kind}" for site in sites} == FACTS[family]["sites"]
+    assert {numbered(item.path): item.reason for item in left_alone} == FACTS[family]["left_alone"]
+    native, modules = logits(model), tree(model)
+
+    patch(model, epsilon_per="channel")
+    randomise(model, paths)
+    patched_modules = tree(model)
+    changed = {path for path, name in patched_modules.items() if modules.get(path) != name}
+    assert changed == set(paths)
+    assert set(modules) <= set(patched_modules)
+    inputs = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        assert type(module) is CRReLU
+        module.register_forward_pre_hook(lambda module, args, at=path: inputs.update({at: args[0].shape[-1]}))
+    patched = logits(model)
+    assert not torch.allclose(patched, native, rtol=1e-4, atol=1e-5)
+    assert inputs == {site.path: site.num_channels for site in sites}
+
+    model.save_pretrained(tmp_path)
+    again = (type(model) if family in OWN_CLASS else AutoModelForCausalLM).from_pretrained(tmp_path)
+    assert tree(again) == patched_modules
+    for path in paths:
+        assert torch.equal(again.get_submodule(path).epsilon, model.get_submodule(path).epsilon)
+    assert_same(logits(again), patched)
+
+    model.train()
+    model(input_ids=token_ids()).logits.float().square().mean().backward()
+    without = {path for path in paths if not has_gradient(model.get_submodule(path).epsilon)}
+    skipped = NO_GRADIENT.get(family)
+    assert without == {path for path in paths if skipped and path.startswith(skipped)}
+
+    model.eval()
+    unpatch(model)
+    assert tree(model) == modules
+    assert torch.equal(logits(model), native)
+
+
+def has_gradient(parameter):
+    return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+
+
+HIDDEN = [
+    family for family in PATCHED if any(value.endswith("functional") for value in FACTS[family]["sites"].values())
+]
+
+
+@pytest.mark.parametrize("family", HIDDEN)
+@pytest.mark.parametrize("size", [1, 8])  # 8: far into the clamps and softcaps that some of these families have
+def test_exposing_an_activation_changes_no_bit(family, size):
+    model = family_model(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size if parameter.dim() > 1 else 1)
+    native, modules = logits(model), tree(model)
+    paths = [site.path for site in survey(model)[0]]
+    families.expose(model, paths)
+    added = {path: name for path, name in tree(model).items() if path not in modules}
+    assert set(added) <= set(paths) and added
+    assert torch.equal(logits(model), native)
+    families.conceal(model, paths)
+    assert tree(model) == modules
+    assert torch.equal(logits(model), native)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "rwkv", "inkling2_text"])
+def test_a_method_that_transformers_has_changed_is_not_replaced(family, monkeypatch):
+    model = family_model(family)
+    known = {name: replace(hidden, source="another") for name, hidden in families.HIDDEN.items()}
+    monkeypatch.setattr(families, "HIDDEN", known)
+    families._entry.cache_clear()
+    with pytest.raises(InputError, match="of this release of transformers is not the one") as caught:
+        patch(model)
+    families._entry.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", [family for family, facts in FACTS.items() if "refused" in facts])
+def test_refused_in_one_line(family):
+    model = family_model(family)
+    native, modules = logits(model), tree(model)
+    with pytest.raises(InputError, match=FACTS[family]["refused"]) as caught:
+        patch(model)
+    assert "\n" not in str(caught.value)
+    assert tree(model) == modules
+    assert torch.equal(logits(model), native)
+
+
+@pytest.mark.parametrize("family", [family for family, facts in FACTS.items() if "not_built" in facts])
+def test_not_built(family):
+    """Where this fails, a model of the family can be built now: write down its sites instead."""
+    with pytest.raises((ImportError, ValueError, StrictDataclassError), match=FACTS[family]["not_built"]):
+        family_model(family)
