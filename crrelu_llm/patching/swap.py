@@ -56,7 +56,8 @@ class PatchConfig:
             raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
         for key, allowed in (("epsilon_per", EPSILON_PER), ("calibration", CALIBRATIONS)):
             if getattr(self, key) not in allowed:
-                choices = " or ".join(f'"{value}"' for value in allowed)
+                quoted = [f'"{value}"' for value in allowed]
+                choices = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
                 raise InputError(f'{key} must be {choices}, not "{getattr(self, key)}"')
         if self.calibration_tokens <= 0:
             raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
@@ -76,10 +77,11 @@ class PatchReport:
     """What a patch did: one entry a site, and the activations that it left alone.
 
     Attributes:
-        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error}` each, and where text was
-            read `relative_error_naive`, `kept` and `note`. `relative_error` is the root mean square of (new −
-            original) over that of the original, given the same input, at the MLP's output on tokens that the weights
-            were not fitted to (`fit`: at its product, on all tokens); None where no calibration text was read.
+        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error, relative_error_naive, kept,
+            note}` each. `relative_error` is the root mean square of (new − original) over that of the original, given
+            the same input, at the MLP's output on tokens that the weights were not fitted to (`fit`: at its product,
+            on all tokens), `relative_error_naive` the same after a plain swap; None where no calibration text was
+            read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
         skipped: `{path, reason}` each.
     """
 
@@ -329,6 +331,9 @@ def _report(
             "epsilon_mean": module.epsilon.mean().item() if isinstance(module, CRReLU) else None,
             "scale_mean": 1.0,
             "relative_error": None,
+            "relative_error_naive": None,
+            "kept": "none",
+            "note": None,
         }
         if site.path in done:
             entry |= asdict(done[site.path])

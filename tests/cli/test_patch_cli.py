@@ -8,11 +8,14 @@ import datasets
 import pytest
 import torch
 from tiny import logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crrelu_llm.cli import main as command_line
 
-SITE = {"path", "original", "num_channels", "epsilon_mean", "scale_mean", "relative_error"}
+SITE = {
+    "path", "original", "num_channels", "epsilon_mean", "scale_mean", "relative_error", "relative_error_naive", "kept",
+    "note",
+}  # fmt: skip
 REPORT = {
     "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",
     "versions",
@@ -51,6 +54,62 @@ def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
     assert lines[1].startswith("  model.layers.0.mlp.act_fn  silu  48 channels  epsilon ")
     assert lines[-1].startswith(f"perplexity on 2048 tokens of {text_file}: {found['before']:.2f} before, ")
     assert f"saved to {out}" in printed.err
+
+
+def test_refit_keeps_the_model_and_the_picture_shows_it(tiny_llama_checkpoint, text_file, tmp_path):
+    out = tmp_path / "out"
+    options = ["--calibration", "refit", "--calibration_data", text_file, "--perplexity_data", text_file, "--plot"]
+    assert crrelu_patch(tiny_llama_checkpoint, "--output_dir", out, *options) == 0
+    found = json.loads((out / "patch_report.json").read_text())["perplexity"]
+    assert found["after"] / found["before"] < 1.02 < found["after_naive"] / found["before"]
+    picture = (out / "patch_report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert not list(out.glob(".*"))
+
+
+def test_a_patch_that_is_killed_leaves_nothing_that_looks_finished(tiny_llama_checkpoint, text_file, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from crrelu_llm.patching.calibration.tasks import MlpTask\n"
+        "solve = MlpTask.solve\n"
+        "def once(self, config, seed):\n"
+        "    if seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return solve(self, config, seed)\n"
+        "MlpTask.solve = once\n"
+        "from crrelu_llm.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    argv = ["patch", tiny_llama_checkpoint, "--output_dir", out, "--calibration", "refit"]
+    argv += ["--calibration_data", text_file, "--perplexity_data", "none"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not out.exists()
+    assert crrelu_patch(*argv[1:]) == 0
+    assert (out / "patch_report.json").is_file()
+
+
+def test_a_full_disk_is_noticed_before_the_work(tiny_llama_checkpoint, text_file, tmp_path, capsys, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    argv = [tiny_llama_checkpoint, "--output_dir", tmp_path / "out", "--perplexity_data", text_file]
+    assert "GiB free; choose another output_dir" in fails(capsys, tmp_path, *argv)
+
+
+def test_a_broken_checkpoint_is_named_before_anything_is_written(tiny_llama_checkpoint, text_file, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_checkpoint)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    broken = tmp_path.parent / f"{tmp_path.name}-broken"
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(tiny_llama_checkpoint).save_pretrained(broken)
+    for level in ("none", "refit"):
+        argv = [broken, "--output_dir", tmp_path / "out", "--perplexity_data", text_file, "--calibration", level]
+        message = fails(capsys, tmp_path, *argv, "--calibration_data", text_file)
+        assert "model.layers.1.mlp.up_proj" in message and "not a number" in message
 
 
 def test_a_plain_patch_has_no_naive_perplexity(tiny_checkpoint, text_file, tmp_path, capsys):
@@ -120,7 +179,7 @@ def test_an_output_dir_that_cannot_be(tiny_checkpoint, tmp_path, capsys):
         (["--epsilon_per", "neuron"], 'epsilon_per must be "layer" or "channel", not "neuron"'),
         (["--epsilon_init", "small"], "argument --epsilon_init: invalid float value: 'small'"),
         (["--epsilon_init", "nan"], "epsilon_init must be a finite number, not nan"),
-        (["--calibration", "magic"], 'calibration must be "none" or "fit", not "magic"'),
+        (["--calibration", "magic"], 'calibration must be "none", "fit", "refit" or "reconstruct", not "magic"'),
         (["--calibration_tokens", "1.5"], "argument --calibration_tokens: invalid int value: '1.5'"),
         (["--calibration_tokens", "-3"], "calibration_tokens must be positive, not -3"),
         (["--perplexity_tokens", "1"], "--perplexity_tokens must be 2 or more, not 1"),

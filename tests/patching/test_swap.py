@@ -309,7 +309,7 @@ def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():
     [
         ({"activation": "crelu"}, ["'crelu'", "crrelu", "gelu_new"]),
         ({"epsilon_per": "neuron"}, ["epsilon_per", '"layer" or "channel"', '"neuron"']),
-        ({"calibration": "refits"}, ["calibration", '"refit" or "reconstruct"', '"refits"']),
+        ({"calibration": "refits"}, ["calibration", '"none", "fit", "refit" or "reconstruct"', '"refits"']),
         ({"calibration_tokens": 0}, ["calibration_tokens", "0"]),
         ({"epsilon_init": float("nan")}, ["epsilon_init", "nan"]),
         ({"epsilon_init": float("inf")}, ["epsilon_init", "inf"]),
