@@ -22,6 +22,7 @@ BASE = {
     "disable_tqdm": True,
     "gradient_checkpointing": False,
     "activation": "crrelu",
+    "calibration": "none",
 }
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
 

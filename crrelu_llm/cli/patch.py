@@ -15,7 +15,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="crrelu patch",
         description="Swap the activation of every MLP of a checkpoint and save the result.",
-        epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --calibration refit --epsilon_per channel "
+        epilog="example: crrelu patch HuggingFaceTB/SmolLM2-135M-Instruct --epsilon_per channel "
         "--output_dir smollm2-crrelu --plot",
     )
     add = parser.add_argument
@@ -24,11 +24,7 @@ def _parser() -> Parser:
     add("--activation", default="crrelu", help="crrelu, or any name of transformers' ACT2FN (default: crrelu)")
     add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
     add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
-    add(
-        "--calibration",
-        default="none",
-        help="none, fit, refit or reconstruct: how closely, and how long (default: none)",
-    )
+    add("--calibration", default="refit", help="none, fit, refit or reconstruct (default: refit)")
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")

@@ -6,15 +6,16 @@ import time
 
 from crrelu_llm.cli.parser import Parser
 
-ARMS = ["native", "relu", "crrelu", "crrelu:calibration=fit"]
+ARMS = ["native", "relu", "crrelu:calibration=none", "crrelu"]
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu quickstart",
-        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU as in the paper, "
-        "and CRReLU with fitted epsilon; 3 seeds each; then write the report. Offline, minutes on a laptop's CPU.",
+        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU swapped in plainly "
+        "as in the paper, and CRReLU refitted to the model; 3 seeds each; then write the report. Offline, minutes on "
+        "a laptop's CPU.",
         epilog="example: crrelu quickstart --output_dir my-first-comparison",
     )
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")

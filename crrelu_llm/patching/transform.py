@@ -61,6 +61,8 @@ def patch_checkpoint(
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
     require_space(loaded, output_dir)
+    if config is not None and config.calibrates:
+        loaded.to(_device_for(loaded))
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     measured = None
     if config is None:
@@ -91,6 +93,15 @@ def patch_checkpoint(
     made_from = origin(model, config, dtype, options.get("revision"))
     checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
+
+
+def _device_for(model: Any) -> torch.device:
+    """The current GPU where the model fits on it with room to work, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    fits = 1.5 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) < free
+    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
 
 def require_space(model: Any, output_dir: str | Path) -> None:

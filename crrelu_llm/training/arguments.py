@@ -37,9 +37,10 @@ class ActivationArguments:
             Learning rate of ε, on the recipe's own schedule. 0 keeps ε where it starts.
         epsilon_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay of ε.
-        calibration (`str`, *optional*, defaults to `"none"`):
-            How the patch is fitted to the original model before training: `"none"`, `"fit"` (ε), `"refit"` (also the
-            weights around it, in closed form) or `"reconstruct"` (then a short training of each MLP).
+        calibration (`str`, *optional*, defaults to `"refit"`):
+            How the patch is fitted to the original model before training: `"none"` (a plain swap, as in the paper),
+            `"fit"` (ε), `"refit"` (also the weights around it, in closed form) or `"reconstruct"` (then a short
+            training of each MLP).
         calibration_data (`str`, *optional*, defaults to `"builtin:docstrings"`):
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
@@ -65,7 +66,7 @@ class ActivationArguments:
     )
     epsilon_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of epsilon."})
     calibration: str = field(
-        default="none",
+        default="refit",
         metadata={"help": "How the patch is fitted before training: `none`, `fit`, `refit` or `reconstruct`."},
     )
     calibration_data: str = field(
@@ -99,8 +100,8 @@ class ActivationArguments:
             raise InputError(f"{where}{error}") from error
         if self.blend_steps and config.calibration in ("refit", "reconstruct"):
             raise InputError(
-                f'{where}blend_steps starts from the original activation, which calibration="{config.calibration}" '
-                "leaves with weights made for the new one; use calibration: fit, or none"
+                f"{where}blend_steps starts from the original activation, but calibration: {config.calibration} makes "
+                "the weights fit the new one; set calibration: fit, or none"
             )
         return None if self.activation is None else config
 

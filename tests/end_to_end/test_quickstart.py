@@ -33,12 +33,12 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
     report = json.loads((directory / "report.json").read_text())
     assert report["verdict"] in done.stdout and "only one seed" in report["verdict"]
     runs = {arm["arm"]: arm["runs"][0]["metrics"]["perplexity"] for arm in report["arms"]}
-    assert set(runs) == {"native", "relu", "crrelu", "crrelu:calibration=fit"}
+    assert set(runs) == {"native", "relu", "crrelu:calibration=none", "crrelu"}
     before = {arm["arm"]: arm["before"]["perplexity"] for arm in report["arms"]}
-    # What the project is about, measured: the plain swap destroys the model, fitting ε repairs most of it,
-    # and training recovers the rest.
-    assert before["crrelu"] > 2 * before["native"]
-    assert before["crrelu:calibration=fit"] < before["crrelu"] / 2
+    # What the project is about, measured: the plain swap destroys the model, the refit keeps it.
+    assert before["crrelu:calibration=none"] > 2 * before["native"]
+    assert before["crrelu"] < 1.02 * before["native"]
+    assert before["relu"] < 1.5 * before["native"]  # treated alike: what is left is what ε would mend
     assert all(after < before[arm] for arm, after in runs.items())
     page = (directory / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")

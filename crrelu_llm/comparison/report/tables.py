@@ -122,8 +122,9 @@ def swaps(report: Report) -> Table:
         originals = sorted({str(site.get("original")) for site in sites})
         row = [Cell(arm["arm"], arm=arm["arm"]), Cell(", ".join(originals) or text.MISSING)]
         errors = [site["relative_error"] for site in sites if site.get("relative_error") is not None]
-        calibrated = arm.get("activation") == "crrelu" and options.get("calibration", "none") != "none"
-        row += [Cell(f"{options['calibration']}, per {patch.get('epsilon_per')}" if calibrated else "none")]
+        level = options.get("calibration", "none") if errors else "none"
+        per = f", ε per {patch.get('epsilon_per')}" if arm.get("activation") == "crrelu" else ""
+        row += [Cell("none" if level == "none" else level + per)]
         row += [Cell(str(len(sites))), Cell(str(len(patch.get("skipped") or [])))]
         row += [Cell(text.number(statistics.fmean(errors) if errors else None, "{:.3f}"))]
         table.rows.append(row)

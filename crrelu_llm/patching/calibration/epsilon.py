@@ -49,7 +49,7 @@ class EpsilonSums:
         x, y = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
         w = None if factor is None else factor.reshape(-1, factor.shape[-1]).float().square()
         if self.start is None:
-            residual = y - self.target(x)
+            residual = y - self.target.to(x.device)(x)
         else:
             bump = x * torch.exp(-0.5 * x * x)
             residual = y - x.relu()

@@ -6,6 +6,7 @@ lie near 0, where relu's kink is at its worst; with a free gain, a large ε make
 it moves the kink to where inputs are rare, and leaves them to a smooth stretch of the curve.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,7 @@ def fit_shape(
             None: no shift.
         constant: Whether a constant can be added (by the bias after a plain MLP).
     """
+    original, target = (copy.deepcopy(activation).cpu().double() for activation in (original, target))
     weights = histogram.weights
     weights = weights + _PRIOR * weights.mean(0)
     x = histogram.points
