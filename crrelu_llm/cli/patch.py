@@ -39,7 +39,7 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
-    output_dir = Path(args.output_dir)
+    output_dir = Path(args.output_dir).resolve()
     _check_writable(output_dir)
     from crrelu_llm.patching.swap import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
@@ -108,6 +108,10 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
             error = f"  relative error {site['relative_error']:.3f} ({naive:.3f} with the plain swap)"
         note = f"  {site['note']}" if site.get("note") else ""
         print(f"  {site['path']}  {site['original']}  {site['num_channels']} channels{epsilon}{error}{note}")
+    asked = report["options"]["calibration"]
+    lower = [site["kept"] for site in report["sites"] if site["note"]]
+    if lower:
+        print(f"  {len(lower)} of {len(report['sites'])} sites ended below {asked}: {', '.join(sorted(set(lower)))}")
     for item in report["skipped"]:
         print(f"  left alone: {item['path']}  ({item['reason']})")
     found = report["perplexity"]

@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu quickstart",
-        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU swapped in plainly "
+        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU swapped plainly "
         "as in the paper, and CRReLU refitted to the model; 3 seeds each; then write the report. Offline, minutes on "
         "a laptop's CPU.",
         epilog="example: crrelu quickstart --output_dir my-first-comparison",

@@ -97,11 +97,15 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
     Args:
         files: JSON documents to put into the same directory, by file name.
     """
-    target = Path(output_dir)
+    target = Path(output_dir).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
+            module.train()
+            module._rescale_layers()
     try:
         model.save_pretrained(scratch)
         if tokenizer is not None:

@@ -1,5 +1,8 @@
-"""Finds where a broken checkpoint computes NaN, before anything is made from it."""
+"""Running a model only to look at it: in evaluation mode, and with a check that what it computes is a number."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,9 +10,25 @@ from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
 
+logger = logging.getLogger("crrelu_llm")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within it; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
 
 def require_finite(model: nn.Module, input_ids: Tensor) -> None:
-    """Runs a model on a few tokens and names the first module whose output is NaN.
+    """Runs a model on a few tokens and names the innermost module whose output is NaN.
+
+    A model that takes more than token ids is not checked.
 
     Args:
         model: A causal LM.
@@ -18,22 +37,23 @@ def require_finite(model: nn.Module, input_ids: Tensor) -> None:
     Raises:
         InputError: There is one.
     """
-    names = {module: name for name, module in model.named_modules() if next(module.children(), None) is None}
+    names = {module: name for name, module in model.named_modules()}
     hooks = [module.register_forward_hook(lambda m, _, output: _check(names[m], output)) for module in names]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-            model(input_ids=input_ids.to(device), use_cache=False)
+        with evaluating(model), torch.no_grad():
+            model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+    except InputError:
+        raise
+    except Exception as error:
+        logger.debug("the model's numbers are not checked: it does not run on token ids alone: %s", error)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
 
 
 def _check(name: str, output: Any) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and output.isnan().any():
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point() and first.isnan().any():
         raise InputError(
             f"{name}: its output on ordinary text is not a number: the checkpoint is broken there or needs a wider "
             "dtype; nothing has been written"

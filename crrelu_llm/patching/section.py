@@ -67,8 +67,8 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConf
     activation = section["activation"]
     if section.get("weights_changed", False):
         raise InputError(
-            f"{name} is already patched to {activation} by a calibration that changed its weights; start from the "
-            "original checkpoint"
+            f"{name} is already patched to {activation}, and its weights were fitted to that; start from the original "
+            "checkpoint"
         )
     if activation != patch_config.activation:
         return

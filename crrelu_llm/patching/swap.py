@@ -124,7 +124,8 @@ def patch(
 
     Raises:
         InputError: Unknown activation or option, a model without sites or already patched in this way, kernels that
-            replace whole MLPs, or calibration without a tokenizer. The model is then unchanged.
+            replace whole MLPs, or calibration without a tokenizer. The model is then unchanged, unless a calibration
+            that changes weights ended half-way, which the message says.
     """
     known = [entry.name for entry in fields(PatchConfig)]
     for name in options:
@@ -144,7 +145,8 @@ def patch(
     unpatch(model)
     try:
         return _patch(model, config, tokenizer, blocks)
-    except BaseException:
+    except BaseException as error:
+        found["weights_changed"] |= getattr(error, "weights_changed", False)
         families.expose(model, modules)
         for path, module in modules.items():
             swap_in(model, path, module, None)

@@ -1,6 +1,7 @@
 """Checkpoint in, patched checkpoint out, with its patch report beside the weights."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def patch_checkpoint(
         done = patch(loaded, config, blocks=blocks)
         if measured is not None:
             measured |= {"after": perplexity(loaded, tokenizer), **(perplexity_of or {})}  # type: ignore[misc]
+            if math.isnan(measured["after"]):
+                raise InputError(f"{model}: the patched model computes no numbers on this text; nothing was written")
         report |= {
             "activation": config.activation,
             "epsilon_per": config.epsilon_per,
@@ -100,13 +103,18 @@ def _device_for(model: Any) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info()
-    fits = 1.5 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) < free
-    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if 1.5 * _bytes(model) < free else torch.device("cpu")
+
+
+def _bytes(model: Any) -> int:
+    """Size of the weights; tied ones count once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def require_space(model: Any, output_dir: str | Path) -> None:
     """Raises InputError where the disk has no room for the model's weights."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    needed = _bytes(model)
     parent = next(path for path in Path(output_dir).absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.05 * needed:
@@ -126,6 +134,8 @@ def origin(model: str, config: PatchConfig | None, dtype: str, revision: str | N
     """All that decides what a patched copy of a MODEL is; of a local one also its files' names, sizes and times."""
     path = Path(checkpoint.resolve(model))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors*")) + sorted(path.glob("config.json"))
+    if config is not None and config.calibrates and Path(config.calibration_data).is_file():
+        files.append(Path(config.calibration_data))
     found = [(file, file.stat()) for file in files]
     return {
         "model": model,

@@ -31,6 +31,9 @@ class EpsilonMixin:
         super().__init__(*args, **kwargs)
         guard.check(self.model)
         restore_float32(self.model)
+        patched = section.read(self.model.config)
+        if patched is not None and not hasattr(self.model, "peft_config"):
+            patched["weights_changed"] = True  # training fits the weights to the new activation
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():
                 module.epsilon.requires_grad_(False)

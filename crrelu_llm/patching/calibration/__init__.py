@@ -10,6 +10,8 @@ tasks.py decides what is kept; epsilon.py, shape.py, refit.py and reconstruct.py
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,13 +21,14 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.anatomy import Mlp, find_mlps
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import Calibrated, FitTask, MlpTask
-from crrelu_llm.patching.calibration.walk import Walk
-from crrelu_llm.patching.finite import require_finite
+from crrelu_llm.patching.calibration.walk import Layer, Walk
+from crrelu_llm.patching.finite import evaluating, require_finite
 from crrelu_llm.patching.sites import Site
 
 if TYPE_CHECKING:
     from crrelu_llm.patching.swap import PatchConfig
 
+logger = logging.getLogger("crrelu_llm")
 _ONLY_FIT = "only epsilon was fitted: this MLP is more than linear layers around its activation"
 _PROBE_TOKENS = 64
 
@@ -40,8 +43,8 @@ def calibrate(
 ) -> dict[str, Calibrated]:
     """Swaps the sites of a model layer by layer, each fitted to the stream that the patched layers before it give.
 
-    The memory needed beside the model is one layer's inputs and outputs on the text, and one MLP's weights. The same
-    text gives the same result on every device.
+    The memory needed beside the model is one layer's inputs and outputs on the text, a few copies of one MLP's
+    weights, and a few matrices of its width squared. The same text gives the same result again on the same device.
 
     Args:
         model: The unpatched model; its MLPs' weights are changed at the levels above `fit`.
@@ -59,39 +62,76 @@ def calibrate(
     """
     from tqdm.auto import tqdm
 
-    was_training = model.training
-    model.eval()
     found: dict[str, Calibrated] = {}
     try:
-        require_finite(model, blocks[:1, :_PROBE_TOKENS])
-        mlps = _changeable(model, sites, blocks, config.calibration)
-        walk = Walk(model, sites, blocks)
-        bar = tqdm(walk, total=len(walk.layers), desc=f"Calibrating ({config.calibration})", unit="layer")
-        first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
-        for index, layer in enumerate(bar):
-            owners = {site.path: id(model.get_submodule(site.owner)) for site in layer.sites}
-            tasks = _look(model, walk, [s for s in layer.sites if owners[s.path] not in first], mlps, config, build)
-            for site in layer.sites:
-                if site.path in tasks:
-                    task = tasks.pop(site.path)  # with it goes what it kept
-                    found[site.path] = task.solve(config, index)
-                    first[owners[site.path]] = (site.path, task.activation)
-                same, activation = first[owners[site.path]]
-                found[site.path] = found[same]
-                swap(site, activation)
-            bar.set_postfix(error=f"{max(found[site.path].relative_error for site in layer.sites):.3f}")
-    except InputError as error:
+        with evaluating(model):
+            require_finite(model, blocks[:1, :_PROBE_TOKENS])
+            mlps = _changeable(model, sites, blocks, config.calibration)
+            walk = Walk(model, sites, blocks)
+            bar = tqdm(walk, total=len(walk.layers), desc=f"Calibrating ({config.calibration})", unit="layer")
+            first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
+            for index, layer in enumerate(bar):
+                _calibrate_layer(model, walk, layer, mlps, config, build, swap, index, first, found)
+                bar.set_postfix(error=f"{max(found[site.path].relative_error for site in layer.sites):.3f}")
+    except BaseException as error:
         if any(entry.changed_weights for entry in found.values()):
-            raise InputError(f"{error}; the model in memory is half calibrated: load it again") from error
+            error.weights_changed = True  # type: ignore[attr-defined]
+            if isinstance(error, InputError):
+                raise InputError(f"{error}; the model in memory is half calibrated: load it again") from error
+            logger.warning("the calibration ended half-way: the model in memory has changed weights; load it again")
         raise
-    finally:
-        model.train(was_training)
     return found
+
+
+def _calibrate_layer(
+    model: nn.Module,
+    walk: Walk,
+    layer: Layer,
+    mlps: dict[str, Mlp],
+    config: PatchConfig,
+    build: Callable[[Site], nn.Module],
+    swap: Callable[[Site, nn.Module], None],
+    index: int,
+    first: dict[int, tuple[str, nn.Module]],
+    found: dict[str, Calibrated],
+) -> None:
+    owners = {site.path: id(model.get_submodule(site.owner)) for site in layer.sites}
+    new = {owners[site.path]: site for site in reversed(layer.sites) if owners[site.path] not in first}
+    tasks = _look(model, walk, list(new.values()), mlps, config, build)
+    for path, task in tasks.items():
+        found[path] = task.solve(config, index)
+        first[owners[path]] = (path, task.activation)
+    for site in layer.sites:
+        same, activation = first[owners[site.path]]
+        swap(site, activation)
+        found[site.path] = found[same]
+    changed = [path for path in tasks if found[path].changed_weights]
+    if not changed:
+        return
+    # What was computed from the weights must be what the model computes: a clamp that few tokens reach, for example,
+    # is nothing that the weights say.
+    with contextlib.ExitStack() as stack:
+        for path in changed:
+            stack.enter_context(tasks[path].checking())
+        walk.run(batches=1)
+    for path in changed:
+        if not tasks[path].agrees:
+            kept = tasks[path].give_up(config)
+            first[owners[path]] = (path, tasks[path].activation)
+            for site in layer.sites:
+                if owners[site.path] == owners[path]:
+                    found[site.path] = kept
+                    swap(site, tasks[path].activation)
 
 
 def _changeable(model: nn.Module, sites: list[Site], blocks: Tensor, level: str) -> dict[str, Mlp]:
     if level == "fit":
         return {}
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            f'calibration="{level}" changes weights, and this model is quantised; use "fit", or patch the checkpoint '
+            "before it is quantised"
+        )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or type(parameter).__module__.startswith("bitsandbytes"):
             raise InputError(

@@ -1,7 +1,7 @@
 """The weights around a site: the linear layers that feed an activation and the one that follows, found as it runs."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class Mlp:
     def __init__(self, gate: Rows, up: Rows | None, down: nn.Module):
         self.gate, self.up, self.down = gate, up, down
 
+    def rounded(self, weights: Weights) -> Weights:
+        """What is left of weights when they have been written."""
+        dtype = cast(Tensor, self.down.weight).dtype
+        parts = {name: value.to(dtype).float() for name, value in weights.tensors().items()}
+        return weights if dtype == torch.float32 else replace(weights, **parts)
+
     def read(self) -> Weights:
         """Its weights, copied, in float32 on their device."""
         gate, gate_bias = _read(self.gate)
@@ -85,7 +91,7 @@ def find_mlps(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[st
         a factor in between) or is used more than once is not in it.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
-    watch = _Watch()
+    watch = _Watch([id(linear.weight) for linear in linears])
     hooks = [linear.register_forward_hook(watch.linear) for linear in linears]
     found: dict[str, Mlp] = {}
     backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
@@ -105,11 +111,14 @@ def find_mlps(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[st
 class _Watch:
     """Keeps, for a few tokens, what each linear layer and each activation was given and gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: list[int]) -> None:
+        self.weights = weights
         self.linears: list[tuple[nn.Module, Tensor, Tensor]] = []
         self.activations: dict[str, list[tuple[Tensor, Tensor | None, Tensor]]] = {}
 
     def linear(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return  # a router that is called a linear layer
         # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
         self.linears.append((module, args[0].detach().clone(), output.detach().clone()))
 
@@ -125,7 +134,8 @@ class _Watch:
         up = None if other is None else self._source(other, site.num_channels)
         down = [module for module, given, _ in self.linears if _equal(given, result)]
         modules = [rows.linear for rows in (gate, up) if rows] + down
-        used = [sum(module is m for m, _, _ in self.linears) for module in modules]
+        # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
+        used = [self.weights.count(id(module.weight)) for module in modules]
         if gate is None or len(down) != 1 or (other is not None and up is None) or any(n != 1 for n in used):
             return None
         inputs = [given for module, given, _ in self.linears for rows in (gate, up) if rows and module is rows.linear]

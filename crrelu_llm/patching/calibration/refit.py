@@ -53,7 +53,7 @@ def constant_direction(x: Tensor) -> Tensor:
     for given in x.split(_CHUNK):
         second += (given.T @ given).double()
     second /= len(x)
-    second.diagonal().add_(1e-5 * second.diagonal().mean())
+    second.diagonal().add_(1e-5 * second.diagonal().mean() + 1e-30)  # not 0 where all inputs are
     return torch.linalg.solve(second, x.double().mean(0)).float()
 
 
@@ -84,12 +84,14 @@ def ridge(weights: Weights, activation: nn.Module, x: Tensor, target: Tensor) ->
             features = torch.cat([features, features.new_ones(len(features), 1)], 1)
         gram += (features.T @ features).double()
         moment += (features.T @ residual).double()
-    unit = gram.diagonal()[:width].mean()
+    diagonal = gram.diagonal().clone()
+    unit = diagonal[:width].mean()
     found = []
     for penalty in _PENALTIES:
-        added = torch.full((size,), float(penalty * unit), dtype=torch.float64, device=x.device)
-        added[width:] = 1e-9 * unit
-        factor, failed = torch.linalg.cholesky_ex(gram + added.diag())
+        gram.diagonal().copy_(diagonal)
+        gram.diagonal()[:width] += penalty * unit
+        gram.diagonal()[width:] += 1e-9 * unit
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if failed or not unit > 0:
             continue
         change = torch.cholesky_solve(moment, factor).T.float()

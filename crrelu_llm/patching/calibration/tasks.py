@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.anatomy import Mlp, Weights
-from crrelu_llm.patching.calibration.epsilon import EpsilonSums
+from crrelu_llm.patching.calibration.epsilon import EpsilonFit, EpsilonSums
 from crrelu_llm.patching.calibration.reconstruct import reconstruct
 from crrelu_llm.patching.calibration.refit import constant_direction, fold, relative_error, ridge
 from crrelu_llm.patching.calibration.shape import Histogram, fit_shape
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 _SHAPE_TOKENS = 8192  # enough to see where a channel's inputs lie
 _HELD_BACK = 4096  # enough to judge an error by
-_UNSEEN = "no calibration token came here (an expert that was never chosen)"
+_FEWEST_TOKENS = 128  # that weights are fitted to
+_UNSEEN = "no calibration token came here"
+_MORE_THAN_WEIGHTS = "this MLP computes more than its weights say (a clamp, for example)"
 
 
 @dataclass
@@ -32,8 +37,9 @@ class Calibrated:
 
     Attributes:
         kept: The level that the site ended with: the one asked for, or the best below it.
-        relative_error: Root mean square of (new − original) over that of the original, on tokens that were held back,
-            at the MLP's output; where no weights may be changed, on all tokens and at the MLP's product.
+        relative_error: Root mean square of (new − original) over that of the original, on tokens that were held back
+            (but chose among the candidates), at the MLP's output; where only ε was fitted, on the tokens that it was
+            fitted to, at the MLP's product.
         relative_error_naive: The same right after a plain swap.
         scale_mean: Mean of the scale that was folded into the weights.
         note: Why less was kept than was asked for.
@@ -81,6 +87,10 @@ class MlpTask:
 
     def __init__(self, site: Site, original: nn.Module, activation: nn.Module, mlp: Mlp):
         self.site, self.original, self.activation, self.mlp = site, original, activation, mlp
+        self.before: Weights
+        self.after: Weights
+        self.only_epsilon: tuple[EpsilonFit, nn.Module]
+        self.agrees = True
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
@@ -107,21 +117,27 @@ class MlpTask:
         if not self.inputs:
             return Calibrated("none", 0.0, 0.0, note=_UNSEEN)
         x, target = torch.cat(self.inputs), torch.cat(self.outputs)
+        self.inputs, self.outputs = [], []
         if not (x.isfinite().all() and target.isfinite().all()):
             raise _not_finite(self.site)
-        held = _held_back(len(x)).to(x.device)
-        x, target, x_held, target_held = x[~held], target[~held], x[held][:_HELD_BACK], target[held][:_HELD_BACK]
         self.activation.to(x.device)
-        weights = self.mlp.read()
+        self.before = weights = self.mlp.read()
+        self.only_epsilon = self._only_epsilon(weights, _some(x, _SHAPE_TOKENS), config)
+        if len(x) < _FEWEST_TOKENS:
+            return self._fitted(f"{config.calibration} needs {_FEWEST_TOKENS} tokens here, there were {len(x)}")
+        held = _held_back(len(x)).to(x.device)
+        x_held, target_held = _some(x[held], _HELD_BACK), _some(target[held], _HELD_BACK)
+        x, target = x[~held], target[~held]
 
         def error(weights: Weights, activation: nn.Module) -> float:
-            return relative_error(weights, activation, x_held, target_held)
+            found = relative_error(self.mlp.rounded(weights), activation, x_held, target_held)
+            return found if math.isfinite(found) else math.inf
 
         naive = _Candidate("none", weights, self.activation, error(weights, self.activation))
-        starts = self._shapes(weights, x, config)
-        for start in starts:
+        best = naive
+        for start in self._shapes(weights, x, config):
             start.error = error(start.weights, start.activation)
-        best = min(naive, *starts, key=_error)
+            best = min(best, start, key=_error)
         for changed in ridge(best.weights, best.activation, x, target):
             found = replace(best, kept="refit", weights=changed, error=error(changed, best.activation))
             best = min(best, found, key=_error)
@@ -129,7 +145,7 @@ class MlpTask:
             changed, activation = reconstruct(best.weights, best.activation, x, target, error, seed)
             found = _Candidate("reconstruct", changed, activation, error(changed, activation), best.scale)
             best = min(best, found, key=_error)
-        self.activation = best.activation
+        self.activation, self.after = best.activation, best.weights
         if best.weights is not weights:
             self.mlp.write(best.weights)
         note = None
@@ -137,14 +153,52 @@ class MlpTask:
             note = f"{config.calibration} was no better on held-back tokens"
         return Calibrated(best.kept, best.error, naive.error, best.scale, note, best.weights is not weights)
 
-    def _shapes(self, weights: Weights, x: Tensor, config: PatchConfig) -> list[_Candidate]:
-        """ε alone, and ε with factors folded into the weights: without a shift, and with one."""
-        few = x[:_SHAPE_TOKENS]
-        z = nn.functional.linear(few, weights.gate, weights.gate_bias)
-        up = None if weights.up is None else nn.functional.linear(few, weights.up, weights.up_bias)
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Compares what the MLP gives while the model runs with what its weights say; the result is `agrees`."""
+        given: list[Tensor] = []
+        self.agrees = True
+
+        def compare(module: nn.Module, args: Any, output: Tensor) -> None:
+            expected = self.after.output(given.pop(), self.activation)
+            off = (_kept(output) - expected).norm() / expected.norm().clamp_min(1e-30)
+            self.agrees &= bool(off < (1e-3 if output.dtype == torch.float32 else 0.1))
+
+        hooks = [
+            self.mlp.gate.linear.register_forward_pre_hook(lambda module, args: given.append(_kept(args[0]))),
+            self.mlp.down.register_forward_hook(compare),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def give_up(self, config: PatchConfig) -> Calibrated:
+        """Puts the MLP's own weights back and only fits ε."""
+        self.mlp.write(self.before)
+        return self._fitted(_MORE_THAN_WEIGHTS)
+
+    def _fitted(self, note: str) -> Calibrated:
+        fit, self.activation = self.only_epsilon
+        kept = "none" if fit.epsilon is None or fit.error >= fit.naive_error else "fit"
+        return Calibrated(
+            kept, min(fit.error, fit.naive_error), fit.naive_error, note=f"only epsilon was fitted: {note}"
+        )
+
+    def _only_epsilon(self, weights: Weights, x: Tensor, config: PatchConfig) -> tuple[EpsilonFit, nn.Module]:
+        z, up = _fed(weights, x)
         sums = EpsilonSums(self.activation, self.site.num_channels)
         sums.add(z, self.original(z), up)
-        found = [_Candidate("fit", weights, self._with(sums.solve(config.epsilon_per).epsilon))]
+        fit = sums.solve(config.epsilon_per)
+        better = fit.error < fit.naive_error
+        return fit, self._with(fit.epsilon) if better else self.activation
+
+    def _shapes(self, weights: Weights, x: Tensor, config: PatchConfig) -> Iterator[_Candidate]:
+        """ε alone, and ε with factors folded into the weights: without a shift, and with one."""
+        yield _Candidate("fit", weights, self.only_epsilon[1])
+        few = _some(x, _SHAPE_TOKENS)
+        z, up = _fed(weights, few)
         histogram = Histogram(z, up)
         one = constant_direction(x) if weights.gate_bias is None else None
         for blur in (None, self._blur(few, up, one)):
@@ -157,10 +211,8 @@ class MlpTask:
                 blur,
                 constant=weights.up is None and weights.down_bias is not None,
             )
-            folded = fold(weights, shape, one)
             scale = float(shape.scale.abs().mean())
-            found.append(_Candidate("refit", folded, self._with(shape.epsilon), scale=scale))
-        return found
+            yield _Candidate("refit", fold(weights, shape, one), self._with(shape.epsilon), scale=scale)
 
     def _blur(self, x: Tensor, up: Tensor | None, one: Tensor | None) -> Tensor:
         """How far a shift along `one` is off, as a share of it: root mean square for each channel."""
@@ -202,6 +254,17 @@ def set_epsilon(activation: nn.Module, epsilon: Tensor) -> None:
 def _kept(tensor: Tensor) -> Tensor:
     """A float32 copy, `(tokens, features)`: what follows may change the tensor in place."""
     return tensor.reshape(-1, tensor.shape[-1]).to(torch.float32, copy=True)
+
+
+def _fed(weights: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the activation is fed with, and what its output is multiplied by."""
+    z = nn.functional.linear(x, weights.gate, weights.gate_bias)
+    return z, None if weights.up is None else nn.functional.linear(x, weights.up, weights.up_bias)
+
+
+def _some(rows: Tensor, number: int) -> Tensor:
+    """At most so many rows, from all over the text."""
+    return rows[:: max(1, len(rows) // number)][:number]
 
 
 def _held_back(tokens: int) -> Tensor:
