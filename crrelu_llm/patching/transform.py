@@ -82,8 +82,9 @@ def patch_checkpoint(
                 unpatch(loaded)
         done = patch(loaded, config, blocks=blocks)
         if measured is not None:
-            measured |= {"after": perplexity(loaded, tokenizer), **(perplexity_of or {})}  # type: ignore[misc]
-            if math.isnan(measured["after"]):
+            after = perplexity(loaded, tokenizer)  # type: ignore[misc]
+            measured |= {"after": after, **(perplexity_of or {})}
+            if math.isnan(after):
                 raise InputError(f"{model}: the patched model computes no numbers on this text; nothing was written")
         report |= {
             "activation": config.activation,

@@ -103,8 +103,8 @@ class BlendedReferenceMixin:
         # TRL caches by the weights alone; arms differ in the activation, which may have none.
         activation = self.model.config.to_dict().get("crrelu")
         mark = f" {activation}, original: {self.blend is not None}"
-        if not self._precompute_model_hash.endswith(mark):  # type: ignore[has-type]
-            self._precompute_model_hash += mark  # type: ignore[has-type]
+        if not self._precompute_model_hash.endswith(mark):  # type: ignore
+            self._precompute_model_hash += mark  # type: ignore
         return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
     def _disable_adapter(self, disable: Any) -> Any:

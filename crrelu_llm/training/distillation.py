@@ -48,6 +48,7 @@ class DistillationMixin:
             return result
         labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
         student, self._seen.value = self._seen.value, None
+        assert student is not None
         total = self._divergence(student, inputs, labels != -100)
         tokens = (labels != -100).sum()
         gathered = self.accelerator.gather(torch.stack([total.detach(), tokens.to(total)]).view(1, 2))
@@ -147,7 +148,8 @@ def load_teacher(recipe: Recipe, model: str, quantization_config: Any, device: t
         if recipe.training.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             options["device_map"] = None
         return create_model_from_path(source, **options, quantization_config=quantization_config)
-    return create_model_from_path(source, **{**options, "device_map": None}).to(device)
+    teacher: Any = create_model_from_path(source, **{**options, "device_map": None})
+    return teacher.to(device)
 
 
 def _base(model: Any) -> Any:

@@ -105,23 +105,24 @@ def _calibrate_layer(
         same, activation = first[owners[site.path]]
         swap(site, activation)
         found[site.path] = found[same]
-    changed = [path for path in tasks if found[path].changed_weights]
+    changed = {p: task for p, task in tasks.items() if isinstance(task, MlpTask) and found[p].changed_weights}
     if not changed:
         return
     # What was computed from the weights must be what the model computes: a clamp that few tokens reach, for example,
     # is nothing that the weights say.
     with contextlib.ExitStack() as stack:
-        for path in changed:
-            stack.enter_context(tasks[path].checking())
+        for task in changed.values():
+            stack.enter_context(task.checking())
         walk.run(batches=1)
-    for path in changed:
-        if not tasks[path].agrees:
-            kept = tasks[path].give_up(config)
-            first[owners[path]] = (path, tasks[path].activation)
-            for site in layer.sites:
-                if owners[site.path] == owners[path]:
-                    found[site.path] = kept
-                    swap(site, tasks[path].activation)
+    for path, task in changed.items():
+        if task.agrees:
+            continue
+        kept = task.give_up(config)
+        first[owners[path]] = (path, task.activation)
+        for site in layer.sites:
+            if owners[site.path] == owners[path]:
+                found[site.path] = kept
+                swap(site, task.activation)
 
 
 def _changeable(model: nn.Module, sites: list[Site], blocks: Tensor, level: str) -> dict[str, Mlp]:

@@ -1,6 +1,7 @@
 """Runs a model over calibration text one layer at a time, each layer on what the patched layers before it give."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,10 +71,7 @@ class Walk:
 
     def _advance(self) -> None:
         for index, batch in enumerate(self.batches):
-            self._forward(batch, self._stream[index], lambda output, index=index: self._store(index, output))
-
-    def _store(self, index: int, output: Any) -> None:
-        self._stream[index] = output
+            self._forward(batch, self._stream[index], functools.partial(self._stream.__setitem__, index))
 
     def _forward(self, batch: Tensor, stream: Any, keep: Callable[[Any], None]) -> None:
         if not self.stepwise:
@@ -119,7 +117,7 @@ class Walk:
         owners = [id(self.model.get_submodule(site.owner)) for layer in self.layers for site in layer.sites]
         if sorted(self._calls) != sorted(layer.path for layer in self.layers) or len(set(owners)) < len(owners):
             return False
-        probe = self.batches[0][:1, :_PROBE_TOKENS]
+        probe = self.batches[0][:, :_PROBE_TOKENS]
         outputs: list[Any] = []
         hooks = [
             self.model.get_submodule(layer.path).register_forward_hook(lambda m, a, o: outputs.append(_copied(o)))
@@ -135,7 +133,7 @@ class Walk:
             self._current = index
             found: list[Any] = []
             try:
-                self._forward(probe, outputs[index - 1], lambda output, found=found: found.append(_copied(output)))
+                self._forward(probe, outputs[index - 1], found.append)
             except Exception:  # the model cannot run so: whatever it misses, the other way is right
                 return False
             if not found or not _same(found[0], outputs[index]):
@@ -183,7 +181,10 @@ def _copied(output: Any) -> Any:
 
 def _same(first: Any, second: Any) -> bool:
     ours, theirs = tree_flatten(first)[0], tree_flatten(second)[0]
-    return len(ours) == len(theirs) and all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-5) if isinstance(a, Tensor) else True
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
+
+
+def _alike(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor):
+        return True
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-5)
