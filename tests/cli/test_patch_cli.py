@@ -28,7 +28,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def crrelu_patch(*argv):
-    return command_line.main(["patch", *map(str, argv)])
+    """A plain swap, unless the options say otherwise: calibration reads text and takes seconds."""
+    plain = () if "--calibration" in argv else ("--calibration", "none")
+    return command_line.main(["patch", *map(str, argv), *plain])
 
 
 def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
@@ -112,6 +114,14 @@ def test_a_broken_checkpoint_is_named_before_anything_is_written(tiny_llama_chec
         assert "model.layers.1.mlp.up_proj" in message and "not a number" in message
 
 
+def test_the_current_directory_can_be_the_output(tiny_checkpoint, text_file, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--calibration", "none", "--perplexity_data", "none"]
+    assert crrelu_patch(tiny_checkpoint, "--output_dir", ".", *options) == 0
+    assert (tmp_path / "here" / "patch_report.json").is_file()
+
+
 def test_a_plain_patch_has_no_naive_perplexity(tiny_checkpoint, text_file, tmp_path, capsys):
     argv = ["--perplexity-data", text_file, "--perplexity-tokens=512", "--epsilon-per", "channel", "--json"]
     assert crrelu_patch(tiny_checkpoint, "--output-dir", tmp_path / "out", *argv) == 0
@@ -132,6 +142,7 @@ def test_no_perplexity(tiny_checkpoint, tmp_path, capsys):
 
 def test_the_real_command(tiny_checkpoint, tmp_path):
     command = [sys.executable, "-m", "crrelu_llm", "patch", tiny_checkpoint, "--output_dir", tmp_path / "out"]
+    command += ["--calibration", "none"]
     done = subprocess.run(
         [*command, "--perplexity_data", "none", "--epsilon_init", "0.2", "--json"], capture_output=True, text=True
     )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import logits
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from crrelu_llm import PatchConfig, patch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.transform import patch_checkpoint, read_report
+from crrelu_llm.patching.transform import origin, patch_checkpoint, read_report
 
 REPORT = {
     "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",
@@ -123,7 +123,7 @@ def test_a_checkpoint_whose_weights_a_calibration_changed_is_refused(tiny_checkp
     config = json.loads(file.read_text())
     config["crrelu"]["weights_changed"] = True
     file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="changed its weights; start from the original checkpoint") as caught:
+    with pytest.raises(InputError, match="weights were fitted to that; start from the original checkpoint") as caught:
         patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu"), tmp_path / "two")
     assert "\n" not in str(caught.value)
 
@@ -145,3 +145,28 @@ def test_a_failure_leaves_nothing_behind(tiny_checkpoint, tmp_path):
         config = PatchConfig(calibration="fit", calibration_data=str(tmp_path / "none.txt"))
         patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rwkv_is_saved_with_the_weights_that_were_loaded(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+    config = AutoConfig.for_model("rwkv", vocab_size=len(tokenizer), **sizes, rescale_every=2, context_length=64)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    before = load_file(tmp_path / "original" / "model.safetensors")
+    patch_checkpoint(str(tmp_path / "original"), PatchConfig(), tmp_path / "patched")  # it runs once, to be checked
+    after = load_file(tmp_path / "patched" / "model.safetensors")
+    assert {name for name in after if name.endswith("epsilon")} == set(after) - set(before)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_another_calibration_text_is_another_origin(tiny_checkpoint, text_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    config = PatchConfig(calibration="fit", calibration_data=str(text))
+    first = origin(str(tiny_checkpoint), config, "float32", None)
+    assert origin(str(tiny_checkpoint), config, "float32", None) == first
+    text.write_text(text_file.read_text() + "More.")
+    assert origin(str(tiny_checkpoint), config, "float32", None) != first
