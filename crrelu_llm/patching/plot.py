@@ -35,6 +35,7 @@ def plot_report(report: dict[str, Any], path: str | Path) -> None:
             if len(series) > 1:
                 axis.legend(frameon=False, fontsize=8)
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes[-1].set_xlabel("layer")
         figure.suptitle(_title(report), fontsize=9.5)
         path = Path(path)
@@ -72,6 +73,6 @@ def _title(report: dict[str, Any]) -> str:
     title = f"{Path(report['model']).name} → {report['activation']}, calibration {options.get('calibration')}"
     found = report["perplexity"]
     if found:
-        naive = "" if found["after_naive"] is None else f", {found['after_naive']:.4g} after a plain swap"
-        title += f"\nperplexity {found['before']:.4g} before{naive}, {found['after']:.4g} after"
+        naive = "" if found["after_naive"] is None else f", {found['after_naive']:,.2f} after a plain swap"
+        title += f"\nperplexity {found['before']:,.2f} before{naive}, {found['after']:,.2f} after"
     return title

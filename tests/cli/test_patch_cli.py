@@ -117,9 +117,10 @@ def test_a_broken_checkpoint_is_named_before_anything_is_written(tiny_llama_chec
 def test_the_current_directory_can_be_the_output(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    options = ["--calibration", "none", "--perplexity_data", "none"]
+    options = ["--calibration", "none", "--perplexity_data", "none", "--plot"]
     assert crrelu_patch(tiny_checkpoint, "--output_dir", ".", *options) == 0
     assert (tmp_path / "here" / "patch_report.json").is_file()
+    assert (tmp_path / "here" / "patch_report.png").is_file()
 
 
 def test_a_plain_patch_has_no_naive_perplexity(tiny_checkpoint, text_file, tmp_path, capsys):
