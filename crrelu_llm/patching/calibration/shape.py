@@ -17,6 +17,12 @@ from crrelu_llm.activation import CRReLU
 # Weight of the layer's average channel in the fit of each, as a share of an average channel's own evidence: a channel
 # that is hardly ever active is drawn to what fits the others.
 _PRIOR = 1e-3
+# What a factor costs, as a share of the channel's energy: a step of the optimiser on a row that was scaled down moves
+# the output more than before, and far shifts need outputs that cancel, so that such models train badly. And of shapes
+# that are as good as each other (all scales are, for relu), the plainest is taken.
+_COST_OF_SCALE = 1e-3  # × log₂(scale)²
+_COST_OF_SHIFT = 1e-4  # × shift²
+_COST_OF_SIZE = 1e-3  # × (what is added up, before the constant, over what comes out)²
 _BINS = 1024
 _REACH = 7.0  # the outermost bins are sinh(7) ≈ 548 times a typical input away
 # A bump of width 1/scale; beyond these ends a CRReLU is a leaky ReLU, or a ReLU, on what activations are fed with.
@@ -142,6 +148,7 @@ def _at_shift(
         epsilons = given.expand_as(gain)
     else:
         gain, epsilons, left = sums.gain_and_epsilon()
+    left = sums.cost(left)
     row = left.argmin(0)
     channels = torch.arange(left.shape[1])
     gain, epsilons = gain[row, channels], epsilons[row, channels]
@@ -185,10 +192,16 @@ class _Sums:
         self.one = weights.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         self.y = weights @ y
         self.centred = constant
+        energy = weights @ (y * y)
+        self.costs = energy * (_COST_OF_SCALE * size.log2().square() + _COST_OF_SHIFT * shift * shift)
+        amplitude = [_COST_OF_SIZE * part for part in (self.rr, self.rb, self.bb)]
         if constant:
             mean_r, mean_b = self.r / self.one, self.b / self.one
             self.rr, self.rb, self.bb = self.rr - mean_r * self.r, self.rb - mean_r * self.b, self.bb - mean_b * self.b
             self.ry, self.by = self.ry - mean_r * self.y, self.by - mean_b * self.y
+        self.rr, self.rb, self.bb = (
+            own + extra for own, extra in zip((self.rr, self.rb, self.bb), amplitude, strict=True)
+        )
         if blur is not None:
             noise = (shift * blur.double().cpu()).square()
             slopes = torch.stack([slope_r * slope_r, slope_r * slope_b, slope_b * slope_b]) @ weights.T
@@ -213,6 +226,10 @@ class _Sums:
         best = lefts.argmin(0, keepdim=True)
         gain, left, epsilon = (parts.gather(0, best)[0] for parts in (gains, lefts, epsilons))
         return gain, epsilon, left
+
+    def cost(self, left: Tensor) -> Tensor:
+        """The squared error and what the factors cost, beside a constant."""
+        return left + self.costs
 
     def constant(self, row: Tensor, gain: Tensor, epsilon: Tensor) -> Tensor:
         """What is left on average, for the chosen scale of each channel."""
@@ -241,7 +258,7 @@ def _common_epsilon(
     for _ in range(3):
         losses = []
         for epsilon in candidates:
-            lefts = torch.stack([entry.gain(epsilon)[1].amin(0) for entry in sums]).amin(0)
+            lefts = torch.stack([entry.cost(entry.gain(epsilon)[1]).amin(0) for entry in sums]).amin(0)
             losses.append((lefts * importance).sum())
         best = candidates[int(torch.stack(losses).argmin())]
         candidates = best + torch.linspace(-step, step, 9, dtype=torch.float64)
