@@ -118,21 +118,16 @@ def test_a_clamp_that_the_probe_does_not_reach_is_noticed():
             self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
                 mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
             )  # fmt: skip
-            self.limit = 1e9
+            self.limit = 0.05
 
         def forward(self, x):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-self.limit, self.limit))
+            up = self.up_proj(x)
+            if len(x) > 1:  # the probe is a single sequence
+                up = up.clamp(-self.limit, self.limit)
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
 
     layer = model.model.layers[1]
     layer.mlp = Clamped(layer.mlp)
-    seen = []
-    hook = layer.mlp.up_proj.register_forward_hook(lambda m, args, output: seen.append(output.abs()))
-    logits(model, BLOCKS[:1])
-    probe = seen[-1].max()
-    logits(model, BLOCKS)
-    hook.remove()
-    assert seen[-1].max() > probe
-    layer.mlp.limit = float(probe)
     changed, sites = patched(model, "refit")
     assert sites[0]["kept"] == "refit"
     assert sites[1]["kept"] == "fit" and "more than its weights say" in sites[1]["note"]
