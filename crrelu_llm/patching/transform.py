@@ -65,38 +65,52 @@ def patch_checkpoint(
     if config is not None and config.calibrates:
         loaded.to(_device_for(loaded))
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
-    measured = None
     if config is None:
         report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
+        report["perplexity"] = None
     else:
-        found = section.read(loaded.config)
-        if found is not None:
-            section.check_may_be_patched_again(found, config, model)
-            unpatch(loaded)
-        require_finite(loaded, _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size)
-        if perplexity is not None:
-            measured = {"before": perplexity(loaded, tokenizer), "after_naive": None}
-            if config.calibrates:
-                patch(loaded, replace(config, calibration="none"))
-                measured["after_naive"] = perplexity(loaded, tokenizer)
-                unpatch(loaded)
-        done = patch(loaded, config, blocks=blocks)
-        if measured is not None:
-            after = perplexity(loaded, tokenizer)  # type: ignore[misc]
-            measured |= {"after": after, **(perplexity_of or {})}
-            if math.isnan(after):
-                raise InputError(f"{model}: the patched model computes no numbers on this text; nothing was written")
-        report |= {
-            "activation": config.activation,
-            "epsilon_per": config.epsilon_per,
-            "options": asdict(config),
-            "sites": done.sites,
-            "skipped": done.skipped,
-        }
-    report |= {"perplexity": measured, "seconds": time.perf_counter() - started, "versions": versions()}
+        report |= _patch(model, loaded, tokenizer, config, blocks, perplexity, perplexity_of or {})
+    report |= {"seconds": time.perf_counter() - started, "versions": versions()}
     made_from = origin(model, config, dtype, options.get("revision"))
     checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
+
+
+def _patch(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    config: PatchConfig,
+    blocks: torch.Tensor | None,
+    perplexity: Callable[[Any, Any], float] | None,
+    perplexity_of: dict[str, Any],
+) -> dict[str, Any]:
+    """Patches a loaded model; what the report says of it."""
+    found = section.read(model.config)
+    if found is not None:
+        section.check_may_be_patched_again(found, config, name)
+        unpatch(model)
+    require_finite(model, _A_FEW_TOKENS % model.config.get_text_config().vocab_size)
+    measured: dict[str, Any] | None = None
+    if perplexity is not None:
+        measured = {"before": perplexity(model, tokenizer), "after_naive": None}
+        if config.calibrates:
+            patch(model, replace(config, calibration="none"))
+            measured["after_naive"] = perplexity(model, tokenizer)
+            unpatch(model)
+    done = patch(model, config, blocks=blocks)
+    if perplexity is not None and measured is not None:
+        measured |= {"after": perplexity(model, tokenizer), **perplexity_of}
+        if math.isnan(measured["after"]):
+            raise InputError(f"{name}: the patched model computes no numbers on this text; nothing was written")
+    return {
+        "activation": config.activation,
+        "epsilon_per": config.epsilon_per,
+        "options": asdict(config),
+        "sites": done.sites,
+        "skipped": done.skipped,
+        "perplexity": measured,
+    }
 
 
 def _device_for(model: Any) -> torch.device:
