@@ -286,7 +286,7 @@ def test_importing_this_package_loads_nothing_heavy():
 
 
 def test_save_is_whole_or_absent(tmp_path):
-    class Broken:
+    class Broken(torch.nn.Module):
         def save_pretrained(self, directory):
             directory.mkdir()
             (directory / "model.safetensors").write_text("half")
