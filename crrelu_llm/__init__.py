@@ -11,10 +11,11 @@ from crrelu_llm import _transformers_hook
 
 if TYPE_CHECKING:
     from crrelu_llm.activation import CRReLU, crrelu
+    from crrelu_llm.kernels import set_backend
     from crrelu_llm.patching import PatchConfig, find_sites, patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["CRReLU", "PatchConfig", "crrelu", "find_sites", "patch", "register", "unpatch"]
+__all__ = ["CRReLU", "PatchConfig", "crrelu", "find_sites", "patch", "register", "set_backend", "unpatch"]
 
 _HOMES = {
     "CRReLU": "crrelu_llm.activation",
@@ -22,6 +23,7 @@ _HOMES = {
     "PatchConfig": "crrelu_llm.patching",
     "find_sites": "crrelu_llm.patching",
     "patch": "crrelu_llm.patching",
+    "set_backend": "crrelu_llm.kernels",
     "unpatch": "crrelu_llm.patching",
 }
 

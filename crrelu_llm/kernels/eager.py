@@ -1,67 +1,156 @@
-"""CRReLU as an eager autograd function: keeps only x and ε for the backward pass, and is right at 0, ±inf and NaN."""
+"""CRReLU by torch's own operators, for every device and without a compiler: on a CPU in blocks that stay in the cache,
+with buffers that are used again, so that main memory is read and written once."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-# exp(−t²/2) is exactly 0 at |t| = 40, even in float64 (its last subnormal is at 38.6). Clamping to it changes no
-# value of the bump or of its derivatives, and turns the inf·0 = NaN of an infinite x into 0. NaN passes through.
-_BUMP_SUPPORT = 40.0
+from crrelu_llm.kernels.formula import SUPPORT
 
-
-def _widen(x: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Converts both to the dtype of the computation: float64 for a float64 `x`, float32 for every other."""
-    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # A single ε becomes 0-dimensional, so that it never adds a dimension to a 0-dimensional x (as under vmap).
-    return x.to(compute_dtype), epsilon.to(compute_dtype).squeeze()
+# Elements a block: the fastest of 2¹⁴ to 2¹⁷ on an AMD EPYC with 1 MiB of second-level cache a core.
+_BLOCK = 1 << 17
 
 
-class _CRReLUFunction(torch.autograd.Function):
-    """Forward and backward written out; the backward consists of differentiable operations (double backward)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-        wide_x, wide_epsilon = _widen(x, epsilon)
-        t = wide_x.clamp(-_BUMP_SUPPORT, _BUMP_SUPPORT)
-        bump = t * torch.exp(t.square() * -0.5)
-        return (torch.relu(wide_x) + wide_epsilon * bump).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        x, epsilon = ctx.saved_tensors
-        wide_x, wide_epsilon = _widen(x, epsilon)
-        wide_grad = grad_output.to(wide_x.dtype)
-        t = wide_x.clamp(-_BUMP_SUPPORT, _BUMP_SUPPORT)
-        bell = torch.exp(t.square() * -0.5)
-        grad_x = grad_epsilon = None
-        if ctx.needs_input_grad[0]:
-            slope = (wide_x > 0) + wide_epsilon * ((1 - t.square()) * bell)
-            grad_x = (wide_grad * slope).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            product = wide_grad * (t * bell)
-            total = product.sum().reshape(1) if epsilon.numel() == 1 else product.sum_to_size(epsilon.shape)
-            grad_epsilon = total.to(epsilon.dtype)
-        return grad_x, grad_epsilon
-
-
-def crrelu(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """Evaluates CRReLU in float32 (float64 for a float64 `x`) whatever the storage dtype.
-
-    At x = 0 the derivative is ε (relu'(0) = 0); at ±inf the value is relu(x) and the derivative 1 or 0; NaN in
-    gives NaN out, in the value and in the gradients. The gradient of ε is summed in the dtype of the computation
-    and comes back in the dtype and shape of ε.
+def forward(x: Tensor, epsilon: Tensor) -> Tensor:
+    """CRReLU of `x`.
 
     Args:
-        x: floating point, any shape and strides; with a per-channel ε, `(..., channels)`.
-        epsilon: floating point, shape `(1,)` or `(channels,)`.
+        x: floating point, `(rows, columns)`, contiguous.
+        epsilon: the dtype of the computation (float64 for a float64 `x`, else float32), `(1,)` or `(columns,)`.
 
     Returns:
         Shape and dtype of `x`.
     """
-    return _CRReLUFunction.apply(x, epsilon)
+    y = torch.empty_like(x)
+    for (x_part, y_part), (wide, t, b) in _blocks((x, y), epsilon, 3):
+        wide_x = _wide(x_part, wide)
+        _bump(wide_x, t, b)
+        torch.clamp_min(wide_x, 0, out=t)
+        y_part.copy_(t.addcmul_(b, epsilon))
+    return y
+
+
+def backward(grad: Tensor, x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` and of ε.
+
+    Args:
+        grad: the gradient of the result; like `x`.
+        x: as for `forward`.
+        epsilon: as for `forward`.
+
+    Returns:
+        Shape and dtype of `x`; shape and dtype of ε, summed in that dtype.
+    """
+    grad_x = torch.empty_like(x)
+    total = _Total(epsilon)
+    for (g_part, x_part, out), (wide, t, b, slope, g) in _blocks((grad, x, grad_x), epsilon, 5):
+        wide_x, wide_grad = _wide(x_part, wide), _wide(g_part, g)
+        _bump_and_slope(wide_x, epsilon, t, b, slope)
+        out.copy_(slope.mul_(wide_grad))
+        total.add(b.mul_(wide_grad))
+    return grad_x, total.value
+
+
+def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
+    """CRReLU(gate)·up, rounded once.
+
+    Args:
+        gate: floating point, `(rows, columns)`; rows may be apart (one half of a packed tensor).
+        up: like `gate`.
+        epsilon: as for `forward`.
+
+    Returns:
+        Shape and dtype of `gate`, contiguous.
+    """
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    for (gate_part, up_part, y_part), (wide, t, b) in _blocks((gate, up, y), epsilon, 3):
+        wide_gate = _wide(gate_part, wide)
+        _bump(wide_gate, t, b)
+        torch.clamp_min(wide_gate, 0, out=t)
+        t.addcmul_(b, epsilon)
+        y_part.copy_(t.mul_(_wide(up_part, b)))
+    return y
+
+
+def gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of gate, of up and of ε.
+
+    Args:
+        grad: the gradient of the result, `(rows, columns)`, contiguous.
+        gate: as for `gated_forward`, and so is `up`.
+        epsilon: as for `forward`.
+        packed: Both gradients in one tensor `(rows, 2·columns)`, the first of the result; the second is None.
+
+    Returns:
+        Two tensors like `grad`, or one and None; shape and dtype of ε, summed in that dtype.
+    """
+    both = (
+        torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device) if packed else None
+    )
+    grad_gate, grad_up = (torch.empty_like(grad), torch.empty_like(grad)) if both is None else both.chunk(2, dim=-1)
+    total = _Total(epsilon)
+    tensors = (grad, gate, up, grad_gate, grad_up)
+    for (g_part, gate_part, up_part, gate_out, up_out), buffers in _blocks(tensors, epsilon, 6):
+        wide, t, b, slope, g, other = buffers
+        wide_gate, wide_grad, wide_up = _wide(gate_part, wide), _wide(g_part, g), _wide(up_part, other)
+        _bump_and_slope(wide_gate, epsilon, t, b, slope)
+        torch.clamp_min(wide_gate, 0, out=t)
+        up_out.copy_(t.addcmul_(b, epsilon).mul_(wide_grad))
+        torch.mul(wide_grad, wide_up, out=t)
+        gate_out.copy_(slope.mul_(t))
+        total.add(b.mul_(t))
+    return (grad_gate, grad_up, total.value) if both is None else (both, None, total.value)
+
+
+class _Total:
+    """The gradient of ε, summed block by block: always in the same order."""
+
+    def __init__(self, epsilon: Tensor) -> None:
+        self.value = torch.zeros_like(epsilon)
+        self.per_channel = epsilon.numel() > 1
+
+    def add(self, product: Tensor) -> None:
+        self.value.add_(product.sum(0) if self.per_channel else product.sum())
+
+
+def _blocks(
+    tensors: tuple[Tensor, ...], epsilon: Tensor, buffers: int
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """The same rows of every tensor, as many as a block holds, with as many buffers of their shape, dtype of ε."""
+    first = tensors[0]
+    if first.numel() <= _BLOCK or first.device.type != "cpu":
+        yield tensors, [torch.empty(first.shape, dtype=epsilon.dtype, device=first.device) for _ in range(buffers)]
+        return
+    if epsilon.numel() == 1 and all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(tensor.view(-1) for tensor in tensors)  # so that a block is full whatever the shape is
+    first = tensors[0]
+    length = first.shape[0]
+    step = max(1, _BLOCK * length // first.numel())
+    memory = [first.new_empty((min(step, length), *first.shape[1:]), dtype=epsilon.dtype) for _ in range(buffers)]
+    for start in range(0, length, step):
+        parts = [tensor[start : start + step] for tensor in tensors]
+        yield parts, [buffer[: parts[0].shape[0]] for buffer in memory]
+
+
+def _wide(x: Tensor, buffer: Tensor) -> Tensor:
+    """`x` in the dtype of the buffer, copied there if it must be converted."""
+    return x if x.dtype == buffer.dtype else buffer.copy_(x)
+
+
+def _bump(x: Tensor, t: Tensor, b: Tensor) -> None:
+    """Sets b = x·exp(−x²/2), t = x within the bump's support."""
+    torch.clamp(x, -SUPPORT, SUPPORT, out=t)  # exp(−t²/2) is 0 there, and NaN stays NaN
+    torch.mul(t, t, out=b).mul_(-0.5).exp_().mul_(t)
+
+
+def _bump_and_slope(x: Tensor, epsilon: Tensor, t: Tensor, b: Tensor, slope: Tensor) -> None:
+    """Sets b = x·exp(−x²/2), slope = 1[x > 0] + ε·(1 − x²)·exp(−x²/2); t is overwritten."""
+    torch.clamp(x, -SUPPORT, SUPPORT, out=t)
+    torch.mul(t, t, out=slope)
+    torch.mul(slope, -0.5, out=b).exp_()
+    slope.neg_().add_(1).mul_(b).mul_(epsilon)
+    b.mul_(t)
+    slope.add_(torch.gt(x, 0, out=t))

@@ -1,0 +1,110 @@
+"""Which backend computes: by device, dtype and size, unless the user says. One that fails is left, with a warning."""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from crrelu_llm.errors import InputError
+
+BACKENDS = ("reference", "eager", "inductor", "triton")
+VARIABLE = "CRRELU_BACKEND"
+# From how many elements on a compiled loop is worth its start: compiling takes seconds, once, and each call 50 µs.
+COMPILED_FROM = 1 << 20
+
+logger = logging.getLogger("crrelu_llm")
+_failed: dict[str, str] = {}
+_forced: str | None = None
+
+
+def set_backend(name: str | None = None) -> None:
+    """Chooses the backend of every CRReLU in this process.
+
+    Args:
+        name: `"reference"` (the formula word for word, in the dtype of the input), `"eager"`, `"inductor"` (CPUs),
+            `"triton"` (GPUs), or None or `"auto"`: the best one for each call. Wins over the environment variable
+            CRRELU_BACKEND, which takes the same names.
+
+    Raises:
+        InputError: An unknown name.
+    """
+    global _forced
+    _forced = _checked(name, "set_backend")
+    _failed.clear()
+
+
+def forced() -> str | None:
+    """The backend that the user has chosen; None where each call takes the best one.
+
+    Raises:
+        InputError: The environment variable holds an unknown name.
+    """
+    return _forced or _checked(os.environ.get(VARIABLE), VARIABLE)
+
+
+def _checked(name: str | None, where: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise InputError(
+            f"{where}: unknown backend {name!r}; choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
+        )
+    return name
+
+
+def choose(device: torch.device, dtype: torch.dtype, elements: int) -> tuple[str, str]:
+    """The backend for one call, and the reason in words.
+
+    Args:
+        device: Where the input is.
+        dtype: Its dtype.
+        elements: How many it has.
+    """
+    name = forced()
+    if name is not None:
+        reason = _unavailable(name, device)
+        return (name, "chosen by the user") if reason is None else ("eager", f"{name} was chosen, but {reason}")
+    best = "inductor" if device.type == "cpu" else "triton"
+    if best == "inductor" and elements < COMPILED_FROM:
+        return "eager", f"below {COMPILED_FROM} elements, compiling does not pay"
+    if best == "inductor" and dtype == torch.float64:
+        return "eager", "float64 is for checks"
+    reason = _unavailable(best, device)
+    return (best, "the fastest on this device") if reason is None else ("eager", f"{best}: {reason}")
+
+
+def _unavailable(name: str, device: torch.device) -> str | None:
+    if name in _failed:
+        return f"it failed: {_failed[name]}"
+    return None if name in ("reference", "eager") else _module_unavailable(name, device)
+
+
+@functools.cache
+def _module_unavailable(name: str, device: torch.device) -> str | None:
+    try:
+        return _module(name).unavailable(device)
+    except ImportError as error:
+        return f"{' '.join(str(error).split())}"
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"crrelu_llm.kernels.{name}")
+
+
+def run(function: str, x: torch.Tensor, *args: Any) -> Any:
+    """Calls a backend's function, `forward`, `backward`, `gated_forward` or `gated_backward`: see `eager`."""
+    name, _ = choose(x.device, x.dtype, x.numel())
+    if name in ("inductor", "triton"):
+        try:
+            return getattr(_module(name), function)(x, *args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            logger.warning("crrelu: the %s backend failed, from now on eager is used (%s)", name, _failed[name])
+    return getattr(_module("eager"), function)(x, *args)

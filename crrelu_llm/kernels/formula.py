@@ -1,0 +1,38 @@
+"""The formula in plain differentiable torch, right at 0, ±inf and NaN: what a compiled model traces and fuses, and
+what torch.func and second derivatives go through."""
+
+import torch
+from torch import Tensor
+
+# exp(−t²/2) is exactly 0 at |t| = 40, even in float64 (its last subnormal is at 38.6). Taking 0 for the bump beyond
+# changes no value, and avoids the inf·0 = NaN of an infinite x. NaN is not beyond, and passes through.
+SUPPORT = 40.0
+
+
+def widen(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the computation: float64 for a float64 `x`, float32 for every other."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # A single ε becomes 0-dimensional, so that it never adds a dimension to a 0-dimensional x (as under vmap).
+    return x.to(wide), epsilon.to(wide).squeeze()
+
+
+def _wide(x: Tensor, epsilon: Tensor) -> Tensor:
+    t = torch.where(x.abs() > SUPPORT, 0.0, x)
+    return torch.relu(x) + epsilon * (t * torch.exp(t.square() * -0.5))
+
+
+def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:
+    """CRReLU: `x` of any shape, ε of `(1,)` or `(channels,)`; gives the shape and dtype of `x`."""
+    return _wide(*widen(x, epsilon)).to(x.dtype)
+
+
+def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
+    """CRReLU(gate)·up, rounded once: two tensors of one shape and dtype, which is also the result's."""
+    wide, wide_epsilon = widen(gate, epsilon)
+    return (_wide(wide, wide_epsilon) * up.to(wide.dtype)).to(gate.dtype)
+
+
+def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
+    """CRReLU(gate)·up of `(..., 2·channels)`, the gate's channels first; gives `(..., channels)`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return crrelu_gated(gate, up, epsilon)

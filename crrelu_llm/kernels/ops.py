@@ -1,0 +1,129 @@
+"""CRReLU as torch operators: `torch.ops.crrelu_llm.{crrelu, crrelu_gated, crrelu_packed}` and the backward pass of
+each, with fake kernels and gradients, also second ones. Under torch.func, which no such operator can be differentiated
+in, `kernels` takes the plain formula."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crrelu_llm.kernels import formula
+from crrelu_llm.kernels.choice import run
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as `(rows, columns)`, the columns side by side in memory, copied only where it must be."""
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() > 0 else x.reshape(1, 1)
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _wide(epsilon: Tensor, x: Tensor) -> Tensor:
+    """ε in the dtype of the computation."""
+    return epsilon.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu", mutates_args=())
+def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:
+    """See `kernels.crrelu`."""
+    if x.numel() == 0:
+        return _like(x)
+    return run("forward", _rows(x).contiguous(), _wide(epsilon, x)).view(x.shape)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu_backward", mutates_args=())
+def crrelu_backward(grad: Tensor, x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` and ε, given that of the result, of the shape and dtype of `x`."""
+    if x.numel() == 0:
+        return _like(x), torch.zeros_like(epsilon)
+    flat, wide = _rows(x).contiguous(), _wide(epsilon, x)
+    grad_x, total = run("backward", _rows(grad).contiguous(), flat, wide)
+    return grad_x.view(x.shape), total.to(epsilon.dtype)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu_gated", mutates_args=())
+def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
+    """See `kernels.crrelu_gated`."""
+    if gate.numel() == 0:
+        return _like(gate)
+    return run("gated_forward", _rows(gate), _rows(up), _wide(epsilon, gate)).view(gate.shape)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu_gated_backward", mutates_args=())
+def crrelu_gated_backward(grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate, up and ε, given that of the result."""
+    if gate.numel() == 0:
+        return _like(gate), _like(gate), torch.zeros_like(epsilon)
+    tensors = (_rows(grad).contiguous(), _rows(gate), _rows(up), _wide(epsilon, gate))
+    grad_gate, grad_up, total = run("gated_backward", *tensors, False)
+    return grad_gate.view(gate.shape), grad_up.view(gate.shape), total.to(epsilon.dtype)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu_packed", mutates_args=())
+def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
+    """See `kernels.crrelu_packed`."""
+    shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    if gate_up.numel() == 0:
+        return gate_up.new_empty(shape)
+    gate, up = _rows(gate_up).chunk(2, dim=-1)
+    return run("gated_forward", gate, up, _wide(epsilon, gate_up)).view(shape)
+
+
+@torch.library.custom_op("crrelu_llm::crrelu_packed_backward", mutates_args=())
+def crrelu_packed_backward(grad: Tensor, gate_up: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate_up and ε, given that of the result."""
+    if gate_up.numel() == 0:
+        return _like(gate_up), torch.zeros_like(epsilon)
+    gate, up = _rows(gate_up).chunk(2, dim=-1)
+    both, _, total = run("gated_backward", _rows(grad).contiguous(), gate, up, _wide(epsilon, gate_up), True)
+    return both.view(gate_up.shape), total.to(epsilon.dtype)
+
+
+@crrelu.register_fake
+def _(x: Tensor, epsilon: Tensor) -> Tensor:
+    return _like(x)
+
+
+@crrelu_gated.register_fake
+def _(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
+    return _like(gate)
+
+
+@crrelu_packed.register_fake
+def _(gate_up: Tensor, epsilon: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@crrelu_backward.register_fake
+@crrelu_gated_backward.register_fake
+@crrelu_packed_backward.register_fake
+def _(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_like(tensor) for tensor in inputs)
+
+
+def _differentiable(op: Any, backward_op: Any, plain: Callable[..., Tensor]) -> None:
+    """Gives an operator its gradient, and that gradient its own, the plain formula's: training never asks for it."""
+
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return backward_op(grad, *ctx.saved_tensors)
+
+    def plain_backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(plain, *inputs)[1](grad)
+
+    def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(plain_backward, *ctx.saved_tensors)[1](grads)
+
+    op.register_autograd(backward, setup_context=save)
+    backward_op.register_autograd(double_backward, setup_context=save)
+
+
+_differentiable(crrelu, crrelu_backward, formula.crrelu)
+_differentiable(crrelu_gated, crrelu_gated_backward, formula.crrelu_gated)
+_differentiable(crrelu_packed, crrelu_packed_backward, formula.crrelu_packed)
