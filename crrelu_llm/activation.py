@@ -1,10 +1,11 @@
-"""CRReLU for users: the function that checks its input, and the `nn.Module` with a learnable ε."""
+"""CRReLU for users: the functions that check their input, and the `nn.Module` with a learnable ε."""
 
 import torch
 from torch import nn
 
 from crrelu_llm import kernels
 from crrelu_llm.errors import InputError
+from crrelu_llm.kernels.recompute import note
 
 
 def _check(x: torch.Tensor, epsilon: torch.Tensor) -> None:
@@ -45,6 +46,30 @@ def crrelu(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
     return kernels.crrelu(x, epsilon)
 
 
+def crrelu_gated(gate: torch.Tensor, up: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """Computes `crrelu(gate, epsilon) · up`, the product of a gated MLP, in one pass.
+
+    The computation runs in float32 (float64 for float64) and is rounded once; only the three inputs are kept for the
+    backward pass. Where `gate` and `up` are the halves of one tensor, its gradient is written in one piece.
+
+    Args:
+        gate: floating point, any shape; with one ε a channel, `(..., channels)`.
+        up: shape and dtype of `gate`.
+        epsilon: floating point, shape `(1,)` or `(channels,)`.
+
+    Returns:
+        Shape and dtype of `gate`.
+
+    Raises:
+        InputError: `gate` or `epsilon` as for `crrelu`, or `up` is not like `gate`.
+    """
+    _check(gate, epsilon)
+    if not isinstance(up, torch.Tensor) or up.shape != gate.shape or up.dtype != gate.dtype:
+        about = f"{up.dtype} of {tuple(up.shape)}" if isinstance(up, torch.Tensor) else repr(up)
+        raise InputError(f"crrelu: up must be like gate, {gate.dtype} of {tuple(gate.shape)}, not {about}.")
+    return kernels.crrelu_gated(gate, up, epsilon)
+
+
 class CRReLU(nn.Module):
     """CRReLU with a learnable ε, one for the whole module or one a channel.
 
@@ -83,9 +108,18 @@ class CRReLU(nn.Module):
         with torch.no_grad():
             self.epsilon.fill_(self.epsilon_init)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Applies CRReLU to `x`, shape `(..., num_channels)` or, with a single ε, any; see `crrelu`."""
-        return crrelu(x, self.epsilon)
+    def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """Applies CRReLU to `x`, shape `(..., num_channels)` or, with a single ε, any; see `crrelu`.
+
+        With `up`, a tensor like `x`, it gives the product of the two in one pass; see `crrelu_gated`.
+        """
+        if up is None:
+            y = crrelu(x, self.epsilon)
+            note(y, kernels.crrelu, x, self.epsilon)
+        else:
+            y = crrelu_gated(x, up, self.epsilon)
+            note(y, kernels.crrelu_gated, x, up, self.epsilon)
+        return y
 
     def extra_repr(self) -> str:
         return f"num_channels={self.num_channels}, epsilon_init={self.epsilon_init}"

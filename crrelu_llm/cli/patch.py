@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def _parser() -> Parser:
     add("--calibration", default="refit", help="none, fit, refit or reconstruct (default: refit)")
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
+    add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
     add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
@@ -44,8 +46,7 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.patching.swap import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
-    fields = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
-    config = PatchConfig(args.activation, **{name: getattr(args, name) for name in fields})
+    config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
     measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
     report = patch_checkpoint(
         args.model,

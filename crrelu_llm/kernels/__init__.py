@@ -41,7 +41,8 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
         return formula.crrelu_gated(gate, up, epsilon)
     if choice.forced() == "reference":
         return reference.crrelu(gate, epsilon) * up
-    return ops.crrelu_gated(gate, up, epsilon)
+    whole = _whole(gate, up)
+    return ops.crrelu_gated(gate, up, epsilon) if whole is None else ops.crrelu_packed(whole, epsilon)
 
 
 def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
@@ -60,6 +61,20 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return reference.crrelu(gate, epsilon) * up
     return ops.crrelu_packed(gate_up, epsilon)
+
+
+def _whole(gate: Tensor, up: Tensor) -> Tensor | None:
+    """The tensor of shape `(..., 2·channels)` that `chunk` has cut into two halves, where autograd would have to put
+    their gradients together again; else None."""
+    base, channels = gate._base, gate.shape[-1] if gate.dim() > 0 else 0
+    if base is None or base is not up._base or not gate.requires_grad or base.numel() != 2 * gate.numel():
+        return None
+    halves = gate.storage_offset() == base.storage_offset() and up.storage_offset() == gate.storage_offset() + channels
+    shape = (*gate.shape[:-1], 2 * channels)
+    if not halves or not base.is_contiguous() or gate.stride() != up.stride():
+        return None
+    whole = base.view(shape)
+    return whole if whole.stride() == gate.stride() else None
 
 
 def _transformed() -> bool:

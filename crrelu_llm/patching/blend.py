@@ -101,11 +101,12 @@ def _install(module: nn.Module, path: str, name: str, device: torch.device) -> N
 
 
 def _blend(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    if module._blend_shows == _ORIGINAL:
-        return module._original[0](*args)
-    if module._blend_shows == _NEW or not module.training:
+    if module._blend_shows == _NEW or (module._blend_shows == _MIX and not module.training):
         return output
-    return mix(module._original[0](*args), output, module.blend)
+    original = module._original[0](args[0])
+    if len(args) == 2:  # a gated product, in one call
+        original = original * args[1]
+    return original if module._blend_shows == _ORIGINAL else mix(original, output, module.blend)
 
 
 def mix(original: torch.Tensor, new: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import families, guard, section
+from crrelu_llm.patching import families, fusion, guard, section
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
 logger = logging.getLogger("crrelu_llm")
@@ -206,6 +206,7 @@ def _swap_from_section(model: Any) -> set[str]:
             # What the model has just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
         if found["activation"] == "crrelu":
+            fusion.fuse(model, [path], found.get("recompute_activation", False))
             names.add(f"{path.rpartition('.')[2]}.epsilon")
     return names
 

@@ -48,7 +48,8 @@ class SoftcappedSiLU(nn.Module):
         return torch.tanh(x / self.softcap) * self.softcap * torch.sigmoid(x)
 
 
-def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+def gated_mlp(self: Any, x: Tensor) -> Tensor:
+    """The forward of LFM2's MLP, with its activation as a child."""
     return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
 
 
@@ -114,7 +115,7 @@ class Hidden:
         method: The method of the family's class that computes it.
         replacement: The same method with the activation as the child `act_fn`. Clamps and other factors stay in it.
         activation: Builds the activation, bit for bit the original's function, from the module that owns it.
-        source: Fingerprint of the method that `replacement` was written for (see `_fingerprint`).
+        source: Fingerprint of the method that `replacement` was written for (see `fingerprint`).
     """
 
     method: str
@@ -131,7 +132,7 @@ def _softcapped_silu(owner: Any) -> nn.Module:
     return SoftcappedSiLU(owner.gate_softcap.softcap)
 
 
-_gated_silu_mlp = Hidden("forward", _gated_mlp, _named("silu"), "45c95a82ba56")
+_gated_silu_mlp = Hidden("forward", gated_mlp, _named("silu"), "45c95a82ba56")
 # By the name of the class in transformers.
 HIDDEN = {
     "Lfm2MLP": _gated_silu_mlp,
@@ -186,7 +187,7 @@ def expose(model: nn.Module, paths: Iterable[str]) -> None:
         before: Any = owner.__dict__.get(attribute)
         if before is None:
             before = type(owner)
-            _set_class(owner, _exposing(before))
+            set_class(owner, _exposing(before))
         setattr(owner, attribute, found[1].train(owner.training))
         owner.__dict__["_exposed"] = before  # the function, or the class, that conceal puts back
 
@@ -206,7 +207,7 @@ def conceal(model: nn.Module, paths: Iterable[str]) -> None:
         delattr(owner, attribute)
         before = owner.__dict__.pop("_exposed")
         if isinstance(before, type):
-            _set_class(owner, before)
+            set_class(owner, before)
         else:
             setattr(owner, attribute, before)
 
@@ -220,7 +221,7 @@ def _entry(cls: type) -> Hidden | None:
             method = getattr(base, hidden.method, None)
             if getattr(cls, hidden.method, None) is not method:
                 return None
-            if method is None or _fingerprint(method) != hidden.source:
+            if method is None or fingerprint(method) != hidden.source:
                 raise InputError(
                     f"{base.__name__}.{hidden.method} of this release of transformers is not the one that crrelu_llm "
                     "knows how to replace; upgrade crrelu_llm, or install the transformers that it names"
@@ -229,7 +230,7 @@ def _entry(cls: type) -> Hidden | None:
     return None
 
 
-def _fingerprint(method: Callable) -> str:
+def fingerprint(method: Callable) -> str:
     """Of a function's source without its white space: a replacement must not outlive what it replaces."""
     return hashlib.sha256("".join(inspect.getsource(method).split()).encode()).hexdigest()[:12]
 
@@ -243,7 +244,8 @@ def _exposing(cls: type) -> type:
     return type(cls.__name__, (cls,), {hidden.method: hidden.replacement, "__module__": cls.__module__})
 
 
-def _set_class(owner: Any, cls: Any) -> None:
+def set_class(owner: Any, cls: Any) -> None:
+    """Gives a module another class, in place, also where a hook of accelerate keeps its forward."""
     owner.__class__ = cls
     if "_old_forward" in owner.__dict__:  # a hook of accelerate, which calls the method as it found it
         owner._old_forward = MethodType(cls.forward, owner)

@@ -88,6 +88,7 @@ def write(
         "epsilon_init": patch_config.epsilon_init,
         "config_keys": keys,
         "weights_changed": weights_changed,
+        "recompute_activation": patch_config.recompute_activation,
         "sites": [
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
             for site in sites

@@ -13,7 +13,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import families, guard, section
+from crrelu_llm.patching import families, fusion, guard, section
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class PatchConfig:
             each MLP toward the original MLP's output.
         calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens: How many tokens of it to use.
+        recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
+            less memory, the same gradients bit for bit. Other activations are left as they are.
     """
 
     activation: str = "crrelu"
@@ -48,6 +50,7 @@ class PatchConfig:
     calibration: str = "none"
     calibration_data: str = "builtin:docstrings"
     calibration_tokens: int = 8192
+    recompute_activation: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for the first field that holds an impossible value."""
@@ -150,6 +153,8 @@ def patch(
         families.expose(model, modules)
         for path, module in modules.items():
             swap_in(model, path, module, None)
+        if found["activation"] == "crrelu":
+            fusion.fuse(model, modules, found.get("recompute_activation", False))
         section.put_back(model.config, found)
         _keep_epsilon_in_float32(model, modules)
         raise
@@ -187,6 +192,8 @@ def _patch(model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: 
             swap_in(model, path, original, None)
         families.conceal(model, paths)
         raise
+    if config.activation == "crrelu":
+        fusion.fuse(model, paths, config.recompute_activation)
     section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
     _keep_epsilon_in_float32(model, paths)
     return _report(model, config, sites, left_alone, done)
@@ -212,6 +219,7 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
     if found is None:
         raise InputError("the model is not patched: its config has no crrelu section")
     activations = {site["path"]: _original(model, site) for site in found["sites"]}
+    fusion.unfuse(model, activations)
     for path, activation in activations.items():
         if families.is_exposed(model.get_submodule(path.rpartition(".")[0])):
             families.conceal(model, [path])

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -45,6 +45,9 @@ class ActivationArguments:
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
             Number of calibration tokens.
+        recompute_activation (`bool`, *optional*, defaults to `False`):
+            Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
+            bit for bit, one more elementwise pass.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
             and everything that is saved have the new activation alone. DPO's reference is then the model that training
@@ -73,6 +76,10 @@ class ActivationArguments:
         default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
     )
     calibration_tokens: int = field(default=8192, metadata={"help": "Number of calibration tokens."})
+    recompute_activation: bool = field(
+        default=False,
+        metadata={"help": "Keep no output of CRReLU for the backward pass: less memory, the same gradients."},
+    )
     blend_steps: int = field(
         default=0,
         metadata={
@@ -93,7 +100,7 @@ class ActivationArguments:
         if self.blend_schedule not in SCHEDULES:
             choices = " or ".join(f'"{name}"' for name in SCHEDULES)
             raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
-        keys = ("epsilon_init", "epsilon_per", "calibration", "calibration_data", "calibration_tokens")
+        keys = [entry.name for entry in fields(PatchConfig) if entry.name != "activation"]
         try:
             config = PatchConfig(self.activation or "crrelu", **{key: getattr(self, key) for key in keys})
         except InputError as error:

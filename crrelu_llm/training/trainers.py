@@ -9,7 +9,7 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, guard, section
+from crrelu_llm.patching import checkpoint, fusion, guard, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
@@ -34,6 +34,8 @@ class EpsilonMixin:
         patched = section.read(self.model.config)
         if patched is not None and not hasattr(self.model, "peft_config"):
             patched["weights_changed"] = True  # training fits the weights to the new activation
+        if activation_args.recompute_activation:  # a checkpoint that was patched before may not say so
+            recompute_activation(self.model)
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():
                 module.epsilon.requires_grad_(False)
@@ -126,6 +128,15 @@ def epsilon_means(model: Any) -> dict[str, float]:
             epsilon = epsilon.full_tensor()
         means[path] = epsilon.float().mean().item()
     return means
+
+
+def recompute_activation(model: Any) -> None:
+    """Makes every CRReLU of a patched model keep no output for the backward pass; other models stay as they are."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = section.read(base.config)
+    if found is not None and found["activation"] == "crrelu":
+        paths = [section.local_path(base, site["path"]) for site in found["sites"]]
+        fusion.fuse(base, [path for path in paths if path is not None], recompute=True)
 
 
 def restore_float32(model: Any) -> None:

@@ -47,11 +47,11 @@ class _Tap(nn.Module):
         super().__init__()
         self.activation, self.path, self.products = activation, path, products
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         y = self.activation(x)
         self.products.flush()
         self.products.pending = (self.path, x, y)
-        return y
+        return y if up is None else y * up
 
 
 class _Products(TorchFunctionMode):

@@ -1,0 +1,120 @@
+"""Less memory than the activation's output: what a layer keeps of it for the backward pass is computed again there.
+
+An MLP keeps the pre-activation, for the activation's gradient, and the activation's output, for the weight gradient of
+the projection that follows. The second follows from the first by one elementwise pass.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Within it, autograd keeps no output that was noted (see `note`), but recomputes it in the backward pass.
+
+    The gradients are the same bit for bit. Other hooks on saved tensors that are active outside (activation
+    checkpointing, offloading) see what is kept. It does nothing where no gradient is recorded, while a compiler traces
+    (which recomputes by itself), and under torch.func.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        yield
+        return
+    before = getattr(_local, "recorder", None)
+    recorder = _Recorder(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    _local.recorder = recorder
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack):
+            yield
+    finally:
+        _local.recorder = before
+
+
+def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Says that `output` is `function(*inputs)`, deterministic, without side effects, cheap to compute again."""
+    if torch.compiler.is_compiling():
+        return
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None and output.requires_grad and output.numel() > 0:
+        recorder.noted.append(_Noted(output, output._version, function, inputs))
+
+
+@dataclass
+class _Noted:
+    output: Tensor  # held until the end of the context, so that no other tensor takes its memory meanwhile
+    version: int
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+    def is_(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the output, or a view of all of it in its own order (a linear layer flattens it)."""
+        return (
+            tensor.data_ptr() == self.output.data_ptr()
+            and tensor.numel() == self.output.numel()
+            and tensor.dtype == self.output.dtype
+            and tensor.is_contiguous()
+            and tensor._version == self.version
+        )
+
+
+class _Recorder:
+    def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
+        self.outer = outer
+        self.noted: list[_Noted] = []
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What autograd keeps instead of a tensor."""
+        for noted in self.noted:
+            if noted.is_(tensor):
+                return _Recomputed(noted.function, [self._keep(part) for part in noted.inputs], tensor.shape)
+        return self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> Any:
+        if self.outer is None:
+            return _Kept(tensor.detach(), tensor._version)
+        return _KeptOutside(self.outer[0](tensor), self.outer[1])
+
+
+@dataclass
+class _Kept:
+    tensor: Tensor
+    version: int
+
+    def restore(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in place: it "
+                f"is at version {self.tensor._version}, not {self.version}"
+            )
+        return self.tensor
+
+
+@dataclass
+class _KeptOutside:
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+    def restore(self) -> Tensor:
+        return self.unpack(self.packed)
+
+
+@dataclass
+class _Recomputed:
+    function: Callable[..., Tensor]
+    inputs: list[_Kept | _KeptOutside]
+    shape: torch.Size
+
+    def restore(self) -> Tensor:
+        with torch.no_grad():
+            return self.function(*(part.restore() for part in self.inputs)).view(self.shape)
+
+
+def _unpack(kept: _Kept | _KeptOutside | _Recomputed) -> Tensor:
+    return kept.restore()
