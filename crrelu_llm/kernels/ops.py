@@ -18,6 +18,11 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def _shaped(result: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """A result in the shape of the input; no view, which could not be changed in place behind a custom operator."""
+    return torch.ops.aten._unsafe_view(result, shape)
+
+
 def _wide(epsilon: Tensor, x: Tensor) -> Tensor:
     """ε in the dtype of the computation."""
     return epsilon.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
@@ -32,7 +37,7 @@ def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:
     """See `kernels.crrelu`."""
     if x.numel() == 0:
         return _like(x)
-    return run("forward", _rows(x).contiguous(), _wide(epsilon, x)).view(x.shape)
+    return _shaped(run("forward", _rows(x).contiguous(), _wide(epsilon, x)), x.shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_backward", mutates_args=())
@@ -42,7 +47,7 @@ def crrelu_backward(grad: Tensor, x: Tensor, epsilon: Tensor) -> tuple[Tensor, T
         return _like(x), torch.zeros_like(epsilon)
     flat, wide = _rows(x).contiguous(), _wide(epsilon, x)
     grad_x, total = run("backward", _rows(grad).contiguous(), flat, wide)
-    return grad_x.view(x.shape), total.to(epsilon.dtype)
+    return _shaped(grad_x, x.shape), total.to(epsilon.dtype)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_gated", mutates_args=())
@@ -50,7 +55,7 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
     """See `kernels.crrelu_gated`."""
     if gate.numel() == 0:
         return _like(gate)
-    return run("gated_forward", _rows(gate), _rows(up), _wide(epsilon, gate)).view(gate.shape)
+    return _shaped(run("gated_forward", _rows(gate), _rows(up), _wide(epsilon, gate)), gate.shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_gated_backward", mutates_args=())
@@ -60,7 +65,7 @@ def crrelu_gated_backward(grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tenso
         return _like(gate), _like(gate), torch.zeros_like(epsilon)
     tensors = (_rows(grad).contiguous(), _rows(gate), _rows(up), _wide(epsilon, gate))
     grad_gate, grad_up, total = run("gated_backward", *tensors, False)
-    return grad_gate.view(gate.shape), grad_up.view(gate.shape), total.to(epsilon.dtype)
+    return _shaped(grad_gate, gate.shape), _shaped(grad_up, gate.shape), total.to(epsilon.dtype)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_packed", mutates_args=())
@@ -70,7 +75,7 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
     if gate_up.numel() == 0:
         return gate_up.new_empty(shape)
     gate, up = _rows(gate_up).chunk(2, dim=-1)
-    return run("gated_forward", gate, up, _wide(epsilon, gate_up)).view(shape)
+    return _shaped(run("gated_forward", gate, up, _wide(epsilon, gate_up)), shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_packed_backward", mutates_args=())
@@ -80,7 +85,7 @@ def crrelu_packed_backward(grad: Tensor, gate_up: Tensor, epsilon: Tensor) -> tu
         return _like(gate_up), torch.zeros_like(epsilon)
     gate, up = _rows(gate_up).chunk(2, dim=-1)
     both, _, total = run("gated_backward", _rows(grad).contiguous(), gate, up, _wide(epsilon, gate_up), True)
-    return both.view(gate_up.shape), total.to(epsilon.dtype)
+    return _shaped(both, gate_up.shape), total.to(epsilon.dtype)
 
 
 @crrelu.register_fake

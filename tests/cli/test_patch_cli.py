@@ -33,6 +33,17 @@ def crrelu_patch(*argv):
     return command_line.main(["patch", *map(str, argv), *plain])
 
 
+def test_recompute_activation_is_kept_in_the_checkpoint(tiny_llama_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    assert (
+        crrelu_patch(tiny_llama_checkpoint, "--output_dir", out, "--perplexity_data", "none", "--recompute_activation")
+        == 0
+    )
+    assert json.loads((out / "patch_report.json").read_text())["options"]["recompute_activation"] is True
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert all(layer.mlp.recomputes for layer in model.model.layers)
+
+
 def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--calibration", "fit", "--calibration_data", text_file, "--perplexity_data", text_file]

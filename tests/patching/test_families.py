@@ -109,6 +109,20 @@ def has_gradient(parameter):
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
+@pytest.mark.parametrize("family", PATCHED)
+def test_recompute_changes_no_bit_of_any_gradient(family):
+    found = []
+    for recompute in (False, True):
+        model = family_model(family).train()
+        patch(model, epsilon_init=0.3, recompute_activation=recompute)
+        torch.manual_seed(0)  # the same dropout
+        model(input_ids=token_ids()).logits.float().square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters() if has_gradient(parameter)})
+    expected, ours = found
+    assert expected and ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
 HIDDEN = [
     family for family in PATCHED if any(value.endswith("functional") for value in FACTS[family]["sites"].values())
 ]

@@ -230,6 +230,8 @@ def test_classification_and_reward_models_are_patched_and_reload(family, labels,
     assert not torch.equal(logits(model), native)
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for parameter in again.parameters():  # mapped from a file they may lie unaligned, and BLAS then rounds differently
+        parameter.data = parameter.data.clone()
     assert logits(again).shape == (2, labels)
     assert torch.equal(logits(again), logits(model))
     assert all(gradients(again))

@@ -125,6 +125,16 @@ def test_qlora_trains_epsilon_in_float32(quantisable, kind):
         assert torch.equal(saved[f"base_model.model.{path}.epsilon"], module.epsilon.detach())
 
 
+def test_recompute_changes_no_bit_of_a_qlora_run(quantisable):
+    found = [
+        losses(quantisable.run("sft", name, recompute_activation=name == "with", **QLORA))
+        for name in ("without", "with")
+    ]
+    saved = [load_file(quantisable.folder / name / "adapter_model.safetensors") for name in ("without", "with")]
+    assert found[0] == found[1]
+    assert all(torch.equal(saved[1][name], saved[0][name]) for name in saved[0])
+
+
 def test_qlora_has_gradients_after_an_evaluation(quantisable, monkeypatch):
     """On CPUs with AVX512-BF16, a forward pass in evaluation mode repacks 4-bit weights for good, unless forbidden."""
     from bitsandbytes.nn import modules

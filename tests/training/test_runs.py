@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import losses
+from runs import LORA, losses
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTTrainer
 
@@ -47,6 +48,32 @@ def test_epsilon_is_trained_saved_and_logged(workshop, kind, per):
     assert [entry["epsilon/" + SITES[0]] for entry in steps][-1] == pytest.approx(record["epsilon"][SITES[0]])
     assert steps[-1]["epsilon_mean"] == pytest.approx(np.mean(list(record["epsilon"].values())))
     assert record == json.loads((output / "run.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "options", [{}, LORA, {"gradient_checkpointing": True}], ids=["full", "lora", "checkpointing"]
+)
+def test_recompute_changes_no_bit_of_a_run(workshop, kind, options):
+    found = [workshop.run(kind, name, recompute_activation=name == "with", **options) for name in ("without", "with")]
+    without, with_ = (load_saved(workshop.folder / name) for name in ("without", "with"))
+    assert losses(found[0]) == losses(found[1])
+    assert without.keys() == with_.keys()
+    assert all(torch.equal(without[name], with_[name]) for name in without)
+    config = json.loads((workshop.folder / "with" / "patched" / "config.json").read_text())
+    assert config["crrelu"]["recompute_activation"] is True
+
+
+def load_saved(folder):
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def test_recompute_of_a_checkpoint_that_was_patched_before(workshop, tmp_path):
+    patch_checkpoint(workshop.model, PatchConfig(), tmp_path / "patched")
+    _, trainer = workshop.trainer(
+        "sft", "run", model_name_or_path=str(tmp_path / "patched"), recompute_activation=True
+    )
+    assert all(layer.mlp.recomputes for layer in trainer.model.transformer.h)
 
 
 def test_run_json(workshop):
