@@ -20,6 +20,7 @@ _OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast", "
 # exp(r) ≈ 1 + r + r²/2 + Σ cₖ·rᵏ for −1.33 ≤ r ≤ 0, minimax in the relative error (7.2e-7).
 _SERIES = (0.0008013846453000735, 0.0075666351521354374, 0.041212497349890014, 0.16656760612621638, 0.5, 1.0, 1.0)
 _SERIES_SUPPORT = 13.0  # exp(−13²/2) = 2e-37, just above float32's smallest normal number
+_SERIES_BEYOND = 16.0  # where the series underflows to exactly 0
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -136,7 +137,9 @@ def _parts(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Wide x, the bump x·exp(−x²/2), its slope, and ε."""
     low_precision = x.dtype == torch.bfloat16
     wide = x.to(epsilon.dtype)
-    t = torch.where(wide.abs() > (_SERIES_SUPPORT if low_precision else SUPPORT), 0.0, wide)
+    # Beyond the support, a point where bump and slope are both exactly 0; at 0 the slope would be 1.
+    support, beyond = (_SERIES_SUPPORT, _SERIES_BEYOND) if low_precision else (SUPPORT, SUPPORT)
+    t = torch.where(wide.abs() > support, beyond, wide)
     square = t * t
     bell = _bell(square, low_precision)
     return wide, t * bell, bell - square * bell, epsilon if epsilon.numel() > 1 else epsilon.squeeze()

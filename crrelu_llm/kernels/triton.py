@@ -37,7 +37,7 @@ def _tile(pid, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _bump(x):
     """x·exp(−x²/2), its slope (1 − x²)·exp(−x²/2): 0 beyond the bump's support, NaN for NaN."""
-    t = tl.where(tl.abs(x) > _SUPPORT, 0.0, x)
+    t = tl.where(tl.abs(x) > _SUPPORT, _SUPPORT, x)  # where both are exactly 0; at 0 the slope would be 1
     square = t * t
     bell = tl.exp(square * -0.5)
     return t * bell, bell - square * bell
