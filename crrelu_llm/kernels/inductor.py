@@ -50,8 +50,10 @@ def backward(grad: Tensor, x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     if epsilon.numel() == 1:
         grad_x, total = _compiled(_backward, x.dtype, 1)(grad.view(-1), x.view(-1), epsilon)
         return grad_x.view(x.shape), total.view(1)
-    grad_x = torch.empty_like(x)
     whole = _whole(x)
+    if whole == 0:
+        return eager.backward(grad, x, epsilon)
+    grad_x = torch.empty_like(x)
     total = _by_rows(_backward_rows, (grad[:whole], x[:whole]), (grad_x[:whole],), epsilon)
     if whole < x.shape[0]:
         grad_x[whole:], rest = eager.backward(grad[whole:], x[whole:], epsilon)
@@ -71,9 +73,11 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `eager.gated_backward`."""
     if epsilon.numel() > 1:
+        whole = _whole(gate)
+        if whole == 0:
+            return eager.gated_backward(grad, gate, up, epsilon, packed)
         both = grad.new_empty((grad.shape[0], 2 * grad.shape[1])) if packed else None
         first, second = (torch.empty_like(grad), torch.empty_like(grad)) if both is None else both.chunk(2, dim=-1)
-        whole = _whole(gate)
         inputs = (grad[:whole], gate[:whole], up[:whole])
         total = _by_rows(_gated_backward_rows, inputs, (first[:whole], second[:whole]), epsilon)
         if whole < gate.shape[0]:
