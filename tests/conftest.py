@@ -17,6 +17,10 @@ from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+# Triton kernels run on a CPU in its interpreter only, which they ask for where they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A loaded machine is no failure, and the same examples every time.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
