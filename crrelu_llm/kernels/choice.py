@@ -26,14 +26,15 @@ def set_backend(name: str | None = None) -> None:
 
     Args:
         name: `"reference"` (the formula word for word, in the dtype of the input), `"eager"`, `"inductor"` (CPUs),
-            `"triton"` (GPUs), or None or `"auto"`: the best one for each call. Wins over the environment variable
-            CRRELU_BACKEND, which takes the same names.
+            `"triton"` (GPUs) or `"auto"`: the best one for each call. Wins over the environment variable
+            CRRELU_BACKEND, which takes the same names; None gives the choice back to it.
 
     Raises:
         InputError: An unknown name.
     """
     global _forced
-    _forced = _checked(name, "set_backend")
+    _checked(name, "set_backend")
+    _forced = name
     _failed.clear()
 
 
@@ -43,7 +44,7 @@ def forced() -> str | None:
     Raises:
         InputError: The environment variable holds an unknown name.
     """
-    return _forced or _checked(os.environ.get(VARIABLE), VARIABLE)
+    return _checked(_forced or os.environ.get(VARIABLE), VARIABLE)
 
 
 def _checked(name: str | None, where: str) -> str | None:
