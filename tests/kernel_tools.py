@@ -50,3 +50,13 @@ def assert_epsilon_close(backend, dtype, ours, exact, summands):
         assert ((ours.double() - exact).abs() <= 1e-4 * summands).all()
     else:
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def assert_error_is_below_twice(result, plain, truth, summands):
+    """Liger-Kernel's criterion, for the value and each gradient: at most 2 × the error of the plain formula in the same
+    dtype, and an ulp: of the exact result, or for the gradient of ε of the sum of its absolute summands."""
+    for ours, theirs, exact, size in zip(result, plain, truth, (*truth[:-1], summands), strict=True):
+        one_ulp = torch.finfo(ours.dtype).eps * size.abs().max()
+        error, plain_error = (ours - exact).abs(), (theirs - exact).abs()
+        assert error.max() <= 2 * plain_error.max() + one_ulp
+        assert error.mean() <= 2 * plain_error.mean() + one_ulp

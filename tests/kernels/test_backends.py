@@ -10,6 +10,7 @@ from kernel_tools import (
     BLOCK_SHAPES,
     DTYPES,
     assert_epsilon_close,
+    assert_error_is_below_twice,
     bump,
     epsilon_of,
     evaluate,
@@ -99,22 +100,15 @@ def test_views_agree_with_contiguous_input(backend, view):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 64])
 def test_error_is_below_twice_that_of_the_plain_formula(backend, dtype, size):
-    """Liger-Kernel's criterion, for the value and both gradients: 2 × the plain formula's error in the same dtype.
-
-    The plain formula adds up pairwise, the compiled loop one after the other: an ulp of the sum of absolute summands.
-    """
     x, epsilon = normal((64, 64), dtype, scale=2.5), epsilon_of(size, torch.float32)
     grad_output = torch.cos(3 * x.double()).to(dtype)
     truth = evaluate(reference.crrelu, x.double(), epsilon.double(), grad=grad_output.double())
     plain = evaluate(reference.crrelu, x, epsilon, grad=grad_output)
     result = evaluate(crrelu, x, epsilon, grad=grad_output)
     assert [t.dtype for t in result] == [dtype, dtype, torch.float32]
+    # The plain formula adds up pairwise, the compiled loop one after the other.
     summands = (grad_output.double() * bump(x)).abs().sum() if backend == "inductor" else truth[2]
-    for ours, theirs, exact, size in zip(result, plain, truth, (*truth[:2], summands), strict=True):
-        one_ulp = torch.finfo(ours.dtype).eps * size.abs().max()
-        error, plain_error = (ours - exact).abs(), (theirs - exact).abs()
-        assert error.max() <= 2 * plain_error.max() + one_ulp
-        assert error.mean() <= 2 * plain_error.mean() + one_ulp
+    assert_error_is_below_twice(result, plain, truth, summands)
 
 
 @robust_backend
