@@ -53,8 +53,10 @@ def assert_epsilon_close(backend, dtype, ours, exact, summands):
 
 
 def assert_error_is_below_twice(result, plain, truth, summands):
-    """Liger-Kernel's criterion, for the value and each gradient: at most 2 × the error of the plain formula in the same
-    dtype, and an ulp: of the exact result, or for the gradient of ε of the sum of its absolute summands."""
+    """Liger-Kernel's criterion, for the value and each gradient: 2 × the plain formula's error in the same dtype.
+
+    And an ulp: of the exact result, or for the gradient of ε of the sum of its absolute summands.
+    """
     for ours, theirs, exact, size in zip(result, plain, truth, (*truth[:-1], summands), strict=True):
         one_ulp = torch.finfo(ours.dtype).eps * size.abs().max()
         error, plain_error = (ours - exact).abs(), (theirs - exact).abs()
