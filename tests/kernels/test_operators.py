@@ -35,6 +35,15 @@ def test_torch_finds_no_fault_with_the_operator(name, backward, size, dtype):
 
 
 @every_operator
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_strides_are_foretold_whatever_those_of_the_input_are(name, backward):
+    inputs, grad = _inputs(name)
+    inputs = [t.transpose(0, 1) if t.dim() == 3 else t for t in ((grad, *inputs) if backward else inputs)]
+    operator = getattr(OPS, f"{name}_backward" if backward else name).default
+    torch.library.opcheck(operator, tuple(inputs), test_utils="test_faketensor")
+
+
+@every_operator
 @per_layer_and_channel
 def test_a_call_of_the_operator_compiles_as_one_graph(name, size):
     inputs, grad = _inputs(name, size)

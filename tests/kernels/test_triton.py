@@ -132,25 +132,29 @@ def _packed(gate, up, epsilon):
     return kernels.crrelu_packed(torch.cat((gate, up), dim=-1), epsilon)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(300, 1000), (1, 5000), (5000, 1), (67, 333)], ids=str)
-@pytest.mark.parametrize("per_channel", [False, True], ids=["layer", "channel"])
-@pytest.mark.parametrize("function", [kernels.crrelu, kernels.crrelu_gated, _packed])
-def test_values_and_gradients_on_a_gpu(cuda, function, per_channel, shape, dtype):
-    epsilon = epsilon_of(shape[-1] if per_channel else 1, torch.promote_types(dtype, torch.float32))
-    x, up = normal(shape, dtype, scale=2.5), normal(shape, dtype, seed=1)
-    inputs = (x, epsilon) if function is kernels.crrelu else (x, up, epsilon)
-    inputs, grad = [t.to(cuda) for t in inputs], torch.cos(3 * x.double()).to(dtype).to(cuda)
+def _assert_is_the_definition(function, x, up, epsilon):
+    gated = function is not kernels.crrelu
+    inputs, factor = ((x, up, epsilon), up.double()) if gated else ((x, epsilon), 1)
+    grad = torch.cos(3 * x.double()).to(x.dtype)
 
     def unfused(gate, *rest):
-        return reference.crrelu(gate, rest[-1]) * (rest[0] if len(rest) == 2 else 1)
+        return reference.crrelu(gate, rest[-1]) * (rest[0] if gated else 1)
 
     truth = evaluate(unfused, *(t.double() for t in inputs), grad=grad.double())
     plain, result = evaluate(unfused, *inputs, grad=grad), evaluate(function, *inputs, grad=grad)
-    if dtype == torch.float64:
+    if x.dtype == torch.float64:
         torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-12)
-        return
-    factor = inputs[1].double() if len(inputs) == 3 else 1
-    summands = (grad.double() * factor * bump(inputs[0])).abs().sum(0)
-    assert_error_is_below_twice(result, plain, truth, summands if per_channel else summands.sum())
+    else:
+        summands = (grad.double() * factor * bump(x)).abs().sum(0)
+        assert_error_is_below_twice(result, plain, truth, summands if epsilon.numel() > 1 else summands.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", [kernels.crrelu, kernels.crrelu_gated, _packed])
+def test_values_and_gradients_on_a_gpu(cuda, function, dtype):
+    for shape in [(300, 1000), (1, 5000), (5000, 1), (67, 333)]:
+        for size in (1, shape[-1]):
+            epsilon = epsilon_of(size, torch.promote_types(dtype, torch.float32))
+            inputs = normal(shape, dtype, scale=2.5), normal(shape, dtype, seed=1), epsilon
+            _assert_is_the_definition(function, *(t.to(cuda) for t in inputs))
