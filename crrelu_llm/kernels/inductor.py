@@ -3,7 +3,6 @@ with a C++ compiler; the loops are compiled once for all sizes and kept by torch
 
 import functools
 import shutil
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,13 @@ from crrelu_llm.kernels.formula import SUPPORT
 
 # Rows whose ε gradients are added up in registers before they are stored, per channel.
 _ROWS = 4
-_OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True}
+_OPTIONS: dict[str, Any] = {
+    "fullgraph": True,
+    "dynamic": True,
+    "isolate_recompiles": True,
+    "recompile_limit": 64,
+    "options": {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True},
+}
 # exp(r) ≈ 1 + r + r²/2 + Σ cₖ·rᵏ for −1.33 ≤ r ≤ 0, minimax in the relative error (7.2e-7).
 _SERIES = (0.0008013846453000735, 0.0075666351521354374, 0.041212497349890014, 0.16656760612621638, 0.5, 1.0, 1.0)
 _SERIES_SUPPORT = 13.0  # exp(−13²/2) = 2e-37, just above float32's smallest normal number
@@ -98,9 +103,7 @@ def gated_backward(
 def _compiled(function: Callable[..., Any], *variant: object) -> Callable[..., Any]:
     """`function`, compiled for one dtype, number of dimensions, …: each variant has a cache of its own in torch, so
     that none is evicted, and none is checked against the guards of the others."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(str(part) for part in variant)}")
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    compiled = torch.compile(copy, fullgraph=True, dynamic=True, options=_OPTIONS)
+    compiled: Callable[..., Any] = torch.compile(function, **_OPTIONS)
 
     def call(*args: Any) -> Any:
         # The same graph whether the caller is training or not: the operators have their own gradients.

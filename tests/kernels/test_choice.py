@@ -36,14 +36,13 @@ def compiler(monkeypatch):
     monkeypatch.setattr(inductor, "unavailable", lambda device: None)
 
 
-def _name(device=CPU, dtype=torch.float32, elements=1 << 20):
+def _name(device=CPU, dtype=torch.float32, elements=choice.COMPILED_FROM):
     return choice.choose(device, dtype, elements)[0]
 
 
 def test_large_tensors_of_a_cpu_are_worth_compiling(compiler):
-    assert choice.COMPILED_FROM == 1 << 20
-    assert _name(elements=(1 << 20) - 1) == "eager"
-    assert _name(elements=1 << 20) == _name(dtype=torch.bfloat16) == "inductor"
+    assert _name(elements=choice.COMPILED_FROM - 1) == "eager"
+    assert _name(elements=choice.COMPILED_FROM) == _name(dtype=torch.bfloat16) == "inductor"
     assert _name(dtype=torch.float64) == "eager"
 
 
@@ -142,7 +141,7 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back(compiler, monkeypatch):
 def test_without_a_compiler_eager_computes_and_says_why(without, reason):
     x, epsilon = normal((4, 6)), epsilon_of(6)
     with without():
-        assert choice.choose(CPU, torch.float32, 1 << 20) == ("eager", f"inductor: {reason}")
+        assert choice.choose(CPU, torch.float32, choice.COMPILED_FROM) == ("eager", f"inductor: {reason}")
         kernels.set_backend("inductor")
         assert choice.choose(CPU, torch.float32, 1) == ("eager", f"inductor was chosen, but {reason}")
         torch.testing.assert_close(kernels.crrelu(x, epsilon), reference.crrelu(x, epsilon))
