@@ -5,7 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("crrelu_llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+_PACKAGES = (
+    "crrelu_llm", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
+    "liger_kernel",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,8 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +46,30 @@ def forced() -> str | None:
     Raises:
         InputError: The environment variable holds an unknown name.
     """
-    return _checked(_forced or os.environ.get(VARIABLE), VARIABLE)
+    found = override()
+    return found[0] if found else None
+
+
+def override() -> tuple[str, str] | None:
+    """The backend that the user has chosen, and by what: `set_backend` or the environment variable.
+
+    Raises:
+        InputError: The environment variable holds an unknown name.
+    """
+    name = _checked(_forced or os.environ.get(VARIABLE), VARIABLE)
+    return None if name is None else (name, "set_backend" if _forced else VARIABLE)
+
+
+@contextmanager
+def using(name: str | None) -> Iterator[None]:
+    """`set_backend(name)` for a while; then what was set before."""
+    global _forced
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _checked(name: str | None, where: str) -> str | None:
