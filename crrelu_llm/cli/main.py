@@ -20,6 +20,8 @@ COMMANDS = {
     "dpo": ("dpo", "one preference-tuning run (TRL's DPOTrainer) of one activation"),
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
+    "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),
+    "env": ("env", "versions, device, and which CRReLU backend is used here and why"),
     "recipes": ("recipes", "list, show or copy the shipped recipes"),
 }
 

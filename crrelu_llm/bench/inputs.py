@@ -1,0 +1,31 @@
+"""The tensors that the functions of `bench op` are given."""
+
+import torch
+from torch import Tensor
+
+from crrelu_llm.bench.functions import Function
+
+
+def make_tensors(
+    shape: tuple[int, ...], dtype: torch.dtype, epsilon_per: str, device: torch.device
+) -> dict[str, Tensor]:
+    """The inputs, normal with deviation 2, that want gradients, and the gradient of the result, `grad`.
+
+    `gate_up` is `(..., 2·channels)`; ε is 0.01 in float32, `(1,)` or `(channels,)`.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).mul_(2).to(dtype)
+
+    tensors = {name: draw(*shape) for name in ("x", "gate", "up")}
+    tensors["gate_up"] = torch.cat((tensors["gate"], tensors["up"]), dim=-1)
+    tensors["epsilon"] = torch.full((shape[-1] if epsilon_per == "channel" else 1,), 0.01, device=device)
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    return tensors | {"grad": draw(*shape)}
+
+
+def inputs_of(function: Function, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The arguments of a function; copies where it overwrites them."""
+    found = [tensors[name] for name in function.inputs]
+    return [tensor.detach().clone().requires_grad_() for tensor in found] if function.overwrites else found

@@ -1,0 +1,95 @@
+"""`crrelu bench mlp`: the training step of one MLP, plain (GPT-2's) and gated (Llama's)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crrelu_llm.bench.arms import GELU, arms, backend_of
+from crrelu_llm.bench.measure import Candidate, case, measure
+from crrelu_llm.patching.swap import PatchConfig, patch
+
+KINDS = ("plain", "gated")
+
+
+def run(
+    hidden: int,
+    width: int,
+    tokens: int,
+    dtypes: list[str],
+    epsilon_per: str,
+    repeats: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures forward and backward passes, the gradients of weights and input included.
+
+    Args:
+        hidden: Size of the input and output.
+        width: Size of the activation.
+        tokens: Rows of the input.
+        dtypes: Names of torch dtypes.
+        epsilon_per: `"layer"` or `"channel"`.
+        repeats: How many rounds.
+        device: Where.
+        say: Is told what is being done.
+
+    Returns:
+        `{cases, left_out}`; a case's shape is `(tokens, hidden, width)`.
+    """
+    cases: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    for dtype in dtypes:
+        for kind in KINDS:
+            say(f"{tokens} tokens, {hidden}x{width} {dtype} {kind}")
+            data = torch.randn(2, tokens, hidden, generator=torch.Generator().manual_seed(0))
+            x, grad = data.to(device=device, dtype=getattr(torch, dtype)).unbind()
+            candidates = []
+            for name, config in arms(epsilon_per).items():
+                module = build_mlp(kind, hidden, width, config).to(device)
+                _cast(module, getattr(torch, dtype))
+                candidates.append(Candidate(name, backend_of(name), kind, "both", _step(module, x, grad)))
+            measured, missing = measure(candidates, repeats, device)
+            gelu = next(entry for entry in measured if entry.candidate.name == GELU)
+            cases += [case(entry, gelu, None, dtype, (tokens, hidden, width)) for entry in measured]
+            left_out += missing
+    return {"cases": cases, "left_out": left_out}
+
+
+def build_mlp(kind: str, hidden: int, width: int, config: PatchConfig | None) -> nn.Module:
+    """The MLP of a model of one layer, patched or as it is, in float32, with the same weights each time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "plain":
+        sizes = {"n_embd": hidden, "n_inner": width, "n_layer": 1, "n_head": 1, "n_positions": 8}
+        about = AutoConfig.for_model("gpt2", **common, **sizes, resid_pdrop=0.0)
+    else:
+        sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 1}
+        about = AutoConfig.for_model("llama", **common, **sizes, max_position_embeddings=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(about, dtype=torch.float32).train()
+    if config is not None:
+        patch(model, config)
+    return model.transformer.h[0].mlp if kind == "plain" else model.model.layers[0].mlp
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """All weights but ε, which stays float32, as it does in a model that is loaded in a lower precision."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] != "epsilon":
+            parameter.data = parameter.data.to(dtype)
+
+
+def _step(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
+    x = x[None].detach().requires_grad_()
+
+    def step() -> None:
+        module(x).backward(grad[None])
+        # At the end, so that a step leaves nothing behind; at their peak the gradients are there.
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return step

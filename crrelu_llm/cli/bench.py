@@ -1,0 +1,169 @@
+"""`crrelu bench op|mlp|train`: speed and memory of CRReLU against GELU, in one process."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.cli.parser import Parser
+from crrelu_llm.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HOW = (
+    "Everything is timed in turns; printed are medians with quartiles, and the peak of what torch allocates above "
+    "what was allocated before."
+)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="crrelu bench",
+        description=f"Time and memory of CRReLU against GELU, in one process. {_HOW}",
+        epilog="example: crrelu bench op --shapes 4096x3072 --output_dir bench --plot",
+    )
+    what = parser.add_subparsers(dest="what", metavar="op|mlp|train", required=True)
+    op = what.add_parser(
+        "op",
+        help="activations and gated products: each CRReLU backend, GELU, SiLU, ReLU, torch.compile, Liger",
+        description="Activations and gated products by themselves. The bandwidth is that of the bytes that must be "
+        f"read and written at least; it is compared with a copy into a new tensor. {_HOW}",
+        epilog="example: crrelu bench op --shapes 4096x3072 16384x1536 --dtypes bfloat16 --output_dir bench --plot",
+    )
+    op.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        default=[(4096, 3072), (16384, 1536)],
+        metavar="RxC",
+        help="rows x columns of one input (default: 4096x3072 16384x1536)",
+    )
+    mlp = what.add_parser(
+        "mlp",
+        help="the training step of one MLP",
+        description=f"Forward and backward pass of one MLP, plain (GPT-2's) and gated (Llama's). {_HOW}",
+        epilog="example: crrelu bench mlp --hidden 576 --width 1536 --tokens 2048 --dtypes float32",
+    )
+    for name, default, text in (
+        ("hidden", 768, "size of the input and output"),
+        ("width", 3072, "size of the activation"),
+        ("tokens", 1024, "rows of the input"),
+    ):
+        mlp.add_argument(f"--{name}", type=_count, default=default, help=f"{text} (default: {default})")
+    train = what.add_parser(
+        "train",
+        help="one fine-tuning step of a model",
+        description="Forward pass, loss, backward pass and AdamW step of a model as it is, with GELU and with CRReLU, "
+        f"on random tokens. {_HOW}",
+        epilog="example: crrelu bench train HuggingFaceTB/SmolLM2-135M-Instruct --batch_size 4 --length 512",
+    )
+    train.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    train.add_argument("--batch_size", type=_count, default=4, help="rows of tokens (default: 4)")
+    train.add_argument("--length", type=_count, default=128, help="tokens a row (default: 128)")
+    for action, dtypes in ((op, ["float32", "bfloat16"]), (mlp, ["float32"]), (train, ["float32"])):
+        _add_common(action, dtypes)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, dtypes: list[str]) -> None:
+    add = parser.add_argument
+    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help=f"(default: {' '.join(dtypes)})")
+    add("--epsilon_per", choices=("layer", "channel"), default="layer", help="(default: layer)")
+    add("--repeats", type=_count, default=20, help="rounds of measurements (default: 20)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    add("--output_dir", help="directory for bench.json; without it, nothing is written")
+    add("--plot", action="store_true", help="also draw bench.png there")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args = _parser().parse_args(argv)
+    output_dir = _checked_directory(args.output_dir, args.plot)
+    from crrelu_llm.bench.table import text
+    from crrelu_llm.cli.quiet import quieten_libraries
+    from crrelu_llm.environment import environment
+    from crrelu_llm.files import plain, write_json
+    from crrelu_llm.kernels import choice
+
+    device = _device(args.device)
+    choice.forced()  # a wrong name in the environment is the user's error, not a slow measurement
+    quieten_libraries()
+    about = environment()
+    document = {
+        "device": about["device"] if device.type == "cuda" else "cpu",
+        "bench": args.what,
+        "command": shlex.join(["crrelu", "bench", *argv]),
+        "environment": about,
+        "epsilon_per": args.epsilon_per,
+        "repeats": args.repeats,
+    }
+    document = plain(document | _measure(args, device))
+    if output_dir is not None:
+        write_json(output_dir / "bench.json", document)
+        if args.plot:
+            from crrelu_llm.bench.plot import PLOT, plot
+
+            plot(document, output_dir / PLOT)
+        _say(f"saved to {output_dir}")
+    print(json.dumps(document, indent=2, ensure_ascii=False) if args.json else text(document))
+    return 0
+
+
+def _measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
+    common = {"dtypes": args.dtypes, "epsilon_per": args.epsilon_per, "repeats": args.repeats}
+    if args.what == "op":
+        from crrelu_llm.bench import op
+
+        return op.run(args.shapes, **common, device=device, say=_say)
+    if args.what == "mlp":
+        from crrelu_llm.bench import mlp
+
+        return mlp.run(args.hidden, args.width, args.tokens, **common, device=device, say=_say)
+    from crrelu_llm.bench import train
+
+    return train.run(args.model, args.batch_size, args.length, **common, device=device, say=_say)
+
+
+def _say(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU; take --device cpu")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _checked_directory(name: str | None, plot: bool) -> Path | None:
+    """Before the work, not after it."""
+    if name is None:
+        if plot:
+            raise InputError("--plot draws bench.png into a directory; give --output_dir too")
+        return None
+    path = Path(name).resolve()
+    existing = next(entry for entry in (path, *path.parents) if entry.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{path}: cannot write there; choose another --output_dir")
+    return path
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write rows x columns, such as 4096x3072")
+    return shape
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)

@@ -1,0 +1,61 @@
+"""The MLPs and models that bench compares: the same weights in every arm, in memory once."""
+
+import pytest
+import torch
+from torch import nn
+
+from crrelu_llm import CRReLU
+from crrelu_llm.bench import arms, mlp, train
+from crrelu_llm.patching import checkpoint
+
+
+@pytest.mark.parametrize("kind", mlp.KINDS)
+def test_the_mlps_differ_in_the_activation_alone(kind):
+    modules = {name: mlp.build_mlp(kind, 8, 24, config) for name, config in arms.arms("channel").items()}
+    weights = [
+        [parameter for name, parameter in module.named_parameters() if not name.endswith("epsilon")]
+        for module in modules.values()
+    ]
+    assert all(
+        torch.equal(left, right) for others in weights[1:] for left, right in zip(weights[0], others, strict=True)
+    )
+    x = torch.randn(1, 5, 8)
+    assert len({tuple(module(x).flatten().tolist()) for module in modules.values()}) >= len(modules) - 1
+    (crrelu,) = [module for module in modules[arms.CRRELU].modules() if isinstance(module, CRReLU)]
+    assert crrelu.epsilon.shape == (24,)
+    gelu = [module for module in modules[arms.GELU].modules() if "GELU" in type(module).__name__]
+    assert len(gelu) == 1 and torch.equal(gelu[0](x), nn.functional.gelu(x))
+
+
+def test_a_lower_precision_leaves_epsilon_alone():
+    module = mlp.build_mlp("gated", 8, 24, arms.arms("layer")[arms.CRRELU])
+    mlp._cast(module, torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    assert dtypes.pop("act_fn.epsilon") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_the_arms_of_a_model_share_weights_and_train(tiny_checkpoint):
+    original = train._load(str(tiny_checkpoint), "float32", 16)
+    before = {name: parameter.clone() for name, parameter in original.named_parameters()}
+    patched = train._patched(original, arms.arms("layer")[arms.CRRELU])
+    shared = dict(patched.named_parameters())
+    assert all(shared[name] is parameter for name, parameter in original.named_parameters())
+    assert sorted(set(shared) - set(before)) == ["transformer.h.0.mlp.act.epsilon", "transformer.h.1.mlp.act.epsilon"]
+    assert not any(isinstance(module, CRReLU) for module in original.modules())
+
+    steps = train._steps(original, arms.arms("layer"), 2, 16)
+    assert list(steps)[:3] == ["native", "gelu", "crrelu"]
+    for step in steps.values():
+        step()
+    assert all(parameter.grad is None for parameter in original.parameters())
+    assert not torch.equal(original.transformer.wte.weight, before["transformer.wte.weight"])
+
+
+def test_a_patched_model_starts_from_its_original(tiny_checkpoint, tmp_path):
+    from crrelu_llm import patch
+
+    model = checkpoint.load_model(str(tiny_checkpoint))
+    patch(model, "crrelu")
+    model.save_pretrained(tmp_path)
+    assert not any(isinstance(module, CRReLU) for module in train._load(str(tmp_path), "float32", 16).modules())
