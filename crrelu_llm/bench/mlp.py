@@ -1,4 +1,4 @@
-"""`crrelu bench mlp`: the training step of one MLP, plain (GPT-2's) and gated (Llama's)."""
+"""`crrelu bench mlp`: the training step of a stack of MLPs, plain (GPT-2's) and gated (Llama's)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,7 @@ KINDS = ("plain", "gated")
 
 
 def run(
+    layers: int,
     hidden: int,
     width: int,
     tokens: int,
@@ -26,6 +27,7 @@ def run(
     """Measures forward and backward passes, the gradients of weights and input included.
 
     Args:
+        layers: How many MLPs follow each other.
         hidden: Size of the input and output.
         width: Size of the activation.
         tokens: Rows of the input.
@@ -36,44 +38,46 @@ def run(
         say: Is told what is being done.
 
     Returns:
-        `{cases, left_out}`; a case's shape is `(tokens, hidden, width)`.
+        `{cases, left_out}`; a case's shape is `(layers, tokens, hidden, width)`.
     """
     cases: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
     for dtype in dtypes:
         for kind in KINDS:
-            say(f"{tokens} tokens, {hidden}x{width} {dtype} {kind}")
+            say(f"{layers} of {hidden}x{width}, {tokens} tokens, {dtype} {kind}")
             data = torch.randn(2, tokens, hidden, generator=torch.Generator().manual_seed(0))
             x, grad = data.to(device=device, dtype=getattr(torch, dtype)).unbind()
             candidates = []
             for name, config in arms(epsilon_per).items():
-                module = build_mlp(kind, hidden, width, config).to(device)
+                module = build_mlps(kind, layers, hidden, width, config).to(device)
                 _cast(module, getattr(torch, dtype))
                 candidates.append(Candidate(name, backend_of(name), kind, "both", _step(module, x, grad)))
             measured, missing = measure(candidates, repeats, device)
             gelu = next(entry for entry in measured if entry.candidate.name == GELU)
-            cases += [case(entry, gelu, None, dtype, (tokens, hidden, width)) for entry in measured]
+            cases += [case(entry, gelu, None, dtype, (layers, tokens, hidden, width)) for entry in measured]
             left_out += missing
     return {"cases": cases, "left_out": left_out}
 
 
-def build_mlp(kind: str, hidden: int, width: int, config: PatchConfig | None) -> nn.Module:
-    """The MLP of a model of one layer, patched or as it is, in float32, with the same weights each time."""
+def build_mlps(kind: str, layers: int, hidden: int, width: int, config: PatchConfig | None) -> nn.Module:
+    """The MLPs of a model, one after the other, patched or as they are, in float32, the same weights each time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "plain":
-        sizes = {"n_embd": hidden, "n_inner": width, "n_layer": 1, "n_head": 1, "n_positions": 8}
+        sizes = {"n_embd": hidden, "n_inner": width, "n_layer": layers, "n_head": 1, "n_positions": 8}
         about = AutoConfig.for_model("gpt2", **common, **sizes, resid_pdrop=0.0)
     else:
-        sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 1}
+        sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+        sizes["num_attention_heads"] = 1
         about = AutoConfig.for_model("llama", **common, **sizes, max_position_embeddings=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(about, dtype=torch.float32).train()
     if config is not None:
         patch(model, config)
-    return model.transformer.h[0].mlp if kind == "plain" else model.model.layers[0].mlp
+    blocks = model.transformer.h if kind == "plain" else model.model.layers
+    return nn.Sequential(*(block.mlp for block in blocks))
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

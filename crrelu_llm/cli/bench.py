@@ -43,10 +43,11 @@ def _parser() -> Parser:
     mlp = what.add_parser(
         "mlp",
         help="the training step of one MLP",
-        description=f"Forward and backward pass of one MLP, plain (GPT-2's) and gated (Llama's). {_HOW}",
-        epilog="example: crrelu bench mlp --hidden 576 --width 1536 --tokens 2048 --dtypes float32",
+        description=f"Forward and backward pass of a stack of MLPs, plain (GPT-2's) and gated (Llama's). {_HOW}",
+        epilog="example: crrelu bench mlp --layers 8 --hidden 576 --width 1536 --tokens 2048 --dtypes float32",
     )
     for name, default, text in (
+        ("layers", 4, "how many MLPs follow each other"),
         ("hidden", 768, "size of the input and output"),
         ("width", 3072, "size of the activation"),
         ("tokens", 1024, "rows of the input"),
@@ -121,7 +122,7 @@ def _measure(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     if args.what == "mlp":
         from crrelu_llm.bench import mlp
 
-        return mlp.run(args.hidden, args.width, args.tokens, **common, device=device, say=_say)
+        return mlp.run(args.layers, args.hidden, args.width, args.tokens, **common, device=device, say=_say)
     from crrelu_llm.bench import train
 
     return train.run(args.model, args.batch_size, args.length, **common, device=device, say=_say)

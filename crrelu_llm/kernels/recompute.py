@@ -35,6 +35,7 @@ def recomputing() -> Iterator[None]:
             yield
     finally:
         _local.recorder = before
+        recorder.noted.clear()  # autograd keeps the hooks, and with them the recorder
 
 
 def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -11,7 +11,7 @@ from crrelu_llm.patching import checkpoint
 
 @pytest.mark.parametrize("kind", mlp.KINDS)
 def test_the_mlps_differ_in_the_activation_alone(kind):
-    modules = {name: mlp.build_mlp(kind, 8, 24, config) for name, config in arms.arms("channel").items()}
+    modules = {name: mlp.build_mlps(kind, 1, 8, 24, config) for name, config in arms.arms("channel").items()}
     weights = [
         [parameter for name, parameter in module.named_parameters() if not name.endswith("epsilon")]
         for module in modules.values()
@@ -28,10 +28,10 @@ def test_the_mlps_differ_in_the_activation_alone(kind):
 
 
 def test_a_lower_precision_leaves_epsilon_alone():
-    module = mlp.build_mlp("gated", 8, 24, arms.arms("layer")[arms.CRRELU])
+    module = mlp.build_mlps("gated", 1, 8, 24, arms.arms("layer")[arms.CRRELU])
     mlp._cast(module, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-    assert dtypes.pop("act_fn.epsilon") == torch.float32
+    assert dtypes.pop("0.act_fn.epsilon") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
 
 

@@ -101,7 +101,21 @@ def test_errors_stand_next_to_those_of_gelu(without_compilers, capsys):
 
 
 def test_mlp(tmp_path, capsys):
-    sizes = ["--hidden", "8", "--width", "24", "--tokens", "10", "--repeats", "2", "--dtypes", "float32", "bfloat16"]
+    sizes = [
+        "--layers",
+        "2",
+        "--hidden",
+        "8",
+        "--width",
+        "24",
+        "--tokens",
+        "10",
+        "--repeats",
+        "2",
+        "--dtypes",
+        "float32",
+        "bfloat16",
+    ]
     assert bench("mlp", *sizes, "--json", "--output_dir", tmp_path, "--plot") == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "bench.json").read_text())
@@ -110,7 +124,7 @@ def test_mlp(tmp_path, capsys):
     assert {key[0] for key in cases} >= {"native", "gelu", "crrelu"}
     for (_, kind, dtype), case in cases.items():
         check(case)
-        assert case["shape"] == [10, 8, 24]
+        assert case["shape"] == [2, 10, 8, 24]
         assert case["ratio_to_gelu"] == case["milliseconds"] / cases["gelu", kind, dtype]["milliseconds"]
         assert case["gigabytes_per_second"] is case["fraction_of_copy_bandwidth"] is None
     assert cases["gelu", "plain", "bfloat16"]["backend"] == "torch"

@@ -1,5 +1,7 @@
 """Activations that are computed again in the backward pass: what is kept, the same gradients, and other hooks."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -117,6 +119,16 @@ def test_hooks_outside_see_what_is_kept_and_give_it_back(gated):
 
     for ours, theirs in zip(gradients(mlp, offloaded), expected, strict=True):
         torch.testing.assert_close(ours, theirs)  # the copies lie elsewhere, and BLAS may round differently there
+
+
+def test_the_output_is_freed_after_the_forward_pass():
+    mlp = MLP()
+    mlp.recompute = True
+    output = []
+    mlp.act.register_forward_hook(lambda module, args, result: output.append(weakref.ref(result)))
+    loss = mlp(inputs()).square().sum()
+    assert output[0]() is None
+    loss.backward()
 
 
 def test_two_backward_passes_of_one_graph():
