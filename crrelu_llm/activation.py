@@ -111,8 +111,11 @@ class CRReLU(nn.Module):
     def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
         """Applies CRReLU to `x`, shape `(..., num_channels)` or, with a single ε, any; see `crrelu`.
 
-        With `up`, a tensor like `x`, it gives the product of the two in one pass; see `crrelu_gated`.
+        With `up`, of the same shape, it gives the product of the two, in one pass; see `crrelu_gated`. A hook on this
+        module in a patched gated MLP therefore sees two arguments, gate and up, and their product.
         """
+        if up is not None and up.dtype != x.dtype:
+            return self(x) * up
         if up is None:
             y = crrelu(x, self.epsilon)
             note(y, kernels.crrelu, x, self.epsilon)

@@ -2,11 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from crrelu_llm.kernels import choice, formula, ops, reference
 from crrelu_llm.kernels.choice import BACKENDS, set_backend
 
 __all__ = ["BACKENDS", "crrelu", "crrelu_gated", "crrelu_packed", "set_backend"]
+
+# Elements on a CPU below which an operator's overhead, not its work, decides how fast a model generates.
+_FEW = 1 << 14
 
 
 def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:
@@ -19,7 +24,7 @@ def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:
     Returns:
         Shape and dtype of `x`.
     """
-    if _transformed():
+    if _plain(x, epsilon):
         return formula.crrelu(x, epsilon)
     if choice.forced() == "reference":
         return reference.crrelu(x, epsilon)
@@ -37,7 +42,7 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
     Returns:
         Shape and dtype of `gate`.
     """
-    if _transformed():
+    if _plain(gate, up, epsilon):
         return formula.crrelu_gated(gate, up, epsilon)
     if choice.forced() == "reference":
         return reference.crrelu(gate, epsilon) * up
@@ -55,7 +60,7 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
     Returns:
         `(..., channels)`, dtype of `gate_up`.
     """
-    if _transformed():
+    if _plain(gate_up, epsilon):
         return formula.crrelu_packed(gate_up, epsilon)
     if choice.forced() == "reference":
         gate, up = gate_up.chunk(2, dim=-1)
@@ -64,19 +69,44 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor) -> Tensor:
 
 
 def _whole(gate: Tensor, up: Tensor) -> Tensor | None:
-    """The tensor of shape `(..., 2·channels)` that `chunk` has cut into two halves, where autograd would have to put
-    their gradients together again; else None."""
-    base, channels = gate._base, gate.shape[-1] if gate.dim() > 0 else 0
-    if base is None or base is not up._base or not gate.requires_grad or base.numel() != 2 * gate.numel():
+    """The tensor of shape `(..., 2·channels)` that one `chunk` or `split` has cut into `gate` and `up`; else None.
+
+    Autograd would put the gradients of the halves together again, in one more pass. Only where both come straight from
+    the same node of the graph, and nobody watches them, is the gradient of the whole the same thing.
+    """
+    base, node = gate._base, gate.grad_fn
+    if base is None or base is not up._base or node is None or node is not up.grad_fn:
+        return None
+    channels = gate.shape[-1] if gate.dim() > 0 else 0
+    if node.next_functions[0][0] is not base.grad_fn or base.grad_fn is None or base.numel() != 2 * gate.numel():
+        return None
+    if any(half.retains_grad or half._backward_hooks for half in (gate, up)):
         return None
     halves = gate.storage_offset() == base.storage_offset() and up.storage_offset() == gate.storage_offset() + channels
-    shape = (*gate.shape[:-1], 2 * channels)
-    if not halves or not base.is_contiguous() or gate.stride() != up.stride():
+    if not halves or not base.is_contiguous() or base.shape != (*gate.shape[:-1], 2 * channels):
         return None
-    whole = base.view(shape)
-    return whole if whole.stride() == gate.stride() else None
+    return base
 
 
-def _transformed() -> bool:
-    """Whether a compiler traces, which fuses plain operations with their neighbours, or torch.func transforms."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _plain(*tensors: Tensor) -> bool:
+    """Whether the plain formula is to be used: while a compiler traces (plain operations fuse with their neighbours),
+    under torch.func and in forward mode (an operator has no such derivatives), for a tensor that is spread over
+    devices or otherwise more than its memory, and for a few elements without a gradient, where overhead counts.
+    """
+    first = tensors[0]
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(type(tensor) not in (Tensor, Parameter) and _is_wrapper(tensor) for tensor in tensors)
+        or (
+            first.numel() < _FEW
+            and first.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and choice.forced() is None
+        )
+    )
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)

@@ -122,15 +122,25 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"crrelu_llm.kernels.{name}")
 
 
+@functools.cache
+def _warn(message: str) -> None:
+    logger.warning("crrelu: %s", message)
+
+
 def run(function: str, x: torch.Tensor, *args: Any) -> Any:
     """Calls a backend's function, `forward`, `backward`, `gated_forward` or `gated_backward`: see `eager`."""
-    name, _ = choose(x.device, x.dtype, x.numel())
-    if name in ("inductor", "triton"):
-        try:
-            return getattr(_module(name), function)(x, *args)
-        except torch.OutOfMemoryError:
+    name, reason = choose(x.device, x.dtype, x.numel())
+    eager = getattr(_module("eager"), function)
+    if name not in ("inductor", "triton"):
+        if "was chosen, but" in reason and not _failed:  # a failure has had its warning
+            _warn(f"{reason}; eager is used")
+        return eager(x, *args)
+    try:
+        return getattr(_module(name), function)(x, *args)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        except Exception as error:
-            _failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            logger.warning("crrelu: the %s backend failed, from now on eager is used (%s)", name, _failed[name])
-    return getattr(_module("eager"), function)(x, *args)
+        result = eager(x, *args)  # where this fails too, the input is wrong, not the backend
+        _failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        logger.warning("crrelu: the %s backend failed, from now on eager is used (%s)", name, _failed[name])
+        return result

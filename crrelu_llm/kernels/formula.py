@@ -18,7 +18,7 @@ def widen(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wide(x: Tensor, epsilon: Tensor) -> Tensor:
     t = torch.where(x.abs() > SUPPORT, 0.0, x)
-    return torch.relu(x) + epsilon * (t * torch.exp(t.square() * -0.5))
+    return torch.addcmul(torch.relu(x), epsilon, t * torch.exp(t.square() * -0.5))
 
 
 def crrelu(x: Tensor, epsilon: Tensor) -> Tensor:

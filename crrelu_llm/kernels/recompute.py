@@ -21,8 +21,9 @@ def recomputing() -> Iterator[None]:
     """Within it, autograd keeps no output that was noted (see `note`), but recomputes it in the backward pass.
 
     The gradients are the same bit for bit. Other hooks on saved tensors that are active outside (activation
-    checkpointing, offloading) see what is kept. It does nothing where no gradient is recorded, while a compiler traces
-    (which recomputes by itself), and under torch.func.
+    checkpointing, offloading) see what is kept. It does nothing where no gradient is recorded, while a compiler
+    traces, and under torch.func; nor for what is made of the output before it is kept, by a cast or by dropout. An
+    input that is changed in place before the backward pass is an error, unless the change goes through `.data`.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         yield
@@ -43,8 +44,9 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
     if torch.compiler.is_compiling():
         return
     recorder = getattr(_local, "recorder", None)
-    if recorder is not None and output.requires_grad and output.numel() > 0:
-        recorder.noted.append(_Noted(output, output._version, function, inputs))
+    # Only what is nothing but its memory can be told by it: no tensor that is spread over devices, or stands for none.
+    if recorder is not None and type(output) is Tensor and output.requires_grad and output.is_contiguous():
+        recorder.noted[output.data_ptr()] = _Noted(output, output._version, function, inputs)
 
 
 @dataclass
@@ -55,10 +57,9 @@ class _Noted:
     inputs: tuple[Tensor, ...]
 
     def is_(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the output, or a view of all of it in its own order (a linear layer flattens it)."""
+        """Whether a tensor at its address is the output, or all of it in its order (a linear layer flattens it)."""
         return (
-            tensor.data_ptr() == self.output.data_ptr()
-            and tensor.numel() == self.output.numel()
+            tensor.numel() == self.output.numel() > 0
             and tensor.dtype == self.output.dtype
             and tensor.is_contiguous()
             and tensor._version == self.version
@@ -68,18 +69,20 @@ class _Noted:
 class _Recorder:
     def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
         self.outer = outer
-        self.noted: list[_Noted] = []
+        self.noted: dict[int, _Noted] = {}  # by address
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps instead of a tensor."""
-        for noted in self.noted:
-            if noted.is_(tensor):
+        if type(tensor) is Tensor and tensor.layout == torch.strided:
+            noted = self.noted.get(tensor.data_ptr())
+            if noted is not None and noted.is_(tensor):
                 return _Recomputed(noted.function, [self._keep(part) for part in noted.inputs], tensor.shape)
         return self._keep(tensor)
 
     def _keep(self, tensor: Tensor) -> Any:
         if self.outer is None:
-            return _Kept(tensor.detach(), tensor._version)
+            # A parameter itself, not its memory: ZeRO-3 takes that away and brings it back.
+            return _Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
         return _KeptOutside(self.outer[0](tensor), self.outer[1])
 
 

@@ -72,7 +72,9 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConf
         )
     if activation != patch_config.activation:
         return
-    same = all(section[key] == getattr(patch_config, key) for key in ("epsilon_per", "epsilon_init"))
+    section = {"recompute_activation": False} | section  # a key that older versions did not write
+    keys = ("epsilon_per", "epsilon_init", "recompute_activation")
+    same = all(section[key] == getattr(patch_config, key) for key in keys)
     if activation != "crrelu" or (same and not patch_config.calibrates):
         raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
 

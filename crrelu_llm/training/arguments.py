@@ -47,7 +47,7 @@ class ActivationArguments:
             Number of calibration tokens.
         recompute_activation (`bool`, *optional*, defaults to `False`):
             Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
-            bit for bit, one more elementwise pass.
+            bit for bit, one more elementwise pass. A checkpoint that was patched so stays so.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
             and everything that is saved have the new activation alone. DPO's reference is then the model that training
@@ -281,6 +281,11 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         guard.refuse_mlp_kernels(training.liger_kernel_config or {}, where)
     if training.max_steps > 0:
         check_blend_ends(activation.blend_steps, training.max_steps, where)
+    if activation.recompute_activation and training.torch_compile:
+        raise InputError(
+            f"{where}recompute_activation does nothing in a compiled model, which decides by itself what it keeps; "
+            "leave it or torch_compile out"
+        )
     if kind == "dpo" and activation.blend_steps and training.sync_ref_model:
         raise InputError(
             f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "

@@ -137,6 +137,7 @@ def recompute_activation(model: Any) -> None:
     if found is not None and found["activation"] == "crrelu":
         paths = [section.local_path(base, site["path"]) for site in found["sites"]]
         fusion.fuse(base, [path for path in paths if path is not None], recompute=True)
+        found["recompute_activation"] = True
 
 
 def restore_float32(model: Any) -> None:

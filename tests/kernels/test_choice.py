@@ -115,15 +115,36 @@ def test_a_failing_backend_is_left_for_eager_with_one_warning(function, compiler
     assert _name() == "inductor"
 
 
-def test_memory_that_runs_out_is_no_reason_to_fall_back(compiler, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_no_reason_to_fall_back(error, compiler, monkeypatch):
     def fail(*args):
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     monkeypatch.setattr(inductor, "forward", fail)
     kernels.set_backend("inductor")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="memory"):
         kernels.crrelu(torch.ones(2), torch.ones(1))
     assert _name() == "inductor"
+
+
+def test_input_that_no_backend_can_take_is_no_reason_to_fall_back(compiler):
+    kernels.set_backend("inductor")
+    with pytest.raises(RuntimeError):
+        kernels.crrelu(torch.ones(4, 6), torch.ones(5))
+    assert _name() == "inductor"
+
+
+def test_a_chosen_backend_that_a_device_lacks_is_said_once(compiler, monkeypatch, caplog):
+    choice._warn.cache_clear()
+    monkeypatch.setattr(choice, "_unavailable", lambda name, device: "no GPU" if name == "triton" else None)
+    kernels.set_backend("triton")
+    with caplog.at_level(logging.WARNING, "crrelu_llm"):
+        for _ in range(2):
+            kernels.crrelu(torch.ones(2), torch.ones(1))
+    messages = [record.getMessage() for record in caplog.records if record.name == "crrelu_llm"]
+    assert messages == ["crrelu: triton was chosen, but no GPU; eager is used"]
 
 
 @pytest.mark.parametrize(

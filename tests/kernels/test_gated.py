@@ -204,3 +204,42 @@ def test_per_sample_gradients_with_torch_func(backend, form):
     expected = [gradient(g, u, epsilon) for g, u in zip(gate, up, strict=True)]
     result = torch.vmap(gradient, in_dims=(0, 0, None))(gate, up, epsilon)
     torch.testing.assert_close(result, tuple(torch.stack(parts) for parts in zip(*expected, strict=True)))
+
+
+def _halves(base):
+    return base.chunk(2, dim=-1)
+
+
+def _packed_is_used(product):
+    return "packed" in type(product.grad_fn).__name__
+
+
+def test_the_halves_of_one_tensor_have_one_gradient():
+    base = normal((4, 6), torch.float32).requires_grad_()
+    epsilon = epsilon_of(1, torch.float32)
+    assert _packed_is_used(crrelu_gated(*_halves(base * 1), epsilon))
+    assert not _packed_is_used(crrelu_gated(*reversed(_halves(base * 1)), epsilon))
+
+
+def test_halves_that_lead_elsewhere_keep_gradients_of_their_own():
+    """Halves of one memory, but not of one tensor in the graph: leaves, a half cut off, a watched half."""
+    epsilon, data = epsilon_of(1, torch.float32), normal((4, 6), torch.float32)
+    expected = evaluate(lambda g, u: crrelu_gated(g, u, epsilon), *data.chunk(2, -1), grad=torch.ones(4, 3))
+    gate, up = _halves(data.clone())
+    crrelu_gated(gate.requires_grad_(), up.requires_grad_(), epsilon).sum().backward()
+    torch.testing.assert_close([gate.grad, up.grad], expected[1:])
+
+    base = data.clone().requires_grad_()
+    whole = base * 1
+    gate = whole[:, :3]
+    with torch.no_grad():
+        up = whole[:, 3:]
+    crrelu_gated(gate, up, epsilon).sum().backward()
+    torch.testing.assert_close(base.grad, torch.cat((expected[1], torch.zeros(4, 3)), dim=1))
+
+    gate, up = _halves(base * 1)
+    seen = []
+    gate.register_hook(seen.append)
+    up.retain_grad()
+    crrelu_gated(gate, up, epsilon).sum().backward()
+    torch.testing.assert_close([seen[0], up.grad], expected[1:])

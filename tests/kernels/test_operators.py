@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_tools import epsilon_of, evaluate, normal
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -147,3 +148,26 @@ def test_a_penalty_on_gradients_is_that_of_the_plain_formula(name):
         return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
 
     torch.testing.assert_close(penalty_gradients(getattr(OPS, name)), penalty_gradients(getattr(formula, name)))
+
+
+def test_forward_mode_goes_through_the_plain_formula():
+    x, epsilon = normal((5,)), epsilon_of(1)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(crrelu(forward_ad.make_dual(x, torch.ones(5)), epsilon)).tangent
+    torch.testing.assert_close(tangent, evaluate(crrelu, x, epsilon, grad=torch.ones(5))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 16])
+def test_without_a_gradient_the_values_are_the_same_bits(dtype, size):
+    x, up, epsilon = normal((9, 16), dtype, 3), normal((9, 16), dtype, seed=1), epsilon_of(size, torch.float32)
+    for function, inputs in ((crrelu, (x,)), (crrelu_gated, (x, up))):
+        training = function(*(tensor.clone().requires_grad_() for tensor in inputs), epsilon)
+        with torch.no_grad():
+            assert torch.equal(function(*inputs, epsilon), training)
+
+
+def test_an_output_may_be_changed_in_place():
+    x, epsilon = normal((2, 3, 4)).requires_grad_(), epsilon_of(1)
+    crrelu(x, epsilon).mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, evaluate(crrelu, x, epsilon, grad=torch.full_like(x, 2))[1])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from crrelu_llm import CRReLU
+from crrelu_llm.kernels.choice import using
 from crrelu_llm.kernels.recompute import recomputing
 
 
@@ -145,6 +146,37 @@ def test_an_output_that_was_changed_in_place_is_kept_as_it_is():
     expected = gradients(mlp)
     mlp.recompute = True
     assert_same(gradients(mlp), expected)
+
+
+def test_an_output_in_another_order_is_kept_as_it_is():
+    """What a square transpose keeps has the memory and the size of the output, but not its order."""
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    act = CRReLU(None, 0.3)
+
+    def gradient():
+        x = torch.linspace(-2, 2, 36).view(6, 6).requires_grad_()
+        (act((x * 2).t()).t() * weight).sum().backward()
+        found, weight.grad = weight.grad, None
+        return found
+
+    expected = gradient()
+    for backend in ("reference", "eager"):
+        with using(backend), recomputing():
+            torch.testing.assert_close(gradient(), expected)
+
+
+def test_a_parameter_is_kept_itself():
+    """ZeRO-3 frees a parameter's memory between the passes, and brings it back under the same parameter."""
+    mlp = MLP()
+    expected = gradients(mlp)
+    mlp.recompute = True
+    loss = mlp(x := inputs()).square().sum()
+    whole = mlp.down.weight.data.clone()
+    mlp.down.weight.data = torch.empty(0)
+    mlp.down.weight.data = whole
+    mlp.zero_grad()
+    loss.backward()
+    assert_same([x.grad, *(parameter.grad for parameter in mlp.parameters())], expected)
 
 
 @pytest.mark.parametrize("changed", ["epsilon", "input"])

@@ -221,3 +221,18 @@ def test_a_wrapped_or_generated_forward_is_left_alone():
     patch(model)
     assert all(type(layer.mlp) is Another for layer in model.model.layers)
     assert tiny_config("llama").hidden_act == "silu"
+
+
+def test_recompute_can_be_added_to_a_patched_model():
+    model = tiny_model("llama")
+    patch(model)
+    patch(model, recompute_activation=True)
+    assert all(layer.mlp.recomputes for layer in model.model.layers)
+
+
+def test_gate_and_up_of_two_dtypes():
+    model = tiny_model("llama")
+    patch(model, epsilon_init=0.3)
+    mlp = model.model.layers[0].mlp
+    gate, up = torch.randn(3, 48), torch.randn(3, 48, dtype=torch.float64)
+    assert torch.equal(mlp.act_fn(gate, up), mlp.act_fn(gate) * up)

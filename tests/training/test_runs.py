@@ -68,12 +68,20 @@ def load_saved(folder):
     return load_file(next(folder.glob("*model.safetensors")))
 
 
+def test_recompute_in_a_compiled_model_is_refused(workshop):
+    with pytest.raises(InputError, match="recompute_activation does nothing in a compiled model"):
+        workshop.run("sft", "run", recompute_activation=True, torch_compile=True)
+
+
 def test_recompute_of_a_checkpoint_that_was_patched_before(workshop, tmp_path):
     patch_checkpoint(workshop.model, PatchConfig(), tmp_path / "patched")
     _, trainer = workshop.trainer(
         "sft", "run", model_name_or_path=str(tmp_path / "patched"), recompute_activation=True
     )
     assert all(layer.mlp.recomputes for layer in trainer.model.transformer.h)
+    trainer.save_model(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(layer.mlp.recomputes for layer in again.transformer.h)
 
 
 def test_run_json(workshop):
