@@ -16,7 +16,7 @@ from crrelu_llm.errors import InputError
 BACKENDS = ("reference", "eager", "inductor", "triton")
 VARIABLE = "CRRELU_BACKEND"
 # From how many elements on a compiled loop is worth its start: compiling takes seconds, once, and each call 50 µs.
-COMPILED_FROM = 1 << 21
+COMPILED_FROM = 1 << 20
 
 logger = logging.getLogger("crrelu_llm")
 _failed: dict[str, str] = {}
