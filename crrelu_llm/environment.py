@@ -22,8 +22,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(processes: int = 1) -> dict[str, Any]:
-    """Python, platform, device and versions, for reports."""
+def environment(processes: int = 1, distribution: str = "none") -> dict[str, Any]:
+    """Python, platform, device, processes and versions, for reports."""
     import torch
 
     return {
@@ -33,6 +33,7 @@ def environment(processes: int = 1) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "processes": processes,
+        "distribution": distribution,
         "versions": versions(),
     }
 

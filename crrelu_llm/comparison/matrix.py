@@ -180,7 +180,8 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         return {"metrics": metrics, "items": items, "grid": point}
 
     train_and_save(trainer, recipe, comparison.keep_models, evaluate)
-    trainer.end()
+    for tracker in trainer.accelerator.trackers:  # not trainer.end(): the next run needs the other processes
+        tracker.finish()
     if not comparison.keep_models and trainer.accelerator.is_main_process:
         for saved in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(saved)

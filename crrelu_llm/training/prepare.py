@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig, checkpoint, section
 from crrelu_llm.patching.transform import origin, patch_checkpoint, read_origin
 from crrelu_llm.training.arguments import Recipe
+from crrelu_llm.training.processes import loading_whole, main_process_first
 
 logger = logging.getLogger("crrelu_llm")
 
@@ -35,7 +34,7 @@ def starting_checkpoint(
         _check_same_patch(model, config, found)
         return source
     wanted = origin(model, config, dtype, loading.get("revision"))
-    with PartialState().main_process_first():  # the others find it made
+    with main_process_first(), loading_whole():
         if directory.is_dir() and any(directory.iterdir()):
             if read_origin(directory) != wanted:
                 raise InputError(
@@ -58,7 +57,7 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     from crrelu_llm.data import get_split, load_dataset
 
     script = recipe.script
-    with PartialState().main_process_first():
+    with main_process_first():
         if recipe.mixture.datasets:
             try:
                 data = get_dataset(recipe.mixture)

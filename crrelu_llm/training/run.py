@@ -9,6 +9,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.files import write_json
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.memory import PeakMemory
+from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.trainers import build_trainer, epsilon_means, require_bitsandbytes
 
@@ -65,6 +66,8 @@ def train_and_save(
     with PeakMemory() as memory:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if save_model:
+        if trainer.is_fsdp_enabled:  # whatever the checkpoints are
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(args.output_dir)
     history = trainer.state.log_history
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
@@ -86,7 +89,7 @@ def train_and_save(
         "steps": trainer.state.global_step,
         "history": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
         "recipe": recipe.values,
-        "environment": environment(trainer.accelerator.num_processes),
+        "environment": environment(trainer.accelerator.num_processes, distribution(trainer.accelerator)),
     }
     if evaluate is not None:
         record |= evaluate(trainer)

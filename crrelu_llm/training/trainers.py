@@ -16,6 +16,7 @@ from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, b
 from crrelu_llm.training.callbacks import PER_SITE, quieten
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
+from crrelu_llm.training.processes import whole_values
 
 
 class EpsilonMixin:
@@ -59,6 +60,19 @@ class EpsilonMixin:
             rates = self.activation_args
             split_off_epsilon(self.optimizer, model, rates.epsilon_learning_rate, rates.epsilon_weight_decay)
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trainer's own, which every process calls; ε is written as the optimiser has it, in float32.
+
+        DeepSpeed gathers the 16-bit weights of mixed precision, in which ε would lose what its last steps added.
+        """
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            epsilons = {id(module.epsilon) for module in epsilon_modules(self.model).values()}
+            named = {name: p for name, p in self.model.named_parameters() if id(p) in epsilons}
+            exact = whole_values(named)
+            if state_dict is not None:  # the main process has it
+                state_dict |= {name: value for name, value in exact.items() if name in state_dict}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds ε of every site (its mean, where it is per channel) and λ of a blend to the training logs."""
@@ -120,14 +134,9 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
 
 
 def epsilon_means(model: Any) -> dict[str, float]:
-    """The mean of ε for each site's path."""
-    means = {}
-    for path, module in epsilon_modules(model).items():
-        epsilon = module.epsilon.detach()
-        if hasattr(epsilon, "full_tensor"):  # FSDP2 shards it
-            epsilon = epsilon.full_tensor()
-        means[path] = epsilon.float().mean().item()
-    return means
+    """The mean of ε for each site's path; where it is sharded, every process must call it."""
+    values = whole_values({path: module.epsilon for path, module in epsilon_modules(model).items()})
+    return {path: value.mean().item() for path, value in values.items()}
 
 
 def recompute_activation(model: Any) -> None:
@@ -141,14 +150,17 @@ def recompute_activation(model: Any) -> None:
 
 
 def restore_float32(model: Any) -> None:
-    """Makes every ε float32 again, with its exact value, after a library has cast all that is trained (TRL, QLoRA)."""
+    """Makes every ε float32 again, with its exact value, after a library has cast all that is trained (TRL, QLoRA).
+
+    ZeRO-3 in bfloat16 keeps all parameters in that, and their float32 values in the optimiser.
+    """
     originals = {
         name.removesuffix(".original_module"): module
         for name, module in model.named_modules()
         if name.endswith(".original_module") and isinstance(module, CRReLU)
     }
     for name, module in model.named_modules():
-        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32:
+        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32 and not hasattr(module.epsilon, "ds_id"):
             exact = originals.get(name.split(".modules_to_save.")[0], module).epsilon
             module.epsilon.data = exact.detach().float().clone()
 

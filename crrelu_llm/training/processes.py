@@ -1,0 +1,123 @@
+"""Several processes: who goes first, what is loaded whole, how a run is distributed, and parameters that are sharded."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from crrelu_llm.errors import InputError
+
+_PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer than the half hour of a collective
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """What the main process has made, the others find made, however long it takes.
+
+    On several hosts that share no disk the main process of each makes its own: after the first, one a host goes.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        yield
+        return
+    # gloo, not the training's backend: no GPU is kept busy waiting, and it may wait longer than a training step.
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    turn = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
+    for _ in range(turn):
+        torch.distributed.barrier(group)
+    yield
+    for _ in range(2 - turn):
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
+
+    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
+    the main process of a host without weights.
+    """
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+
+
+def distribution(accelerator: Accelerator) -> str:
+    """How training is distributed: `none`, `DDP`, `FSDP1`, `FSDP2`, `ZeRO-1` to `ZeRO-3`, or Accelerate's own name."""
+    state = accelerator.state
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
+    if state.distributed_type == DistributedType.FSDP:
+        return f"FSDP{state.fsdp_plugin.fsdp_version}"
+    if state.distributed_type == DistributedType.NO:
+        return "none"
+    return "DDP" if str(state.distributed_type).rpartition(".")[2].startswith("MULTI_") else str(state.distributed_type)
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises InputError where Accelerate was asked to shard the model and silently does not: it never does on a CPU."""
+    for name in ("FSDP", "DEEPSPEED"):
+        asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        if asked and accelerator.state.distributed_type != DistributedType[name]:
+            raise InputError(
+                f"the launch asks for {name}, which Accelerate does not run on this device: training would be "
+                f"{distribution(accelerator)} in {accelerator.num_processes} processes; use the ddp configuration"
+            )
+    if distribution(accelerator) == "ZeRO-3":
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise InputError(
+                "ZeRO-3 would save no model that can be loaded: set zero3_save_16bit_model: true in the launch's "
+                "configuration (stage3_gather_16bit_weights_on_model_save in a DeepSpeed file)"
+            )
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Makes ZeRO-3's parameters whole within it; others are left alone. Every process must enter it."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def whole_values(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The whole values of parameters, float32, on the CPU, however they are sharded. Every process must call it.
+
+    Under DeepSpeed they are those of the optimiser's float32 copy, of which the model's own may be a rounding.
+    """
+    values = {}
+    for name, parameter in parameters.items():
+        value = _master_copy(parameter)
+        with gathered([parameter] if value is None else []):
+            value = parameter if value is None else value
+            if hasattr(value, "full_tensor"):  # FSDP2
+                value = value.full_tensor()
+            values[name] = value.detach().float().cpu().clone()
+    return values
+
+
+def _master_copy(parameter: nn.Parameter) -> Tensor | None:
+    if not parameter.requires_grad or not (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
