@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
+from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
@@ -16,7 +18,7 @@ from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, b
 from crrelu_llm.training.callbacks import PER_SITE, quieten
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
-from crrelu_llm.training.processes import whole_values
+from crrelu_llm.training.processes import prepare_fsdp2, whole_values
 
 
 class EpsilonMixin:
@@ -51,6 +53,11 @@ class EpsilonMixin:
         patched = section.read(self.model.config)
         if self.blend is None and self.activation_args.blend_steps and patched is not None:
             self.blend = blend_of(self.model, patched)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, with FSDP2's units and dtypes set for ε and for the loss."""
+        prepare_fsdp2(self.accelerator, self.model)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own optimiser, with ε moved into a group of its own."""
@@ -107,7 +114,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
         "dtype": options.dtype,
         **(args.model_init_kwargs or {}),
     }
-    with _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
+    with _prepared_references(), _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
         try:
             trainer: Any = TRAINERS[recipe.kind](
                 model=model,
@@ -152,15 +159,17 @@ def recompute_activation(model: Any) -> None:
 def restore_float32(model: Any) -> None:
     """Makes every ε float32 again, with its exact value, after a library has cast all that is trained (TRL, QLoRA).
 
-    ZeRO-3 in bfloat16 keeps all parameters in that, and their float32 values in the optimiser.
+    ZeRO-3 wants one dtype for all parameters, and has their float32 values in the optimiser.
     """
+    if is_deepspeed_zero3_enabled():
+        return
     originals = {
         name.removesuffix(".original_module"): module
         for name, module in model.named_modules()
         if name.endswith(".original_module") and isinstance(module, CRReLU)
     }
     for name, module in model.named_modules():
-        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32 and not hasattr(module.epsilon, "ds_id"):
+        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32:
             exact = originals.get(name.split(".modules_to_save.")[0], module).epsilon
             module.epsilon.data = exact.detach().float().clone()
 
@@ -179,6 +188,23 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
         paths = [site["path"] for site in found["sites"]]
         config.modules_to_save = [*(config.modules_to_save or []), *paths]
     return config
+
+
+@contextlib.contextmanager
+def _prepared_references() -> Iterator[None]:
+    """Prepares DPO's reference for FSDP2 before TRL shards it as one unit."""
+    original = dpo_trainer.prepare_fsdp
+
+    def prepare(model: Any, accelerator: Any) -> Any:
+        model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
+        prepare_fsdp2(accelerator, model)
+        return original(model, accelerator)
+
+    dpo_trainer.prepare_fsdp = prepare
+    try:
+        yield
+    finally:
+        dpo_trainer.prepare_fsdp = original
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 
+import transformers.training_args  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
@@ -24,6 +25,7 @@ def _prepare_backend(self, *_):
 
 
 PartialState._prepare_backend = _prepare_backend
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.comm.torch
 
