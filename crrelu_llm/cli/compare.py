@@ -46,7 +46,7 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
         raise InputError(f"--seeds: whole numbers from 0 up, each once, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
-    from crrelu_llm.comparison.matrix import Comparison, run_comparison
+    from crrelu_llm.comparison.matrix import Comparison, RunsFailed, run_comparison
 
     quieten_libraries()
     arms = parse_arms(args.arms)
@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
     failed = None
     try:
         run_comparison(comparison)
-    except RuntimeError as error:
+    except RunsFailed as error:
         failed = error
     from accelerate import PartialState
 

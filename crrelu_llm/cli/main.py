@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 
@@ -24,6 +25,11 @@ COMMANDS = {
     "env": ("env", "versions, device, and which CRReLU backend is used here and why"),
     "recipes": ("recipes", "list, show or copy the shipped recipes"),
 }
+
+
+# What `accelerate launch` starts on every process; of the other commands the first process does the work alone.
+_PATIENCE = 15.0  # seconds
+DISTRIBUTED = ("sft", "dpo", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,9 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(module, name: str, argv: list[str]) -> int:
     _silence_libraries()
+    if name not in DISTRIBUTED and os.environ.get("RANK", "0") != "0":
+        return 0
     try:
         return module.run(argv) or 0
     except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_PATIENCE)  # the first process says it once for all, and the launcher then stops this one
         print(f"crrelu {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import os
 import shutil
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
 from crrelu_llm.errors import InputError
@@ -24,12 +24,17 @@ from crrelu_llm.files import is_leftover, write_json
 from crrelu_llm.patching import checkpoint, find_sites, section
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
+from crrelu_llm.training.processes import from_main
 from crrelu_llm.training.run import RUN, last_checkpoint, train_and_save
 from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 SETTINGS = "comparison.json"
 BEFORE = "before.json"
 _SETTINGS_KEYS = {"identity", "kind", "commands", "created", "baseline", "arms", "seeds", "asked", "points", "data"}
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a comparison failed; the others are on disk."""
 
 
 @dataclass
@@ -84,7 +89,7 @@ def run_comparison(comparison: Comparison) -> None:
 
     Raises:
         InputError: Anything wrong with the recipe, an arm, the grid or the output directory, before any training.
-        RuntimeError: Runs failed; the others are on disk.
+        RunsFailed: Some did; the others are on disk.
     """
     recipe = _check_everything(comparison)
     _claim(comparison, recipe)
@@ -96,7 +101,7 @@ def run_comparison(comparison: Comparison) -> None:
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
             label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
-            if is_done(directory):
+            if from_main(is_done(directory)):
                 _say(f"{label}: kept")
                 continue
             _say(f"{label}: training")
@@ -120,7 +125,7 @@ def run_comparison(comparison: Comparison) -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(todo)} runs failed; the others are in {comparison.output_dir}")
+        raise RunsFailed(f"{len(failures)} of {len(todo)} runs failed; the others are in {comparison.output_dir}")
 
 
 @contextlib.contextmanager
@@ -167,25 +172,42 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         trust_remote_code=recipe.training.trust_remote_code,
     )
     trainer = build_trainer(recipe, model, train, test)
-    before = patch_dir / BEFORE
-    if not before.is_file():
-        with torch.random.fork_rng():  # the run must be what it is without this evaluation
-            metrics, _ = evaluate_trainer(comparison.kind, trainer)
-        if trainer.accelerator.is_main_process:
-            write_json(before, metrics)
-    trainer.args.resume_from_checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    before = BeforeTraining(comparison.kind, trainer, patch_dir / BEFORE)
+    trainer.add_callback(before)
+    # A run that goes on has other weights than the first step: without its `before` it starts again.
+    newest = last_checkpoint(Path(trainer.args.output_dir)) if before.path.is_file() else None
+    trainer.args.resume_from_checkpoint = from_main(newest)
 
     def evaluate(trained: Any) -> dict[str, Any]:
         metrics, items = evaluate_trainer(comparison.kind, trained)
         return {"metrics": metrics, "items": items, "grid": point}
 
-    train_and_save(trainer, recipe, comparison.keep_models, evaluate)
+    train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
     for tracker in trainer.accelerator.trackers:  # not trainer.end(): the next run needs the other processes
         tracker.finish()
     if not comparison.keep_models and trainer.accelerator.is_main_process:
         for saved in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(saved)
     trainer.accelerator.free_memory()
+
+
+class BeforeTraining(TrainerCallback):
+    """Evaluates an arm's starting point once, when the model is wrapped and sharded, before the first step."""
+
+    def __init__(self, kind: str, trainer: Any, path: Path):
+        self.kind, self.trainer, self.path = kind, trainer, path
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the metrics, unless another seed of the arm has."""
+        if from_main(self.path.is_file()):
+            return
+        started = time.perf_counter()
+        with torch.random.fork_rng():  # the run must be what it is without this evaluation
+            metrics, _ = evaluate_trainer(self.kind, self.trainer)
+        if self.trainer.accelerator.is_main_process:
+            write_json(self.path, metrics)
+        self.seconds = time.perf_counter() - started
 
 
 def _source(comparison: Comparison, recipe: Recipe) -> str:
@@ -200,7 +222,6 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
 def _check_everything(comparison: Comparison) -> Recipe:
     """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
     base = parse(comparison.kind, comparison.argv)
-    _refuse_sharding(base)
     check_grid(comparison.points, comparison.arms)
     for point in comparison.points:
         for arm in comparison.arms:
@@ -214,13 +235,6 @@ def _check_everything(comparison: Comparison) -> Recipe:
         raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")
     find_sites(skeleton)
     return base
-
-
-def _refuse_sharding(recipe: Recipe) -> None:
-    launched = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
-    if launched or recipe.training.fsdp or recipe.training.deepspeed:
-        # The metrics before training are taken from a model that is not sharded yet.
-        raise InputError("crrelu compare runs in one process or with DDP; not yet with FSDP or DeepSpeed")
 
 
 def _claim(comparison: Comparison, recipe: Recipe) -> None:

@@ -96,7 +96,8 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
 
 def _forward_passes(trainer: Any) -> Any:
     """Every evaluation batch with the model's per-token log-probabilities (TRL's fused LM head: no full logits)."""
-    model = trainer.model_wrapped if trainer.accelerator.num_processes > 1 else trainer.model
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    model = trainer.model_wrapped if sharded or trainer.accelerator.num_processes > 1 else trainer.model
     was_training = model.training
     model.eval()
     try:

@@ -1,9 +1,11 @@
 """Reads and writes patched checkpoints: MODEL names, the hook into transformers, files that are whole or absent."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +79,32 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     return _load(AutoModelForCausalLM, model, dtype=dtype, **kwargs)
 
 
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
+
+    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
+    the main process of a host without weights.
+    """
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+
+
 def skeleton(model: str, **kwargs: Any) -> Any:
     """A MODEL on the meta device: every module, no weights."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(model, **kwargs)
-    with torch.device("meta"):
+    with torch.device("meta"), loading_whole():
         try:
             return AutoModelForCausalLM.from_config(config, **kwargs)
         except InputError:

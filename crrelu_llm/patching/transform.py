@@ -60,7 +60,8 @@ def patch_checkpoint(
     if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
         about = checkpoint.load_config(model, **options)
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
-    loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
+    with checkpoint.loading_whole():
+        loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
     require_space(loaded, output_dir)
     if config is not None and config.calibrates:
         loaded.to(_device_for(loaded))

@@ -1,7 +1,10 @@
 """`accelerate launch` from within: a recipe or command line with launch options starts itself on several processes."""
 
+import logging
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,10 +61,30 @@ def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any
         parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", *command, *rest])
     except SystemExit as error:
         raise InputError(f"accelerate launch refuses these options: {' '.join(arguments)}") from error
+    if parsed.cpu and (parsed.num_processes or 1) > 1:
+        raise InputError(
+            "accelerate launch --cpu runs one process, whatever num_processes says; for several on a CPU use "
+            f"--{CONFIG_KEY} ddp --num_processes {parsed.num_processes} --use_cpu true"
+        )
+    return _launched(launch_command, parsed)
+
+
+def _launched(launch_command: Callable[[Any], None], parsed: Any) -> int:
+    """The exit status of a launch; its processes have said what was wrong."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(parsed)
-    except subprocess.CalledProcessError as error:  # it has said what was wrong
+    except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:
+            return 2
+        reason = f"exit status {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
+        print(f"process {rank} of the launch on this host failed ({reason}); the others were stopped", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -8,7 +8,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig, checkpoint, section
 from crrelu_llm.patching.transform import origin, patch_checkpoint, read_origin
 from crrelu_llm.training.arguments import Recipe
-from crrelu_llm.training.processes import loading_whole, main_process_first
+from crrelu_llm.training.processes import main_process_first
 
 logger = logging.getLogger("crrelu_llm")
 
@@ -34,7 +34,7 @@ def starting_checkpoint(
         _check_same_patch(model, config, found)
         return source
     wanted = origin(model, config, dtype, loading.get("revision"))
-    with main_process_first(), loading_whole():
+    with main_process_first():
         if directory.is_dir() and any(directory.iterdir()):
             if read_origin(directory) != wanted:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""Several processes: who goes first, what is loaded whole, how a run is distributed, and parameters that are sharded."""
+"""Several processes: who goes first, how a run is distributed, and parameters that are sharded."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
@@ -41,22 +40,9 @@ def main_process_first() -> Iterator[None]:
     torch.distributed.destroy_process_group(group)
 
 
-@contextlib.contextmanager
-def loading_whole() -> Iterator[None]:
-    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
-
-    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
-    the main process of a host without weights.
-    """
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
-        if fsdp is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+def from_main(value: Any) -> Any:
+    """The main process's value, in every process: hosts that share no disk would otherwise go different ways."""
+    return broadcast_object_list([value])[0]
 
 
 def distribution(accelerator: Accelerator) -> str:
@@ -89,6 +75,13 @@ def check_launch(accelerator: Accelerator) -> None:
             )
 
 
+def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
+    """Raises InputError where weights are split over the processes and `what` reads them outside a forward pass."""
+    found = distribution(accelerator)
+    if found.startswith("FSDP") or found == "ZeRO-3":
+        raise InputError(f"{what} does not run under {found}: it needs whole weights; use the ddp or zero2 configuration")
+
+
 def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     """Sets what FSDP2 will do to a model, before Accelerate or TRL shards it; does nothing under anything else.
 
@@ -100,11 +93,13 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-    if accelerator.mixed_precision == "no":  # otherwise Accelerate makes all that is trained float32
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-        if len(dtypes) > 1 and epsilon_modules(model):
-            names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
-            plugin.transformer_cls_names_to_wrap = list({*names, CRReLU.__name__})
+    quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+    if accelerator.mixed_precision != "no" and not quantised:
+        return  # Accelerate makes all that is trained float32
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if len(dtypes) > 1 and epsilon_modules(model):
+        names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
+        plugin.transformer_cls_names_to_wrap = list({*names, CRReLU.__name__})
 
 
 @contextlib.contextmanager

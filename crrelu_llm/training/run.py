@@ -53,11 +53,13 @@ def train_and_save(
     recipe: Recipe,
     save_model: bool = True,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    not_training: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
     """Trains, saves the model, measures, and writes run.json last: where it exists, the run is complete.
 
     Args:
         evaluate: Called with the trained trainer; what it returns is added to the record.
+        not_training: Seconds that a callback has used for something else, known after training.
     """
     args = trainer.args
     if trainer.accelerator.is_main_process:
@@ -73,7 +75,7 @@ def train_and_save(
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
     # After a resume the Trainer times and counts the rest only: no number is better than a wrong one.
     resumed = bool(args.resume_from_checkpoint)
-    seconds = None if resumed else result.metrics["train_runtime"]
+    seconds = None if resumed else result.metrics["train_runtime"] - not_training()
     record = {
         "kind": recipe.kind,
         "activation": recipe.activation.activation or "native",

@@ -18,7 +18,7 @@ from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, b
 from crrelu_llm.training.callbacks import PER_SITE, quieten
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
-from crrelu_llm.training.processes import prepare_fsdp2, whole_values
+from crrelu_llm.training.processes import check_launch, prepare_fsdp2, refuse_sharded_weights, whole_values
 
 
 class EpsilonMixin:
@@ -32,6 +32,7 @@ class EpsilonMixin:
     def __init__(self, *args: Any, activation_args: ActivationArguments, **kwargs: Any):
         self.activation_args = activation_args
         super().__init__(*args, **kwargs)
+        check_launch(self.accelerator)
         guard.check(self.model)
         restore_float32(self.model)
         patched = section.read(self.model.config)
@@ -126,6 +127,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
                 activation_args=recipe.activation,
             )
             if recipe.kind == "sft" and recipe.activation.distill_weight:
+                refuse_sharded_weights(trainer.accelerator, f"{recipe.source}: distill_weight")
                 teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
                 trainer.learn_from(teacher, recipe.activation.distill_weight)
         except InputError:

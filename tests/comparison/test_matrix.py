@@ -164,13 +164,6 @@ def test_damaged_settings_are_one_line(tmp_path, capsys, content):
     assert "comparison.json" in error and error.count("\n") == 0
 
 
-def test_sharded_comparisons_are_refused(workshop, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert compare(workshop, "sft", workshop.folder / "sharded", ["native"]) == 2
-    assert "not yet with FSDP or DeepSpeed" in capsys.readouterr().err
-    assert not (workshop.folder / "sharded").exists()
-
-
 def test_secrets_are_not_published(workshop):
     directory = workshop.folder / "secret"
     assert compare(workshop, "sft", directory, ["native"], "--hub_token", "hunter2", seeds=("0",)) == 0
