@@ -54,7 +54,9 @@ def distribution(accelerator: Accelerator) -> str:
         return f"FSDP{state.fsdp_plugin.fsdp_version}"
     if state.distributed_type == DistributedType.NO:
         return "none"
-    return "DDP" if str(state.distributed_type).rpartition(".")[2].startswith("MULTI_") else str(state.distributed_type)
+    return (
+        "DDP" if str(state.distributed_type).rpartition(".")[2].startswith("MULTI_") else str(state.distributed_type)
+    )
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -79,7 +81,9 @@ def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
     """Raises InputError where weights are split over the processes and `what` reads them outside a forward pass."""
     found = distribution(accelerator)
     if found.startswith("FSDP") or found == "ZeRO-3":
-        raise InputError(f"{what} does not run under {found}: it needs whole weights; use the ddp or zero2 configuration")
+        raise InputError(
+            f"{what} does not run under {found}: it needs whole weights; use the ddp or zero2 configuration"
+        )
 
 
 def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:

@@ -9,8 +9,8 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.files import write_json
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.memory import PeakMemory
-from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
+from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.trainers import build_trainer, epsilon_means, require_bitsandbytes
 
 RUN = "run.json"
