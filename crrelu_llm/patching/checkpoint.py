@@ -128,6 +128,8 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
         if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
             module.train()
             module._rescale_layers()
+    # transformers lets the first of all processes write alone; here each host's first one may, and whoever calls does.
+    model.should_save_on_this_rank = bool
     try:
         model.save_pretrained(scratch)
         if tokenizer is not None:
@@ -138,6 +140,7 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
             target.rmdir()
         os.replace(scratch, target)
     finally:
+        del model.should_save_on_this_rank
         shutil.rmtree(scratch, ignore_errors=True)
 
 

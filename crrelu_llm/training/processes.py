@@ -54,13 +54,12 @@ def distribution(accelerator: Accelerator) -> str:
         return f"FSDP{state.fsdp_plugin.fsdp_version}"
     if state.distributed_type == DistributedType.NO:
         return "none"
-    return (
-        "DDP" if str(state.distributed_type).rpartition(".")[2].startswith("MULTI_") else str(state.distributed_type)
-    )
+    name = state.distributed_type.value
+    return "DDP" if name.startswith("MULTI_") else name
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises InputError where Accelerate was asked to shard the model and silently does not: it never does on a CPU."""
+    """Raises InputError where Accelerate was asked to shard the model and silently would not, as on a CPU."""
     for name in ("FSDP", "DEEPSPEED"):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
         if asked and accelerator.state.distributed_type != DistributedType[name]:
@@ -82,7 +81,7 @@ def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
     found = distribution(accelerator)
     if found.startswith("FSDP") or found == "ZeRO-3":
         raise InputError(
-            f"{what} does not run under {found}: it needs whole weights; use the ddp or zero2 configuration"
+            f"{what} needs whole weights, which {found} does not give; use the ddp or zero2 configuration"
         )
 
 

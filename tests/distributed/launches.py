@@ -24,15 +24,19 @@ CASES = {
 }
 
 
-def launch(folder, configuration, commands, *options):
-    """Runs command lines on two processes with a shipped Accelerate configuration; returns what they print."""
+def command_line(folder, configuration, commands, *options):
+    """The launch of command lines with a shipped Accelerate configuration."""
     listed = Path(folder) / f"{configuration}.json"
     listed.write_text(json.dumps(commands))
     where = recipes_dir() / "accelerate_configs" / f"{configuration}.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(where)]
-    settings = ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no", *options]
+    return [*launcher, "--num_processes", "2", "--mixed_precision", "no", *options, str(ON_CPU), str(listed)]
+
+
+def launch(folder, configuration, commands, *options):
+    """Runs command lines on two processes of this host; returns what they print."""
     done = subprocess.run(
-        [*launcher, *settings, str(ON_CPU), str(listed)],
+        command_line(folder, configuration, commands, "--main_process_port", "0", *options),
         capture_output=True,
         text=True,
         check=False,

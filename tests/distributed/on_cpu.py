@@ -1,8 +1,8 @@
 """Runs `crrelu` commands as one of several processes on a CPU, as Accelerate would run them on one of several GPUs.
 
 Accelerate takes every launch without an accelerator for DDP on CPUs: an FSDP2 configuration silently trains unsharded.
-Here its processes are told that they have a GPU each, while every tensor stays on the CPU and gloo carries the messages,
-so that the real FSDP2 and DeepSpeed run. Under any other configuration Accelerate is left as it is.
+Here its processes are told that they have a GPU each, while every tensor stays on the CPU and gloo carries the
+messages, so that the real FSDP2 and DeepSpeed run. Under any other configuration Accelerate is left as it is.
 
     accelerate launch --config_file X.yaml on_cpu.py commands.json     # a list of command lines, one after the other
 """

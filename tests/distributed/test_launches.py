@@ -4,6 +4,7 @@ import json
 from itertools import product
 
 import pytest
+import torch
 from launches import CASES, COMMON, differences, launch, recipe, record, weights
 from runs import LORA, losses
 
@@ -27,14 +28,16 @@ def run_both(workshop, configuration, cases, *options, **values):
         assert main(recipe(workshop, f"{case}-one", None, case, **values)) == 0
 
 
+def where(result):
+    """The number of processes that a result says it was made in, and how they shared the work."""
+    return result["environment"]["processes"], result["environment"]["distribution"]
+
+
 def check(workshop, configuration, case, tolerance):
     """Asserts that a case is what one process gives, and its resumed half exactly the whole; returns the first."""
-    environment = record(workshop, case)["environment"]
-    assert (environment["processes"], environment["distribution"]) == (2, DISTRIBUTION[configuration])
+    assert where(record(workshop, case)) == (2, DISTRIBUTION[configuration])
     assert len(set(losses(record(workshop, case)))) == COMMON["max_steps"]
-    assert {str(value.dtype) for key, value in weights(workshop, case).items() if "epsilon" in key} == {
-        "torch.float32"
-    }
+    assert {value.dtype for key, value in weights(workshop, case).items() if "epsilon" in key} == {torch.float32}
     assert differences(workshop, f"{case}-resumed", case) == ZERO
     found = differences(workshop, case, f"{case}-one")
     assert found["loss"] < tolerance and found["epsilon"] < tolerance, found
@@ -62,7 +65,7 @@ def test_every_launch_and_trainer(workshop, configuration):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("configuration", "dtype"), product(["fsdp2", "zero2", "zero3"], ["float32", "bfloat16"]))
+@pytest.mark.parametrize(("configuration", "dtype"), [*product(["fsdp2", "zero2", "zero3"], ["float32", "bfloat16"])])
 def test_in_bfloat16(workshop, configuration, dtype):
     """bfloat16 autocast over weights of either type: ε is saved in float32 and moves as in one process."""
     run_both(workshop, configuration, CASES, "--mixed_precision", "bf16", bf16=True, dtype=dtype)
@@ -116,10 +119,7 @@ def test_a_comparison(workshop, configuration):
             json.loads((workshop.folder / f"{name}-comparison" / "report.json").read_text())
             for name in (f"{case}-two", case)
         )
-        assert (two["environment"]["processes"], two["environment"]["distribution"]) == (
-            2,
-            DISTRIBUTION[configuration],
-        )
+        assert where(two) == (2, DISTRIBUTION[configuration])
         for ours, theirs in zip(two["arms"], one["arms"], strict=True):
             for mine, yours in zip(ours["runs"], theirs["runs"], strict=True):
                 assert mine["metrics"] == pytest.approx(yours["metrics"], rel=1e-4, abs=1e-5)
