@@ -54,14 +54,16 @@ def test_sharded_training_is_that_of_one_process(workshop, configuration, cases)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("configuration", DISTRIBUTION)
-def test_every_launch_and_trainer(workshop, configuration):
+def test_every_launch_and_trainer(workshop, capsys, configuration):
     run_both(workshop, configuration, CASES)
-    print(f"\n{'launch':7} {'run':9} processes  loss     epsilon  reload   (largest difference to one process)")
+    lines = [f"\n{'launch':7} {'run':9} processes  loss     epsilon  reload   (largest difference to one process)"]
     for case in CASES:
         found = check(workshop, configuration, case, 1e-5)
         processes = record(workshop, case)["environment"]["processes"]
         numbers = "  ".join(f"{found[key]:.1e}" for key in ("loss", "epsilon", "reload"))
-        print(f"{configuration:7} {case:9} {processes:9}  {numbers}")
+        lines.append(f"{configuration:7} {case:9} {processes:9}  {numbers}")
+    with capsys.disabled():
+        print("\n".join(lines), end="")
 
 
 @pytest.mark.slow
