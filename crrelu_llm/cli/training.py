@@ -1,5 +1,6 @@
 """What `crrelu sft` and `crrelu dpo` share."""
 
+import os
 import sys
 
 
@@ -22,5 +23,6 @@ def run_training(kind: str, argv: list[str], example: str) -> int:
     output_dir = record["recipe"].get("output_dir") or "trainer_output"
     seconds, speed = record["train_seconds"], record["tokens_per_second"]
     took = f" in {seconds:.0f} s ({speed:.0f} tokens/s)" if seconds and speed else ""
-    print(f"trained {record['steps']} steps{took}; model and run.json are in {output_dir}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained {record['steps']} steps{took}; model and run.json are in {output_dir}", file=sys.stderr)
     return 0
