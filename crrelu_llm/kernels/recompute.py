@@ -46,7 +46,9 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
     recorder = getattr(_local, "recorder", None)
     # Only what is nothing but its memory can be told by it: no tensor that is spread over devices, or stands for none.
     if recorder is not None and type(output) is Tensor and output.requires_grad and output.is_contiguous():
-        recorder.noted[output.data_ptr()] = _Noted(output, output._version, function, inputs)
+        # ZeRO-3 takes ε away after this module, and brings it back after the backward pass of the next one.
+        kept = tuple(part.detach().clone() if hasattr(part, "ds_id") else part for part in inputs)
+        recorder.noted[output.data_ptr()] = _Noted(output, output._version, function, kept)
 
 
 @dataclass

@@ -78,6 +78,24 @@ def test_in_bfloat16(workshop, configuration, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("configuration", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blend_steps": 3, "epsilon_init": 0.2},
+        {"recompute_activation": True, "epsilon_per": "channel"},
+        {"recompute_activation": True, "gradient_checkpointing": True},
+    ],
+    ids=["blend", "recompute", "checkpointing"],
+)
+def test_ways_of_training(workshop, configuration, options):
+    cases = ["sft-full", "sft-lora", "dpo-full"]
+    run_both(workshop, configuration, cases, **options)
+    for case in cases:
+        check(workshop, configuration, case, 1e-5)
+
+
+@pytest.mark.slow
 def test_bfloat16_weights_without_autocast(workshop):
     """FSDP2 wants one dtype a unit: ε in float32 among bfloat16 weights becomes a unit of its own."""
     run_both(workshop, "fsdp2", CASES, dtype="bfloat16")

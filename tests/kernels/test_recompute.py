@@ -179,6 +179,22 @@ def test_a_parameter_is_kept_itself():
     assert_same([x.grad, *(parameter.grad for parameter in mlp.parameters())], expected)
 
 
+def test_an_epsilon_that_is_away_while_the_next_layer_is_differentiated():
+    """ZeRO-3 takes ε away after the activation's own forward pass, and brings it back for its own backward pass."""
+    mlp = MLP()
+    expected = gradients(mlp)
+    mlp.recompute = True
+    epsilon = mlp.act.epsilon
+    epsilon.ds_id, whole = 0, epsilon.data.clone()
+    mlp.act.register_forward_hook(lambda *_: setattr(epsilon, "data", torch.empty(0)))
+    mlp.act.register_full_backward_pre_hook(lambda *_: setattr(epsilon, "data", whole))
+    loss = mlp(x := inputs()).square().sum()
+    assert epsilon.numel() == 0
+    mlp.zero_grad()
+    loss.backward()
+    assert_same([x.grad, *(parameter.grad for parameter in mlp.parameters())], expected)
+
+
 @pytest.mark.parametrize("changed", ["epsilon", "input"])
 def test_what_was_changed_in_place_after_the_forward_pass_is_an_error(changed):
     mlp = MLP()
