@@ -36,6 +36,9 @@ class Walk:
     layer), which is found out on a few tokens beforehand, every `run` goes through the whole model instead: the same
     result, but with a time that grows with the square of the depth.
 
+    A model in the host's memory, too large for the GPU as a whole, is brought there one layer at a time, with what is
+    outside the layers (see `computing_device`).
+
     Args:
         model: A causal LM in evaluation mode.
         sites: Its sites.
@@ -47,7 +50,8 @@ class Walk:
     def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor, batch_size: int = 4):
         self.backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
         self.model = model
-        self.batches = list(blocks.to(next(model.parameters()).device).split(batch_size))
+        self.home = next(model.parameters()).device
+        self.batches = list(blocks.to(self.home).split(batch_size))
         self.layers = self._in_order(_layers(model, sites))
         self.stepwise = self._hands_through()
         if not self.stepwise:
@@ -58,11 +62,25 @@ class Walk:
         self._current = 0
 
     def __iter__(self) -> Iterator[Layer]:
-        for index, layer in enumerate(self.layers):
-            self._current = index
-            yield layer
-            if self.stepwise and index + 1 < len(self.layers):
-                self._advance()
+        device = computing_device(self.model)
+        visits = self.stepwise and device != self.home
+        if visits:
+            self._move_the_rest(device)
+        try:
+            for index, layer in enumerate(self.layers):
+                self._current = index
+                if visits:
+                    _move(self.model.get_submodule(layer.path), device)
+                yield layer
+                if self.stepwise and index + 1 < len(self.layers):
+                    self._advance()
+                if visits:
+                    _move(self.model.get_submodule(layer.path), self.home)
+        finally:
+            if visits:
+                self._move_the_rest(self.home)
+                for layer in self.layers:
+                    _move(self.model.get_submodule(layer.path), self.home)
 
     def run(self, batches: int | None = None) -> None:
         """Runs the current layer, as it is now, on all of the text or on its first few batches."""
@@ -94,6 +112,14 @@ class Walk:
     def _call(self, batch: Tensor) -> None:
         with torch.no_grad():
             self.backbone(input_ids=batch, use_cache=False)
+
+    def _move_the_rest(self, device: torch.device) -> None:
+        """Moves what is outside the layers, and the text."""
+        inside = tuple(f"{layer.path}." for layer in self.layers)
+        for path, module in self.model.named_modules():
+            if not f"{path}.".startswith(inside):
+                _move(module, device, recurse=False)
+        self.batches = [batch.to(device) for batch in self.batches]
 
     def _in_order(self, layers: list[Layer]) -> list[Layer]:
         """Layers in the order in which they first run."""
@@ -139,6 +165,26 @@ class Walk:
             if not found or not _same(found[0], outputs[index]):
                 return False
         return True
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a calibration computes: where the model is, or the current GPU where the model lies whole in the host's
+    memory (layers then visit the GPU one at a time)."""
+    home = next(model.parameters()).device
+    whole = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if whole and torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return home
+
+
+def _move(module: nn.Module, device: torch.device, recurse: bool = True) -> None:
+    if recurse:
+        module.to(device)
+        return
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device)
 
 
 class _Reached(Exception):

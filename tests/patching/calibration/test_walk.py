@@ -7,6 +7,7 @@ from transformers import AlbertForMaskedLM, AutoConfig
 
 from crrelu_llm import find_sites
 from crrelu_llm.patching import families
+from crrelu_llm.patching.calibration import walk as walk_module
 from crrelu_llm.patching.calibration.anatomy import find_mlps
 from crrelu_llm.patching.calibration.walk import Walk
 
@@ -115,3 +116,31 @@ def test_experts_and_norms_in_between_are_not_taken_for_plain_mlps():
     for layer in model.model.layers:  # something between the product and the projection
         layer.mlp.down_proj = torch.nn.Sequential(torch.nn.LayerNorm(48), layer.mlp.down_proj)
     assert find_mlps(model, [site for site in find_sites(tiny_model("llama"))], BLOCKS[:1]) == {}
+
+
+@pytest.mark.parametrize("ends", ["done", "broken off"])
+def test_layers_of_a_model_that_is_too_large_visit_the_gpu_one_at_a_time(monkeypatch, ends):
+    """Another name of the CPU stands for the GPU: what is where is read off the moves."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    sites = find_sites(model)
+    names = {id(module): path for path, module in model.named_modules()}
+    gpu, there = torch.device("cpu", 0), set()
+    move = walk_module._move
+
+    def moved(module, device, recurse=True):
+        (there.add if device == gpu else there.discard)(names[id(module)])
+        move(module, device, recurse)
+
+    monkeypatch.setattr(walk_module, "computing_device", lambda model: gpu)
+    monkeypatch.setattr(walk_module, "_move", moved)
+    walk = Walk(model, sites, BLOCKS)
+    seen = []
+    for layer in walk:
+        found = inputs_while(model, layer.sites, walk.run)
+        assert len(found) == 1
+        seen.append({path for path in there if ".layers." in path})
+        assert {"model.embed_tokens", "model.rotary_emb", "model.norm"} <= there
+        if ends == "broken off":
+            break
+    assert seen == [{f"model.layers.{index}"} for index in range(3 if ends == "done" else 1)]
+    assert not there
