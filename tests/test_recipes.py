@@ -44,7 +44,9 @@ def in_empty_folder(tmp_path, monkeypatch):
 def test_the_promised_recipes_are_there():
     models = [f"{model}/{kind}/config_{how}" for model in ("smollm2-135m", "qwen3-0.6b")
               for kind in ("sft", "dpo") for how in ("full", "lora", "qlora")]  # fmt: skip
-    accelerate = [f"accelerate_configs/{mode}" for mode in ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")]
+    accelerate = [
+        f"accelerate_configs/{mode}" for mode in ("single_gpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node")
+    ]
     promised = {*models, *accelerate, "gpt2/sft/config_full", "gpt2/dpo/config_full", "nano/pretrain", "nano/sft"}
     assert promised <= {name(path) for path in ALL}
 
@@ -151,6 +153,7 @@ def launch_arguments(path: Path):
         ("single_gpu", {"multi_gpu": False, "use_fsdp": False, "use_deepspeed": False, "num_processes": 1}),
         ("ddp", {"multi_gpu": True, "num_processes": 8}),
         ("fsdp2", {"use_fsdp": True, "fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        ("multi_node", {"use_fsdp": True, "fsdp_version": 2, "num_machines": 2, "num_processes": 16}),
         ("zero2", {"use_deepspeed": True, "zero_stage": 2, "num_processes": 8}),
         ("zero3", {"use_deepspeed": True, "zero_stage": 3, "zero3_save_16bit_model": True, "num_processes": 8}),
     ],
