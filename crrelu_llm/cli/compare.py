@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
 
 
 def _parser() -> Parser:
@@ -65,6 +65,8 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
     failed = None
     try:
         run_comparison(comparison)
+    except DiskError:
+        raise
     except RuntimeError as error:
         failed = error
     from accelerate import PartialState
