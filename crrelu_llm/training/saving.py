@@ -30,7 +30,13 @@ class SavingMixin:
 
     args: Any
     state: Any
+    control: Any
     accelerator: Any
+    _metrics: Any
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _total_loss_scalar: float
+    _total_train_tokens: Any
     _scratch: Path | None = None
     _resumed: bool = False
 
@@ -46,6 +52,13 @@ class SavingMixin:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.remove_callback(counting)  # type: ignore[attr-defined]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, which would train a step too many after a resume from the last one's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Makes the mean loss at the end that of all steps, not of those since a resume."""
@@ -103,7 +116,7 @@ class SavingMixin:
             "loss": self._tr_loss.item(),
             "logged": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
-            "metrics": dict(self._metrics["train"]),  # type: ignore[attr-defined]
+            "metrics": dict(self._metrics["train"]),
             "tokens": self._total_train_tokens,
         }
 
@@ -113,12 +126,7 @@ class SavingMixin:
         self._total_loss_scalar = _number(counts["total_loss"])
         self._total_train_tokens = counts["tokens"]
         for name, values in counts["metrics"].items():
-            self._metrics["train"][name] = [_number(value) for value in values]  # type: ignore[attr-defined]
-
-    _tr_loss: Any
-    _globalstep_last_logged: int
-    _total_loss_scalar: float
-    _total_train_tokens: float
+            self._metrics["train"][name] = [_number(value) for value in values]
 
 
 class _GoOnCounting(TrainerCallback):
