@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import remove, sync, writing
 from crrelu_llm.patching import families, fusion, guard, section
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
@@ -96,27 +96,32 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
 
     Args:
         files: JSON documents to put into the same directory, by file name.
+
+    Raises:
+        DiskError: The disk is full or read-only; nothing is left behind.
     """
     target = Path(output_dir).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
             module.train()
             module._rescale_layers()
-    try:
-        model.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        for name, content in (files or {}).items():
-            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
-        if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
-            target.rmdir()
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+            remove(leftover)
+        try:
+            model.save_pretrained(scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            for name, content in (files or {}).items():
+                (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+            sync(scratch)
+            if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
+                target.rmdir()
+            os.replace(scratch, target)
+        finally:
+            remove(scratch)
 
 
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
