@@ -150,18 +150,18 @@ def test_killed_at_some_writes(children, workshop, text_file, case, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_every_write(children, workshop, text_file, case, capsys):
+def test_killed_at_every_write(children, workshop, text_file, case):
     whole, _ = uninterrupted(children, workshop, case, text_file)
     argv, directory = command(workshop, case, "killed", text_file)
     kills = killed_at_every_write(children, argv, directory)
-    table(capsys, f"{case}, at every write", kills, largest_difference(directory, whole))
+    table(f"{case}, at every write", kills, largest_difference(directory, whole))
     assert min(kills[phase] for phase in ("calibrating", "patching", "saving a checkpoint", "final save")) > 0
     assert outcome(directory) == outcome(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments(children, workshop, text_file, case, capsys):
+def test_killed_at_random_moments(children, workshop, text_file, case):
     whole, seconds = uninterrupted(children, workshop, case, text_file)
     generator = random.Random(case)
     kills, worst, expected = Counter(), 0.0, outcome(whole)
@@ -179,11 +179,10 @@ def test_killed_at_random_moments(children, workshop, text_file, case, capsys):
         assert outcome(directory) == expected
         worst = max(worst, largest_difference(directory, whole))
         shutil.rmtree(directory)
-    table(capsys, f"{case}, at random, {attempt} runs", kills, worst)
+    table(f"{case}, at random, {attempt} runs", kills, worst)
 
 
-def table(capsys, title, kills, worst):
-    """Prints where the kills hit."""
-    with capsys.disabled():
-        where = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES if kills[phase])
-        print(f"\n{title}: {kills.total()} kills ({where}); largest difference {worst:g}")
+def table(title, kills, worst):
+    """Prints where the kills hit; `pytest -m slow -rP` shows it."""
+    where = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES if kills[phase])
+    print(f"KILLS {title}: {kills.total()} ({where}); largest difference {worst:g}")
