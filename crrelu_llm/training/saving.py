@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from crrelu_llm.files import remove, sync, write_json, writing
-from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, step_of, tidy
+from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, last_checkpoint, step_of, tidy
 
 _SCRATCH = ".saving.tmp"
 _MODEL = ".model.tmp"
@@ -41,10 +41,12 @@ class SavingMixin:
     _resumed: bool = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, in a directory without the leftovers of killed writers."""
+        """The trainer's own, in a directory without the leftovers of killed writers; `True` is the newest whole one."""
         if self.accelerator.is_local_main_process:
             tidy(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
         self._resumed = bool(resume_from_checkpoint)
         counting = _GoOnCounting(self, resume_from_checkpoint)
         self.add_callback(counting)  # type: ignore[attr-defined]
