@@ -1,6 +1,7 @@
 """Checkpoints and final models that are whole or absent, and logs that a resume continues where they stopped."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from crrelu_llm.files import remove, sync, write_json, writing
 from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, last_checkpoint, step_of, tidy
 
+logger = logging.getLogger("crrelu_llm")
 _SCRATCH = ".saving.tmp"
 _MODEL = ".model.tmp"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -41,12 +43,18 @@ class SavingMixin:
     _resumed: bool = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, in a directory without the leftovers of killed writers; `True` is the newest whole one."""
+        """The trainer's own, in a directory without the leftovers of killed writers."""
         if self.accelerator.is_local_main_process:
             tidy(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
+        elif not resume_from_checkpoint and (earlier := checkpoints(Path(self.args.output_dir))):
+            logger.warning(
+                "%s holds %s of an earlier run: this one starts from the beginning and overwrites what it reaches",
+                self.args.output_dir,
+                earlier[0].name,
+            )
         self._resumed = bool(resume_from_checkpoint)
         counting = _GoOnCounting(self, resume_from_checkpoint)
         self.add_callback(counting)  # type: ignore[attr-defined]
