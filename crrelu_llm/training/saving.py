@@ -33,6 +33,7 @@ class SavingMixin:
     args: Any
     state: Any
     control: Any
+    model: Any
     accelerator: Any
     _metrics: Any
     _tr_loss: Any
@@ -66,6 +67,7 @@ class SavingMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The trainer's own, which would train a step too many after a resume from the last one's checkpoint."""
         if self.state.global_step >= self.state.max_steps:
+            self.model.train()  # as after a step: TRL sorts its metrics by it
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
