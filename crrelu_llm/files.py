@@ -42,6 +42,8 @@ def write_json(path: Path, content: Any) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
         try:
             scratch.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             sync(scratch)
