@@ -1,11 +1,21 @@
-"""JSON files that are whole or absent, and valid: no half-written ones, no NaN."""
+"""Files that are whole or absent: JSON without NaN, and what to do where the disk is full or read-only."""
 
+import contextlib
+import errno
 import json
 import math
 import numbers
 import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from crrelu_llm.errors import DiskError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def plain(value: Any) -> Any:
@@ -24,13 +34,86 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file beside `path` and renames it; the directory is made if it does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a JSON file beside `path` and renames it; the directory is made if it does not exist.
+
+    Raises:
+        DiskError: The disk is full or read-only; the file that was there before still is.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
+        try:
+            scratch.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            sync(scratch)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a file or directory is what a killed writer of ours left behind."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole directory, present or not.
+
+    A directory loses its name first, so that what bears it is whole also where this is killed half-way.
+    """
+    if path.is_dir() and not path.is_symlink():
+        gone = path if is_leftover(path) else path.with_name(f".{path.name}.removed.tmp")
+        if gone != path:
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or every file below a directory, is on the disk: a rename must not overtake its content."""
+    for file in [path, *path.rglob("*")]:
+        number = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems cannot
+                raise
+        finally:
+            os.close(number)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns a failure of the disk into a DiskError, "`what` could not be written: why"; other errors pass."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        reason = disk_trouble(error, permission=True)
+        if reason is None:
+            raise
+        raise DiskError(f"{what} could not be written: {reason}") from error
+
+
+def disk_trouble(error: BaseException, permission: bool = False) -> str | None:
+    """Why the disk refused, where that is what an error says, else None.
+
+    Args:
+        error: From Python, safetensors or torch.save; each says it in its own way.
+        permission: Whether a lack of permission counts too.
+    """
+    refused = _DISK + (_PERMISSION if permission else ())
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in refused:
+        return str(error.strerror).lower()
+    found = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    if found and type(error).__name__ == "SafetensorError" and int(found[1]) in refused:
+        return os.strerror(int(found[1])).lower()
+    if isinstance(error, RuntimeError) and ("inline_container.cc" in text or "iostream error" in text):
+        return "the disk is full, or a limit on file sizes is reached"  # torch.save does not know why
+    before = error.__cause__ or error.__context__
+    return None if before is None else disk_trouble(before, permission)

@@ -9,7 +9,7 @@ import traceback
 import warnings
 
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
 
 # command -> (module in crrelu_llm.cli, one-line help). Modules are imported only when their command runs, so that
 # `crrelu --help` stays fast.
@@ -30,6 +30,7 @@ COMMANDS = {
 # What `accelerate launch` starts on every process; of the other commands the first process does the work alone.
 _PATIENCE = 15.0  # seconds
 DISTRIBUTED = ("sft", "dpo", "compare")
+_KEPT = "finished runs and saved checkpoints are whole and kept"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,11 +81,26 @@ def _run(module, name: str, argv: list[str]) -> int:
         # The reader of a pipe (`crrelu recipes show X | head`) has gone: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except DiskError as error:
+        print(f"crrelu {name}: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
+        from crrelu_llm.files import disk_trouble
+
+        reason = disk_trouble(error)
+        if reason is not None:  # a cache of a library, a log: no fault of the code
+            print(f"crrelu {name}: failed while writing: {reason} ({_where(error)})", file=sys.stderr)
+            print(_KEPT, file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(f"crrelu {name}: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        print("finished runs and saved checkpoints are whole and kept", file=sys.stderr)
+        print(_KEPT, file=sys.stderr)
         return 1
+
+
+def _where(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return str(name) if name else " ".join(str(error).split())
 
 
 def _silence_libraries() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import remove
 
 
 def _parser() -> Parser:
@@ -71,6 +72,8 @@ def run(argv: list[str]) -> int:
 def _check_writable(output_dir: Path) -> None:
     """Before the work, not after it."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        if (output_dir / "patch_origin.json").is_file():  # what a call that was killed right after it left behind
+            remove(output_dir.with_name(f".{output_dir.name}.calibration"))
         raise InputError(f"{output_dir} already exists; choose another --output_dir")
     parent = next(path for path in output_dir.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import shutil
 import signal
 import sys
 import threading
@@ -18,14 +17,15 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation.items import evaluate_trainer
-from crrelu_llm.files import is_leftover, write_json
+from crrelu_llm.files import is_leftover, remove, write_json
 from crrelu_llm.patching import checkpoint, find_sites, section
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import from_main
-from crrelu_llm.training.run import RUN, last_checkpoint, train_and_save
+from crrelu_llm.training.resume import checkpoint_to_resume
+from crrelu_llm.training.run import RUN, train_and_save
 from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 SETTINGS = "comparison.json"
@@ -90,6 +90,7 @@ def run_comparison(comparison: Comparison) -> None:
     Raises:
         InputError: Anything wrong with the recipe, an arm, the grid or the output directory, before any training.
         RunsFailed: Some did; the others are on disk.
+        DiskError: The disk is full or read-only; the comparison stops there, and what is finished is kept.
     """
     recipe = _check_everything(comparison)
     _claim(comparison, recipe)
@@ -102,6 +103,7 @@ def run_comparison(comparison: Comparison) -> None:
             directory = comparison.run_dir(arm.name, point, seed)
             label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
             if from_main(is_done(directory)):
+                _discard(comparison, directory)  # the call that made it may have been killed before
                 _say(f"{label}: kept")
                 continue
             _say(f"{label}: training")
@@ -110,9 +112,9 @@ def run_comparison(comparison: Comparison) -> None:
                 if interrupted:
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
-                done = sum(is_done(comparison.run_dir(a.name, p, s)) for a, p, s in todo)
-                hint = f"{done} of {len(todo)} runs are finished and kept; run the same command again to go on"
-                raise KeyboardInterrupt(hint) from None
+                raise KeyboardInterrupt(_how_to_go_on(comparison, todo)) from None
+            except DiskError as error:  # every run after it would fail alike
+                raise DiskError(f"{error}; {_how_to_go_on(comparison, todo)}") from error
             except Exception as error:  # one arm that diverges or runs out of memory must not take the others with it
                 if isinstance(error, InputError) and index == 0:  # nothing has been trained: the recipe is wrong
                     raise
@@ -175,7 +177,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
     before = BeforeTraining(comparison.kind, trainer, patch_dir / BEFORE)
     trainer.add_callback(before)
     # A run that goes on has other weights than the first step: without its `before` it starts again.
-    newest = last_checkpoint(Path(trainer.args.output_dir)) if before.path.is_file() else None
+    newest = checkpoint_to_resume("auto", Path(trainer.args.output_dir)) if from_main(before.path.is_file()) else None
     trainer.args.resume_from_checkpoint = from_main(newest)
 
     def evaluate(trained: Any) -> dict[str, Any]:
@@ -185,9 +187,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
     train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
     for tracker in trainer.accelerator.trackers:  # not trainer.end(): the next run needs the other processes
         tracker.finish()
-    if not comparison.keep_models and trainer.accelerator.is_main_process:
-        for saved in Path(trainer.args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(saved)
+    _discard(comparison, Path(trainer.args.output_dir))
     trainer.accelerator.free_memory()
 
 
@@ -202,12 +202,25 @@ class BeforeTraining(TrainerCallback):
         """Writes the metrics, unless another seed of the arm has."""
         if from_main(self.path.is_file()):
             return
-        started = time.perf_counter()
+        started, logged = time.perf_counter(), len(state.log_history)
         with torch.random.fork_rng():  # the run must be what it is without this evaluation
             metrics, _ = evaluate_trainer(self.kind, self.trainer)
+        del state.log_history[logged:]
         if self.trainer.accelerator.is_main_process:
             write_json(self.path, metrics)
         self.seconds = time.perf_counter() - started
+
+
+def _discard(comparison: Comparison, directory: Path) -> None:
+    """Removes the checkpoints of a finished run where models are not wanted."""
+    if not comparison.keep_models and PartialState().is_main_process:
+        for saved in directory.glob("checkpoint-*"):
+            remove(saved)
+
+
+def _how_to_go_on(comparison: Comparison, todo: list[tuple[Arm, dict[str, str], int]]) -> str:
+    done = sum(is_done(comparison.run_dir(arm.name, point, seed)) for arm, point, seed in todo)
+    return f"{done} of {len(todo)} runs are finished and kept; run the same command again to go on"
 
 
 def _source(comparison: Comparison, recipe: Recipe) -> str:

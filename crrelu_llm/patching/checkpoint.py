@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import remove, sync, writing
 from crrelu_llm.patching import families, fusion, guard, section
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
@@ -118,11 +118,11 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
 
     Args:
         files: JSON documents to put into the same directory, by file name.
+
+    Raises:
+        DiskError: The disk is full or read-only; nothing is left behind.
     """
     target = Path(output_dir).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
@@ -130,18 +130,23 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
             module._rescale_layers()
     # transformers lets the first of all processes write alone; here each host's first one may, and whoever calls does.
     model.should_save_on_this_rank = bool
-    try:
-        model.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        for name, content in (files or {}).items():
-            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
-        if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
-            target.rmdir()
-        os.replace(scratch, target)
-    finally:
-        del model.should_save_on_this_rank
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+            remove(leftover)
+        try:
+            model.save_pretrained(scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            for name, content in (files or {}).items():
+                (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+            sync(scratch)
+            if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
+                target.rmdir()
+            os.replace(scratch, target)
+        finally:
+            del model.should_save_on_this_rank
+            remove(scratch)
 
 
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from crrelu_llm.patching.calibration import Calibrated
+    from crrelu_llm.patching.calibration.progress import Progress
 
 logger = logging.getLogger("crrelu_llm")
 CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
@@ -107,6 +108,7 @@ def patch(
     *,
     tokenizer: Any = None,
     blocks: torch.Tensor | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> PatchReport:
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
@@ -120,6 +122,7 @@ def patch(
         activation: The target's name, or a whole `PatchConfig`.
         tokenizer: Needed to calibrate, where no `blocks` are given.
         blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
+        progress: Where a calibration keeps its finished layers (`patch_checkpoint` gives it).
         **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
 
     Returns:
@@ -142,12 +145,12 @@ def patch(
         raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
     found = section.read(model.config)
     if found is None:
-        return _patch(model, config, tokenizer, blocks)
+        return _patch(model, config, tokenizer, blocks, progress)
     section.check_may_be_patched_again(found, config, "the model")
     modules = {site["path"]: model.get_submodule(site["path"]) for site in found["sites"]}
     unpatch(model)
     try:
-        return _patch(model, config, tokenizer, blocks)
+        return _patch(model, config, tokenizer, blocks, progress)
     except BaseException as error:
         found["weights_changed"] |= getattr(error, "weights_changed", False)
         families.expose(model, modules)
@@ -160,7 +163,13 @@ def patch(
         raise
 
 
-def _patch(model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None) -> PatchReport:
+def _patch(
+    model: PreTrainedModel,
+    config: PatchConfig,
+    tokenizer: Any,
+    blocks: torch.Tensor | None,
+    progress: Progress | None,
+) -> PatchReport:
     sites, left_alone = survey(model)
     if config.calibrates:
         blocks = _calibration_text(model, config, tokenizer, blocks)
@@ -183,7 +192,7 @@ def _patch(model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: 
             from crrelu_llm.patching.calibration import calibrate
 
             assert blocks is not None
-            done = calibrate(model, sites, blocks, config, build, swap)
+            done = calibrate(model, sites, blocks, config, build, swap, progress)
         else:
             for site in sites:
                 swap(site, build(site))

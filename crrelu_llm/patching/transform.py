@@ -1,10 +1,11 @@
 """Checkpoint in, patched checkpoint out, with its patch report beside the weights."""
 
+import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from crrelu_llm.environment import versions
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.calibration.walk import computing_device
 from crrelu_llm.patching.finite import require_finite
 from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
 
@@ -35,6 +38,9 @@ def patch_checkpoint(
 ) -> dict[str, Any]:
     """Loads a MODEL, patches it and saves it. A patched MODEL gets its original activations back first.
 
+    A calibration keeps its finished layers beside `output_dir` until the checkpoint is there. The same call again,
+    after a kill, goes on with the layer that was not finished, and ends with the same checkpoint bit for bit.
+
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         config: The patch; None only converts (a GGUF file into a directory).
@@ -50,6 +56,7 @@ def patch_checkpoint(
 
     Raises:
         InputError: A MODEL that cannot be read, is already patched in this way, or has no sites.
+        DiskError: The disk is full or read-only.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -62,19 +69,47 @@ def patch_checkpoint(
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     with checkpoint.loading_whole():
         loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
-    require_space(loaded, output_dir)
-    if config is not None and config.calibrates:
-        loaded.to(_device_for(loaded))
-    report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
-    if config is None:
-        report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
-        report["perplexity"] = None
-    else:
-        report |= _patch(model, loaded, tokenizer, config, blocks, perplexity, perplexity_of or {})
-    report |= {"seconds": time.perf_counter() - started, "versions": versions()}
+    progress = None
     made_from = origin(model, config, dtype, options.get("revision"))
-    checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
+    if config is not None and blocks is not None:
+        loaded.to(_device_for(loaded))
+        progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
+    changes_weights = progress is not None and config is not None and config.calibration != "fit"
+    require_space(loaded, output_dir, copies=2 if changes_weights else 1)
+    report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
+    with _keeping(progress):
+        if config is None:
+            report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
+            report["perplexity"] = None
+        else:
+            report |= _patch(model, loaded, tokenizer, config, blocks, progress, perplexity, perplexity_of or {})
+        report |= {"seconds": time.perf_counter() - started, "versions": versions()}
+        checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
+
+
+def progress_dir(output_dir: str | Path) -> Path:
+    """Where the calibration of a checkpoint keeps its finished layers, until the checkpoint is there."""
+    target = Path(output_dir).resolve()
+    return target.with_name(f".{target.name}.calibration")
+
+
+@contextlib.contextmanager
+def _keeping(progress: Progress | None) -> Iterator[None]:
+    """Removes the progress of a calibration when it is done or cannot be; says where it stopped with the rest."""
+    try:
+        yield
+    except InputError:
+        if progress is not None:
+            progress.remove()
+        raise
+    except (KeyboardInterrupt, DiskError) as error:
+        layers = 0 if progress is None else progress.layers
+        kept = f"{layers} calibrated layers are kept" if layers else "nothing half-written was left behind"
+        before = f"{error}; " if isinstance(error, DiskError) else ""
+        raise type(error)(f"{before}{kept}; run the same command again to go on") from error
+    if progress is not None:
+        progress.remove()
 
 
 def _patch(
@@ -83,6 +118,7 @@ def _patch(
     tokenizer: Any,
     config: PatchConfig,
     blocks: torch.Tensor | None,
+    progress: Progress | None,
     perplexity: Callable[[Any, Any], float] | None,
     perplexity_of: dict[str, Any],
 ) -> dict[str, Any]:
@@ -99,7 +135,7 @@ def _patch(
             patch(model, replace(config, calibration="none"))
             measured["after_naive"] = perplexity(model, tokenizer)
             unpatch(model)
-    done = patch(model, config, blocks=blocks)
+    done = patch(model, config, blocks=blocks, progress=progress)
     if perplexity is not None and measured is not None:
         measured |= {"after": perplexity(model, tokenizer), **perplexity_of}
         if math.isnan(measured["after"]):
@@ -128,15 +164,15 @@ def _bytes(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def require_space(model: Any, output_dir: str | Path) -> None:
-    """Raises InputError where the disk has no room for the model's weights."""
-    needed = _bytes(model)
+def require_space(model: Any, output_dir: str | Path, copies: int = 1) -> None:
+    """Raises InputError where the disk has no room for so many copies of the model's weights."""
+    needed = copies * _bytes(model)
     parent = next(path for path in Path(output_dir).absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.05 * needed:
         raise InputError(
-            f"{output_dir}: the checkpoint needs {needed / 2**30:.1f} GiB, and {parent} has {free / 2**30:.1f} GiB "
-            "free; choose another output_dir, or make room"
+            f"{output_dir}: making the checkpoint needs {needed / 2**30:.1f} GiB, and {parent} has "
+            f"{free / 2**30:.1f} GiB free; choose another output_dir, or make room"
         )
 
 

@@ -298,8 +298,8 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
     parent = Path(training.output_dir or ".").absolute()
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{where}output_dir {training.output_dir}: no permission to write in {parent}")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{where}output_dir {training.output_dir}: cannot write in {parent}; choose another")
 
 
 def _overrides(argv: list[str], parser: RecipeParser) -> dict[str, Any]:

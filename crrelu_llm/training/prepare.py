@@ -4,9 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import remove
 from crrelu_llm.patching import PatchConfig, checkpoint, section
-from crrelu_llm.patching.transform import origin, patch_checkpoint, read_origin
+from crrelu_llm.patching.transform import origin, patch_checkpoint, progress_dir, read_origin
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.processes import main_process_first
 
@@ -41,6 +44,8 @@ def starting_checkpoint(
                     f"{directory} holds another patched checkpoint (from another model or with other options); "
                     "remove it or choose another output_dir"
                 )
+            if PartialState().is_local_main_process:
+                remove(progress_dir(directory))  # the call that made it may have been killed right then
         else:
             patch_checkpoint(model, config, directory, dtype, **loading)
     return str(directory.resolve())  # an adapter remembers it, wherever it is loaded from

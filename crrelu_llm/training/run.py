@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from crrelu_llm.environment import environment
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError
 from crrelu_llm.files import write_json
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.memory import PeakMemory
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import distribution
+from crrelu_llm.training.resume import checkpoint_to_resume, how_to_go_on, last_checkpoint
+from crrelu_llm.training.saving import save_final_model
 from crrelu_llm.training.trainers import build_trainer, epsilon_means, require_bitsandbytes
 
+__all__ = ["RUN", "last_checkpoint", "run_recipe", "train_and_save"]
 RUN = "run.json"
+# What the Trainer measures of the steps since a resume alone.
+_SPEEDS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
@@ -21,13 +26,13 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
 
     Raises:
         InputError: Anything wrong with the recipe, its model or its data; nothing has been trained then.
+        DiskError: The disk is full or read-only; the message says which checkpoint is safe.
     """
     recipe = parse(kind, argv)
     recipe.activation.require_activation(f"{recipe.source}: ")
     require_bitsandbytes(recipe)
     output_dir = Path(recipe.training.output_dir)
-    if recipe.training.resume_from_checkpoint:
-        _check_resumable(recipe)
+    recipe.training.resume_from_checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, output_dir)
     train, test = datasets_of(recipe)
     model = starting_checkpoint(
         str(recipe.model.model_name_or_path),
@@ -41,7 +46,9 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
     try:
         record = train_and_save(trainer, recipe)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(output_dir)) from None
+        raise KeyboardInterrupt(how_to_go_on(output_dir)) from None
+    except DiskError as error:
+        raise DiskError(f"{error}; {how_to_go_on(output_dir)}") from error
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
     trainer.end()
@@ -68,9 +75,7 @@ def train_and_save(
     with PeakMemory() as memory:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if save_model:
-        if trainer.is_fsdp_enabled:  # whatever the checkpoints are
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(args.output_dir)
+        save_final_model(trainer)
     history = trainer.state.log_history
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
     # After a resume the Trainer times and counts the rest only: no number is better than a wrong one.
@@ -82,7 +87,11 @@ def train_and_save(
         "seed": args.seed,
         "status": "done",
         "resumed": resumed,
-        "metrics": {key: value for key, value in history[-1].items() if isinstance(value, (int, float))},
+        "metrics": {
+            key: value
+            for key, value in history[-1].items()
+            if isinstance(value, (int, float)) and not (resumed and key in _SPEEDS)
+        },
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": memory.bytes,
@@ -99,31 +108,3 @@ def train_and_save(
         write_json(Path(args.output_dir) / RUN, record)
     trainer.accelerator.wait_for_everyone()
     return record
-
-
-def last_checkpoint(output_dir: Path) -> str | None:
-    """The newest whole `checkpoint-N` of a run, or None: one that was being written at a kill does not count."""
-    # trainer_state.json is what the Trainer writes last.
-    whole = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
-    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdigit()]
-    return str(max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))) if numbered else None
-
-
-def _check_resumable(recipe: Recipe) -> None:
-    args = recipe.training
-    wanted = str(args.resume_from_checkpoint)
-    if wanted.lower() == "true":
-        args.resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
-        if args.resume_from_checkpoint is None:
-            raise InputError(f"resume_from_checkpoint: {args.output_dir} has no checkpoint to resume from")
-    elif wanted.lower() == "false":
-        args.resume_from_checkpoint = None
-    elif not (Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(f"resume_from_checkpoint: {wanted} is not a whole checkpoint (no trainer_state.json)")
-
-
-def _how_to_go_on(output_dir: Path) -> str:
-    found = last_checkpoint(output_dir)
-    if found:
-        return f"{found} is safe; add --resume_from_checkpoint {found} to go on"
-    return "no checkpoint had been saved yet; run the same command again to start over"

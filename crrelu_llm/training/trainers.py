@@ -19,6 +19,7 @@ from crrelu_llm.training.callbacks import PER_SITE, quieten
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 from crrelu_llm.training.processes import check_launch, prepare_fsdp2, refuse_sharded_weights, whole_values
+from crrelu_llm.training.saving import SavingMixin
 
 
 class EpsilonMixin:
@@ -94,11 +95,11 @@ class EpsilonMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class SFT(DistillationMixin, EpsilonMixin, SFTTrainer):
+class SFT(SavingMixin, DistillationMixin, EpsilonMixin, SFTTrainer):
     """TRL's SFTTrainer with a learnable ε."""
 
 
-class DPO(BlendedReferenceMixin, EpsilonMixin, DPOTrainer):
+class DPO(SavingMixin, BlendedReferenceMixin, EpsilonMixin, DPOTrainer):
     """TRL's DPOTrainer with a learnable ε."""
 
 

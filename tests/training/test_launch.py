@@ -7,7 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from runs import LORA, losses
+from safetensors.torch import load_file
+
+from crrelu_llm.training.resume import checkpoints, fault_of
 
 
 def launch(workshop, name, arguments, kind="sft", **options):
@@ -39,6 +43,26 @@ def test_two_processes_are_one_with_twice_the_batch(workshop, tiny_llama_checkpo
     assert (launched["environment"]["processes"], plain["environment"]["processes"]) == (2, 1)
     np.testing.assert_allclose(losses(launched), losses(plain), rtol=1e-4)
     assert launched["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_resume(workshop, tiny_llama_checkpoint):
+    options = {"model_name_or_path": str(tiny_llama_checkpoint), "max_steps": 6, "logging_steps": 3}
+    options |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "resume_from_checkpoint": "auto"}
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    whole = launch(workshop, "run", arguments, **options)
+    output = workshop.folder / "run"
+    weights = load_file(output / "model.safetensors")
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-6", "checkpoint-4"]
+    names = {path.name for path in (output / "checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "log_state_0.json", "log_state_1.json"} <= names
+    assert [fault_of(path) for path in checkpoints(output)] == [None, None] and not list(output.glob(".*"))
+    (output / "checkpoint-6").rename(output / ".checkpoint-6.removed.tmp")  # as a kill leaves it
+    again = launch(workshop, "run", arguments, **options)
+    assert again["resumed"] and losses(again) == losses(whole) and again["epsilon"] == whole["epsilon"]
+    assert again["metrics"]["train_loss"] == whole["metrics"]["train_loss"]
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(output / "model.safetensors").items())
+    assert not list(output.glob(".*"))
 
 
 @pytest.mark.slow

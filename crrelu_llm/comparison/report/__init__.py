@@ -8,7 +8,7 @@ from typing import Any
 
 from crrelu_llm.comparison.report.render import render_html, render_markdown
 from crrelu_llm.comparison.report.verdict import verdict_sentence
-from crrelu_llm.files import plain
+from crrelu_llm.files import plain, remove, writing
 
 __all__ = ["verdict_sentence", "write_report"]
 
@@ -26,15 +26,18 @@ def write_report(report: dict[str, Any], output_dir: Path) -> None:
     numbers = plain(report)
     report["verdict"] = numbers["verdict"] = verdict_sentence(numbers)
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _replace(output_dir / "report.json", json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(output_dir / "report.md", render_markdown(numbers))
-    _replace(output_dir / "report.html", render_html(numbers))
+    with writing(f"the report in {output_dir}"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in output_dir.glob(".report-*.tmp"):
+            remove(leftover)
+        _replace(output_dir / "report.json", json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _replace(output_dir / "report.md", render_markdown(numbers))
+        _replace(output_dir / "report.html", render_html(numbers))
 
 
 def _replace(path: Path, text: str) -> None:
     # A temporary folder, not a temporary file: files made by tempfile are readable by their owner only.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-") as beside:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-", suffix=".tmp") as beside:
         new = Path(beside, path.name)
         new.write_text(text, encoding="utf-8")
         os.replace(new, path)

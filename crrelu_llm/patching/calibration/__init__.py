@@ -5,7 +5,8 @@ folded into the weights, and the following projection by ridge regression), `rec
 each MLP toward the original MLP's output).
 
 walk.py runs the model layer by layer; taps.py watches its activations; anatomy.py finds the weights around each;
-tasks.py decides what is kept; epsilon.py, shape.py, refit.py and reconstruct.py are the numerical methods.
+tasks.py decides what is kept; progress.py keeps it on the disk; epsilon.py, shape.py, refit.py and reconstruct.py are
+the numerical methods.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from crrelu_llm.patching.finite import evaluating, require_finite
 from crrelu_llm.patching.sites import Site
 
 if TYPE_CHECKING:
+    from crrelu_llm.patching.calibration.progress import Progress
     from crrelu_llm.patching.swap import PatchConfig
 
 logger = logging.getLogger("crrelu_llm")
@@ -40,6 +42,7 @@ def calibrate(
     config: PatchConfig,
     build: Callable[[Site], nn.Module],
     swap: Callable[[Site, nn.Module], None],
+    progress: Progress | None = None,
 ) -> dict[str, Calibrated]:
     """Swaps the sites of a model layer by layer, each fitted to the stream that the patched layers before it give.
 
@@ -53,6 +56,7 @@ def calibrate(
         config: The patch; `calibration` is the level.
         build: Makes a new activation for a site.
         swap: Puts it in.
+        progress: Where finished layers are kept; those that it holds are put back instead of calibrated again.
 
     Returns:
         What was done, by path.
@@ -69,9 +73,9 @@ def calibrate(
             mlps = _changeable(model, sites, blocks, config.calibration)
             walk = Walk(model, sites, blocks)
             bar = tqdm(walk, total=len(walk.layers), desc=f"Calibrating ({config.calibration})", unit="layer")
-            first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
+            work = _Work(model, walk, mlps, config, build, swap, progress)
             for index, layer in enumerate(bar):
-                _calibrate_layer(model, walk, layer, mlps, config, build, swap, index, first, found)
+                work.on(layer, index, found)
                 bar.set_postfix(error=f"{max(found[site.path].relative_error for site in layer.sites):.3f}")
     except BaseException as error:
         if any(entry.changed_weights for entry in found.values()):
@@ -83,46 +87,84 @@ def calibrate(
     return found
 
 
-def _calibrate_layer(
-    model: nn.Module,
-    walk: Walk,
-    layer: Layer,
-    mlps: dict[str, Mlp],
-    config: PatchConfig,
-    build: Callable[[Site], nn.Module],
-    swap: Callable[[Site, nn.Module], None],
-    index: int,
-    first: dict[int, tuple[str, nn.Module]],
-    found: dict[str, Calibrated],
-) -> None:
-    owners = {site.path: id(model.get_submodule(site.owner)) for site in layer.sites}
-    new = {owners[site.path]: site for site in reversed(layer.sites) if owners[site.path] not in first}
-    tasks = _look(model, walk, list(new.values()), mlps, config, build)
-    for path, task in tasks.items():
-        found[path] = task.solve(config, index)
-        first[owners[path]] = (path, task.activation)
-    for site in layer.sites:
-        same, activation = first[owners[site.path]]
-        swap(site, activation)
-        found[site.path] = found[same]
-    changed = {p: task for p, task in tasks.items() if isinstance(task, MlpTask) and found[p].changed_weights}
-    if not changed:
-        return
-    # What was computed from the weights must be what the model computes: a clamp that few tokens reach, for example,
-    # is nothing that the weights say.
-    with contextlib.ExitStack() as stack:
-        for task in changed.values():
-            stack.enter_context(task.checking())
-        walk.run(batches=1)
-    for path, task in changed.items():
-        if task.agrees:
-            continue
-        kept = task.give_up(config)
-        first[owners[path]] = (path, task.activation)
+class _Work:
+    """Calibrates one layer after the other, or puts back what an earlier call has finished."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        walk: Walk,
+        mlps: dict[str, Mlp],
+        config: PatchConfig,
+        build: Callable[[Site], nn.Module],
+        swap: Callable[[Site, nn.Module], None],
+        progress: Progress | None,
+    ):
+        self.model, self.walk, self.mlps, self.config = model, walk, mlps, config
+        self.build, self.swap, self.progress = build, swap, progress
+        self.first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
+        self.finished = 0 if progress is None else progress.begin()
+        if self.finished:
+            logger.warning("%d of %d layers were calibrated before and are kept", self.finished, len(walk.layers))
+
+    def on(self, layer: Layer, index: int, found: dict[str, Calibrated]) -> None:
+        """Swaps the sites of a layer; adds to `found` what was done."""
+        owners = {site.path: id(self.model.get_submodule(site.owner)) for site in layer.sites}
+        new = {owners[site.path]: site for site in reversed(layer.sites) if owners[site.path] not in self.first}
+        if self._put_back(index, new, found):
+            self._swap_all(layer, owners, found)
+            return
+        tasks = self._calibrate(index, new, found)
+        self._swap_all(layer, owners, found)
+        changed = {p: task for p, task in tasks.items() if isinstance(task, MlpTask) and found[p].changed_weights}
+        if changed and self._give_up_on(changed, found):
+            for owner, site in new.items():
+                self.first[owner] = (site.path, tasks[site.path].activation)
+            self._swap_all(layer, owners, found)
+        if self.progress is not None:
+            done = {path: (found[path], task.activation, self.mlps.get(path)) for path, task in tasks.items()}
+            self.progress.save(index, done)
+
+    def _calibrate(
+        self, index: int, new: dict[int, Site], found: dict[str, Calibrated]
+    ) -> dict[str, FitTask | MlpTask]:
+        tasks = _look(self.model, self.walk, list(new.values()), self.mlps, self.config, self.build)
+        for owner, site in new.items():
+            found[site.path] = tasks[site.path].solve(self.config, index)
+            self.first[owner] = (site.path, tasks[site.path].activation)
+        return tasks
+
+    def _put_back(self, index: int, new: dict[int, Site], found: dict[str, Calibrated]) -> bool:
+        if index >= self.finished or self.progress is None:
+            return False
+        activations = {site.path: self.build(site) for site in new.values()}
+        records = self.progress.load(index, activations, self.mlps)
+        if records is None:  # its file is damaged: it is calibrated again, and the layers after it
+            self.finished = 0
+            return False
+        found |= records
+        self.first |= {owner: (site.path, activations[site.path]) for owner, site in new.items()}
+        return True
+
+    def _swap_all(self, layer: Layer, owners: dict[str, int], found: dict[str, Calibrated]) -> None:
         for site in layer.sites:
-            if owners[site.path] == owners[path]:
-                found[site.path] = kept
-                swap(site, task.activation)
+            same, activation = self.first[owners[site.path]]
+            self.swap(site, activation)
+            found[site.path] = found[same]
+
+    def _give_up_on(self, changed: dict[str, MlpTask], found: dict[str, Calibrated]) -> bool:
+        """Whether an MLP does not give what its weights say; it then gets its own back, and ε alone is fitted.
+
+        What was computed from the weights must be what the model computes: a clamp that few tokens reach, for
+        example, is nothing that the weights say.
+        """
+        with contextlib.ExitStack() as stack:
+            for task in changed.values():
+                stack.enter_context(task.checking())
+            self.walk.run(batches=1)
+        wrong = {path: task for path, task in changed.items() if not task.agrees}
+        found |= {path: task.give_up(self.config) for path, task in wrong.items()}
+        return bool(wrong)
 
 
 def _changeable(model: nn.Module, sites: list[Site], blocks: Tensor, level: str) -> dict[str, Mlp]:

@@ -1,0 +1,138 @@
+"""What a calibration has finished, layer by layer, so that one that was killed goes on there."""
+
+import json
+import os
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crrelu_llm.environment import versions
+from crrelu_llm.files import plain, remove, sync, write_json, writing
+from crrelu_llm.patching.calibration.anatomy import Mlp, Weights
+from crrelu_llm.patching.calibration.tasks import Calibrated
+
+_IDENTITY = "calibration.json"
+_ACTIVATION, _MLP = "activation", "mlp"
+
+
+class Progress:
+    """A directory with one file for each finished layer: its new activations, the weights that changed, the records.
+
+    The stream that the next layer is fitted to is not kept: it is computed again from the patched layers, by the
+    same operations, so that the result is that of a calibration that was not stopped, bit for bit.
+
+    Args:
+        directory: Where; made with the first layer.
+        identity: What decides the result. What a directory holds of another calibration is removed.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any]):
+        self.directory, self.identity = directory, json.loads(json.dumps(plain(identity)))
+
+    @property
+    def layers(self) -> int:
+        """How many layers are finished, one after the other."""
+        found = self.directory / _IDENTITY
+        try:
+            same = found.is_file() and json.loads(found.read_text(encoding="utf-8")) == self.identity
+        except ValueError:
+            same = False
+        if not same:
+            return 0
+        count = 0
+        while self._file(count).is_file():
+            count += 1
+        return count
+
+    def begin(self) -> int:
+        """How many layers need not be done again; removes what belongs to another calibration."""
+        if not (count := self.layers):
+            self.remove()
+        return count
+
+    def remove(self) -> None:
+        """Removes everything: the result is on the disk, or nobody wants it."""
+        remove(self.directory)
+
+    def save(self, index: int, done: dict[str, tuple[Calibrated, nn.Module, Mlp | None]]) -> None:
+        """Keeps a finished layer.
+
+        Args:
+            index: Its number.
+            done: By the path of each site that was calibrated in it: the record, the new activation, and the MLP
+                where its weights were changed.
+
+        Raises:
+            DiskError: The disk is full or read-only.
+        """
+        tensors: dict[str, Tensor] = {}
+        for path, (record, activation, mlp) in done.items():
+            for name, value in activation.state_dict().items():
+                tensors[f"{path}/{_ACTIVATION}/{name}"] = value.detach().cpu().contiguous().clone()
+            if mlp is not None and record.changed_weights:
+                dtype = cast(Tensor, mlp.down.weight).dtype
+                for name, value in mlp.read().tensors().items():
+                    small = value.to(dtype)  # what the model holds, as a rule
+                    exact = small if torch.equal(small.float(), value) else value
+                    tensors[f"{path}/{_MLP}/{name}"] = exact.cpu().contiguous()
+        records = {path: asdict(record) for path, (record, _, _) in done.items()}
+        file = self._file(index)
+        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        with writing(f"the calibration's progress in {self.directory}"):
+            if not (self.directory / _IDENTITY).is_file():
+                write_json(self.directory / _IDENTITY, self.identity)
+            try:
+                save_file(tensors, scratch, metadata={"records": json.dumps(records)})
+                sync(scratch)
+                os.replace(scratch, file)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def load(
+        self, index: int, activations: dict[str, nn.Module], mlps: dict[str, Mlp]
+    ) -> dict[str, Calibrated] | None:
+        """Puts a finished layer back; None where its file cannot be read: then the layer is to be calibrated.
+
+        Args:
+            index: Its number.
+            activations: New activations by path; their parameters are set.
+            mlps: The MLPs by path; the weights of those that were changed are written.
+        """
+        try:
+            with safe_open(self._file(index), "pt") as file:
+                records = json.loads(file.metadata()["records"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        if set(records) != set(activations):
+            return None
+        for path, activation in activations.items():
+            activation.load_state_dict(_below(tensors, f"{path}/{_ACTIVATION}/"))
+            weights = _below(tensors, f"{path}/{_MLP}/")
+            if weights:
+                mlps[path].write(_as_weights(weights))
+        return {path: Calibrated(**record) for path, record in records.items()}
+
+    def _file(self, index: int) -> Path:
+        return self.directory / f"layer-{index:04d}.safetensors"
+
+
+def identity(origin: dict[str, Any], blocks: Tensor, device: torch.device) -> dict[str, Any]:
+    """All that decides the bits of a calibration: model, options, text, device and versions."""
+    text = sha256(blocks.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return {**origin, "text": [list(blocks.shape), text], "device": device.type, "versions": versions()}
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _as_weights(tensors: dict[str, Tensor]) -> Weights:
+    optional = {name: tensors.get(name) for name in ("up", "gate_bias", "up_bias", "down_bias")}
+    return Weights(gate=tensors["gate"], down=tensors["down"], **optional)

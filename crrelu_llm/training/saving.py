@@ -1,0 +1,222 @@
+"""Checkpoints and final models that are whole or absent, and logs that a resume continues where they stopped."""
+
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from crrelu_llm.files import remove, sync, write_json, writing
+from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, last_checkpoint, step_of, tidy
+
+logger = logging.getLogger("crrelu_llm")
+_SCRATCH = ".saving.tmp"
+_MODEL = ".model.tmp"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+class SavingMixin:
+    """A Trainer whose `checkpoint-N` gets its name when all of it is on the disk.
+
+    transformers writes into a directory of that name as it goes, and a kill leaves a part of it under the name of
+    the whole. Here every process writes below a hidden directory instead; when all have, the main process writes the
+    list of files, waits for the disk, and renames. Only then older checkpoints make room (`save_total_limit`).
+
+    A checkpoint also holds what has been summed up since the last line of the log, so that the first line after a
+    resume is that of an uninterrupted run where `save_steps` is no multiple of `logging_steps`.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    model: Any
+    accelerator: Any
+    _metrics: Any
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _total_loss_scalar: float
+    _total_train_tokens: Any
+    _scratch: Path | None = None
+    _resumed: bool = False
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, in a directory without the leftovers of killed writers."""
+        if self.accelerator.is_local_main_process:
+            tidy(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
+        elif not resume_from_checkpoint and (earlier := checkpoints(Path(self.args.output_dir))):
+            logger.warning(
+                "%s holds %s of an earlier run: this one starts from the beginning and overwrites what it reaches",
+                self.args.output_dir,
+                earlier[0].name,
+            )
+        self._resumed = bool(resume_from_checkpoint)
+        counting = _GoOnCounting(self, resume_from_checkpoint)
+        self.add_callback(counting)  # type: ignore[attr-defined]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.remove_callback(counting)  # type: ignore[attr-defined]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, which would train a step too many after a resume from the last one's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.model.train()  # as after a step: TRL sorts its metrics by it
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Makes the mean loss at the end that of all steps, not of those since a resume."""
+        if self._resumed and "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))  # type: ignore[misc]
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        scratch = run_dir / _SCRATCH
+        made = scratch / target.name
+        with writing(str(target)):
+            try:
+                self._scratch = scratch
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                if not self.args.save_only_model:
+                    write_json(made / _counts_name(self.args.process_index), self._counts())
+                self.accelerator.wait_for_everyone()
+                self._publish(made, target)
+            finally:
+                self._scratch = None
+                if self.accelerator.is_local_main_process:
+                    remove(scratch)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            rotate(target, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._scratch is None:  # else it is pushed when it has its name
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _publish(self, made: Path, target: Path) -> None:
+        """Gives a checkpoint that every process has written its name, and its name to the trainer's state."""
+        step = self.state.best_global_step
+        best = target.with_name(f"checkpoint-{step}")
+        if step and (best == target or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(made / STATE))
+            files = [path for path in sorted(made.rglob("*")) if path.is_file()]
+            write_json(made / FILES, {str(path.relative_to(made)): path.stat().st_size for path in files})
+            sync(made)
+            _rename(made, target)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and made.is_dir():  # a node with a disk of its own
+            _rename(made, target)
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "loss": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "metrics": dict(self._metrics["train"]),
+            "tokens": self._total_train_tokens,
+        }
+
+    def _set_counts(self, counts: dict[str, Any]) -> None:
+        self._tr_loss.fill_(_number(counts["loss"]))
+        self._globalstep_last_logged = counts["logged"]
+        self._total_loss_scalar = _number(counts["total_loss"])
+        self._total_train_tokens = counts["tokens"]
+        for name, values in counts["metrics"].items():
+            self._metrics["train"][name] = [_number(value) for value in values]
+
+
+class _GoOnCounting(TrainerCallback):
+    """Puts the sums of a checkpoint back, after the Trainer has set them to 0."""
+
+    def __init__(self, trainer: Any, checkpoint: Any):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads this process's sums; a checkpoint of plain TRL has none, nor one of fewer processes."""
+        path = Path(str(self.checkpoint)) / _counts_name(args.process_index)
+        if self.checkpoint and path.is_file():
+            self.trainer._set_counts(json.loads(path.read_text(encoding="utf-8")))
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Deletes checkpoints beside the newest until `limit` are left, never it or the best one; the oldest first.
+
+    Those with a greater number than the newest are of an earlier run, so the oldest of all.
+    """
+    found = checkpoints(newest.parent)
+    kept = {newest.name, Path(best).name} if best else {newest.name}
+    order = sorted(found, key=lambda path: (step_of(path) <= step_of(newest), step_of(path)))
+    spare = [path for path in order if path.name not in kept]
+    for path in spare[: max(0, len(found) - limit)] if limit and limit > 0 else ():
+        remove(path)
+
+
+def save_final_model(trainer: Any) -> None:
+    """Writes the trained model into `output_dir` file by file, each whole or absent.
+
+    Raises:
+        DiskError: The disk is full or read-only.
+    """
+    target = Path(trainer.args.output_dir)
+    made = target / _MODEL
+    with writing(f"the trained model in {target}"):
+        try:
+            if trainer.args.should_save and (target / "README.md").is_file():  # PEFT completes it
+                made.mkdir(parents=True, exist_ok=True)
+                shutil.copy(target / "README.md", made)
+            if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the model is whole
+                trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+            trainer.save_model(str(made), _internal_call=True)  # else it would also push, before the files are there
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                sync(made)
+                _move_into(made, target)
+        finally:
+            if trainer.accelerator.is_local_main_process:
+                remove(made)
+        trainer.accelerator.wait_for_everyone()
+
+
+def _move_into(made: Path, target: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    for path in made.iterdir():
+        if path.is_dir():
+            remove(target / path.name)
+        os.replace(path, target / path.name)
+    for pattern in _WEIGHTS:  # of an earlier model, in other pieces
+        for path in target.glob(pattern):
+            if path.name not in names:
+                path.unlink()
+
+
+def _rename(made: Path, target: Path) -> None:
+    aside = target.with_name(f".{target.name}{ASIDE}")
+    if target.exists():  # an earlier run's, or a damaged one; `tidy` puts it back where a kill comes now
+        remove(aside)
+        os.replace(target, aside)
+    os.replace(made, target)
+    remove(aside)
+
+
+def _counts_name(process: int) -> str:
+    return f"log_state_{process}.json"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN
