@@ -11,7 +11,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="crrelu plan",
         description="What a GPU would hold in training (weights, gradients, optimiser, activations), for each file "
-        "of recipes/accelerate_configs, and which to take. Plays one step through without weights: reads the config alone.",
+        "of recipes/accelerate_configs, and which to take. Plays one step through from the config alone, no weights.",
         epilog="example: crrelu plan meta-llama/Llama-3.1-8B --gpus 8 --per_device_train_batch_size 4",
     )
     add = parser.add_argument

@@ -52,7 +52,7 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
         recorder.noted[_place(output)] = _Noted(output, output._version, function, inputs)
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor begins: the same for two tensors that share their memory there, while both live."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
@@ -77,7 +77,7 @@ class _Noted:
 class _Recorder:
     def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
         self.outer = outer
-        self.noted: dict[tuple[int, int], _Noted] = {}  # by place
+        self.noted: dict[tuple[Any, ...], _Noted] = {}  # by place
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps instead of a tensor."""

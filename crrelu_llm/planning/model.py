@@ -16,6 +16,7 @@ from crrelu_llm.planning.job import NATIVE, Job
 # bitsandbytes' NF4: half a byte, and a scale for each 64, which the recipes quantise too (`use_bnb_nested_quant`): one
 # byte, and a float32 for 256 of them.
 _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+_DROPOUT = 0.05  # TRL's default for adapters; what it drops is kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def _with_adapters(model: Any, job: Job) -> Any:
 
     found = section.read(model.config)
     sites = [site["path"] for site in found["sites"]] if found and found["activation"] == "crrelu" else None
-    adapters = LoraConfig(r=job.lora_r, target_modules="all-linear", modules_to_save=sites, task_type="CAUSAL_LM")
+    adapters = LoraConfig(
+        r=job.lora_r, target_modules="all-linear", lora_dropout=_DROPOUT, modules_to_save=sites, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, adapters)
     if job.load_in_4bit:  # TRL makes what QLoRA trains bfloat16; our trainer keeps ε float32
         for name, parameter in model.named_parameters():

@@ -177,9 +177,18 @@ def _share(
     buffers: float,
     moments: dict[str, float],
 ) -> Share:
-    sizes = (weights, gradients, optimizer, reference, activations, buffers)
     moment = max(moments, key=moments.__getitem__)
-    return Share(config, *map(ceil, sizes), ceil(moments[moment]), moment)  # type: ignore[arg-type]
+    return Share(
+        config,
+        ceil(weights),
+        ceil(gradients),
+        ceil(optimizer),
+        ceil(reference),
+        ceil(activations),
+        ceil(buffers),
+        ceil(moments[moment]),
+        moment,
+    )
 
 
 def _compute_bytes(job: Job) -> int:

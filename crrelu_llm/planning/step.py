@@ -1,7 +1,7 @@
 """Plays one training step through on fake tensors and counts what torch would hold, allocation by allocation.
 
-No formula of ours says what a layer keeps: the model's own code, autograd, autocast, gradient checkpointing, TRL's fused
-LM head and `recompute_activation` do what they do in training, on tensors that have a size and no contents.
+No formula of ours says what a layer keeps: the model's own code, autograd, autocast, gradient checkpointing, TRL's
+fused LM head and `recompute_activation` do what they do in training, on tensors that have a size and no contents.
 """
 
 import contextlib
