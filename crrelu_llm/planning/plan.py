@@ -64,7 +64,7 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
         "configs": [asdict(row) | {"fits": row.total <= limit} for row in rows],
         "recommended": None if best is None else best.config,
         "command": None if best is None else command(job, best.config, gpus, gpus_per_node),
-        "activations": _variants(config, job, best or rows[-1]),
+        "activations": _variants(config, steps, best or rows[-1]),
         "host": _host(steps, gpus, gpus_per_node),
         "counted": COUNTED,
     }
@@ -87,13 +87,13 @@ def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
     return " ".join([*launch, f"-m crrelu_llm {job.trainer} --config R.yaml", *options])
 
 
-def _variants(config: Any, job: Job, row: Share) -> list[dict[str, Any]]:
+def _variants(config: Any, planned: Steps, row: Share) -> list[dict[str, Any]]:
     """The activations of one configuration with and without what saves them."""
-    result = []
+    job, result = planned.job, []
     for checkpointing in (True, False):
         for recompute in (False, True) if job.activation in ("crrelu", "native") else (False,):
             variant = replace(job, gradient_checkpointing=checkpointing, recompute_activation=recompute)
-            steps = Steps(prepared_config(config, variant), variant)
+            steps = planned if variant == job else Steps(prepared_config(config, variant), variant)
             step = steps.replicated() if row.config in ("single_gpu", "ddp") else steps.sharded()
             result.append(
                 {

@@ -5,6 +5,7 @@ fused LM head and `recompute_activation` do what they do in training, on tensors
 """
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
     """
     model = build(config, job, dtype)
     second = reference(config, dtype) if job.has_reference else None
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # says at length what is raised too
     try:
         with FakeTensorMode(), _kernels(job):
             return _play(model, second, job, autocast)
@@ -80,9 +82,10 @@ def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
         raise
     except Exception as error:  # whatever a family's own code does that only real tensors can
         line = next((line for line in str(error).splitlines() if line.strip()), "")
+        hint = "; its experts take --dtype bfloat16" if "Expected inputs of BF16 type" in line else ""
         raise InputError(
             f"model type {config.model_type} cannot be planned: a step on tensors without contents fails with "
-            f"{type(error).__name__}: {line.strip()[:120]}"
+            f"{type(error).__name__}: {line.strip()[:120]}{hint}"
         ) from error
 
 
@@ -105,7 +108,9 @@ def _play(model: Any, second: Any, job: Job, autocast: bool) -> Step:
             with torch.no_grad(), tracker.watch() as seen, precision, _without_adapters(model, second) as other:
                 other(**batch, fused_lm_head=True)
             in_reference = seen()
-        output.log_probs.sum().backward()
+        loss = output.log_probs.sum()
+        tracker.backward = True
+        loss.backward()
     tracker.note()
     return Step(tuple(sorted(tracker.peaks.items())), kept, in_reference, count(model, job))
 
@@ -126,6 +131,7 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, models: list[nn.Module]) -> None:
         super().__init__()
         self.other = self.gradients = 0
+        self.backward = False  # whether the backward pass has begun
         self.peaks = {0: 0}  # by the gradients that are complete
         self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self._watched = 0
@@ -138,7 +144,10 @@ class _Tracker(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
-        self.note()
+        # Autograd adds a tensor's gradients up in place, except where a mode like this one looks on. Noting the sum
+        # with the next operator alone counts the first summand only where it lives on.
+        if not (self.backward and func is torch.ops.aten.add.Tensor):
+            self.note()
         return result
 
     def note(self) -> None:

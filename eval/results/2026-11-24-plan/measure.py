@@ -3,8 +3,9 @@
     python eval/results/2026-11-24-plan/measure.py --smollm2 DIRECTORY --output measured.json
 
 Each case trains two steps by `crrelu sft|dpo`'s own trainer in a process of its own; the second step has AdamW's
-moments. Measured is what torch allocates (every allocation, from torch's profiler), the model's weights included; and,
-in another process without the profiler, the peak of the resident memory above what it was before the model was loaded.
+moments. Measured is what torch allocates (every allocation, from torch's profiler), the model's weights included;
+and, in another process without the profiler, for the plainest cases, the peak of the resident memory above what it was
+before the libraries and the model were loaded.
 """
 
 import argparse
@@ -63,9 +64,8 @@ def main() -> None:
     for case in CASES:
         if case["model"] == "nano" or args.smollm2:
             path = "builtin:nano" if case["model"] == "nano" else args.smollm2
-            row = {"case": case} | {
-                how: _in_a_process(case | {"model": path}, how) for how in ("planned", "allocated", "resident")
-            }
+            hows = ("planned", "allocated", "resident") if len(case) == 4 else ("planned", "allocated")
+            row = {"case": case} | {how: _in_a_process(case | {"model": path}, how) for how in hows}
             row["error"] = row["planned"] / row["allocated"] - 1
             rows.append(row)
             print(_line(row), flush=True)
@@ -78,7 +78,7 @@ def _line(row: dict[str, Any]) -> str:
     words += [key for key in ("gradient_checkpointing", "recompute_activation", "use_peft", "bf16") if case.get(key)]
     words += ["native"] if "activation" in case else []
     words += ["accumulation"] if "gradient_accumulation_steps" in case else []
-    sizes = " | ".join(f"{row[how] / 2**20:.1f}" for how in ("planned", "allocated", "resident"))
+    sizes = " | ".join(f"{row[how] / 2**20:.1f}" if how in row else "" for how in ("planned", "allocated", "resident"))
     return f"| {case['model']} | {', '.join(words)} | {sizes} | {row['error']:+.1%} |"
 
 
