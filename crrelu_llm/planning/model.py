@@ -93,7 +93,7 @@ def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
         if job.use_peft:
             model.enable_input_require_grads()
         try:
-            base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+            base_model(model).activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:  # as in training
             raise InputError(f"{error} Add --gradient_checkpointing false") from error
     return model

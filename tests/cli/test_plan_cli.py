@@ -93,12 +93,12 @@ def test_the_built_in_model_and_a_patched_one(tmp_path, capsys):
     assert "already patched to crrelu" in capsys.readouterr().err
 
 
-def test_a_trillion_parameters(tmp_path, capsys):
-    sizes = {"hidden_size": 32768, "intermediate_size": 65536, "num_hidden_layers": 8, "num_attention_heads": 256}
+def test_more_weights_than_a_test_machine_holds(tmp_path, capsys):
+    sizes = {"hidden_size": 32768, "intermediate_size": 65536, "num_hidden_layers": 2, "num_attention_heads": 256}
     tiny_config("llama", **sizes, num_key_value_heads=256).to_json_file(tmp_path / "config.json")
     found = document(capsys, tmp_path, "--gpus", 64)
     (fsdp2,) = [row for row in found["configs"] if row["config"] == "multi_node"]
-    assert found["parameters"]["total"] > 8e10 and fsdp2["weights"] * 64 >= 4 * found["parameters"]["total"]
+    assert found["parameters"]["total"] > 2e10 and fsdp2["weights"] * 64 >= 4 * found["parameters"]["total"]
 
 
 @pytest.mark.parametrize(
