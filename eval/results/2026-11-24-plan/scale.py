@@ -64,7 +64,7 @@ def _row(name: str, what: str, plan: dict[str, Any]) -> str:
     chosen = plan["recommended"]
     row = next((row for row in plan["configs"] if row["config"] == chosen), None)
     row = row or min(plan["configs"], key=lambda row: row["total"])
-    config = f"`{row['config']}`" + ("" if chosen else ", does not fit")
+    config = f"`{row['config']}`" + ("" if chosen else " (nothing leaves a tenth free)")
     parts = ("weights", "gradients", "optimizer", "reference", "buffers", "activations", "total")
     free = {entry["recompute_activation"]: entry["bytes"] for entry in plan["activations"]
             if not entry["gradient_checkpointing"]}  # fmt: skip
