@@ -66,10 +66,10 @@ def main() -> None:
             path = "builtin:nano" if case["model"] == "nano" else args.smollm2
             hows = ("planned", "allocated", "resident") if len(case) == 4 else ("planned", "allocated")
             row = {"case": case} | {how: _in_a_process(case | {"model": path}, how) for how in hows}
-            row["error"] = row["planned"] / row["allocated"] - 1
-            rows.append(row)
             print(_line(row), flush=True)
-    Path(args.output).write_text(json.dumps({"environment": environment(), "cases": rows}, indent=2) + "\n")
+            rows.append({"case": case} | {f"{how}_mib": round(row[how] / 2**20, 1) for how in hows})
+            rows[-1]["error_percent"] = round(100 * (row["planned"] / row["allocated"] - 1), 1)
+            Path(args.output).write_text(json.dumps({"environment": environment(), "cases": rows}, indent=2) + "\n")
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def _line(row: dict[str, Any]) -> str:
     words += ["native"] if "activation" in case else []
     words += ["accumulation"] if "gradient_accumulation_steps" in case else []
     sizes = " | ".join(f"{row[how] / 2**20:.1f}" if how in row else "" for how in ("planned", "allocated", "resident"))
-    return f"| {case['model']} | {', '.join(words)} | {sizes} | {row['error']:+.1%} |"
+    return f"| {case['model']} | {', '.join(words)} | {sizes} | {row['planned'] / row['allocated'] - 1:+.1%} |"
 
 
 def _in_a_process(case: dict[str, Any], how: str) -> int:
