@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _local = threading.local()
+# What is nothing but its memory, so that it can be told by it; a fake tensor, which stands for one where memory is
+# planned, has a place without contents. A tensor that is spread over devices, or stands for none, is left out.
+_PLAIN = (Tensor, FakeTensor)
 
 
 @contextlib.contextmanager
@@ -44,11 +48,15 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
     if torch.compiler.is_compiling():
         return
     recorder = getattr(_local, "recorder", None)
-    # Only what is nothing but its memory can be told by it: no tensor that is spread over devices, or stands for none.
-    if recorder is not None and type(output) is Tensor and output.requires_grad and output.is_contiguous():
+    if recorder is not None and type(output) in _PLAIN and output.requires_grad and output.is_contiguous():
         # ZeRO-3 takes ε away after this module, and brings it back after the backward pass of the next one.
         kept = tuple(part.detach().clone() if hasattr(part, "ds_id") else part for part in inputs)
-        recorder.noted[output.data_ptr()] = _Noted(output, output._version, function, kept)
+        recorder.noted[_place(output)] = _Noted(output, output._version, function, kept)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor begins: the same for two tensors that share their memory there, while both live."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 @dataclass
@@ -59,7 +67,7 @@ class _Noted:
     inputs: tuple[Tensor, ...]
 
     def is_(self, tensor: Tensor) -> bool:
-        """Whether a tensor at its address is the output, or all of it in its order (a linear layer flattens it)."""
+        """Whether a tensor at its place is the output, or all of it in its order (a linear layer flattens it)."""
         return (
             tensor.numel() == self.output.numel() > 0
             and tensor.dtype == self.output.dtype
@@ -71,12 +79,12 @@ class _Noted:
 class _Recorder:
     def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
         self.outer = outer
-        self.noted: dict[int, _Noted] = {}  # by address
+        self.noted: dict[tuple[Any, ...], _Noted] = {}  # by place
 
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps instead of a tensor."""
-        if type(tensor) is Tensor and tensor.layout == torch.strided:
-            noted = self.noted.get(tensor.data_ptr())
+        if type(tensor) in _PLAIN and tensor.layout == torch.strided:
+            noted = self.noted.get(_place(tensor))
             if noted is not None and noted.is_(tensor):
                 return _Recomputed(noted.function, [self._keep(part) for part in noted.inputs], tensor.shape)
         return self._keep(tensor)

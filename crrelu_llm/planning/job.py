@@ -1,0 +1,78 @@
+"""What is planned: the options of a training run that decide its memory, and the model they are for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import checkpoint
+
+NATIVE = "native"  # the model's own activation, as in a comparison's arms
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of a run that decide its memory, named and with the defaults as in TRL and in our recipes.
+
+    Attributes:
+        trainer: `"sft"` or `"dpo"`.
+        activation: `crrelu`, a name of transformers' ACT2FN, or `native`.
+        use_cpu: Plan for a CPU: its kernels have other temporaries, and nothing is cast to bf16 unless `bf16` says so.
+    """
+
+    trainer: str = "sft"
+    activation: str = "crrelu"
+    epsilon_per: str = "layer"
+    recompute_activation: bool = False
+    per_device_train_batch_size: int = 8
+    max_length: int = 1024
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    dtype: str = "float32"
+    bf16: bool = True
+    use_peft: bool = False
+    lora_r: int = 16
+    load_in_4bit: bool = False
+    precompute_ref_log_probs: bool = False
+    use_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for options that do not go together."""
+        for key in ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps", "lora_r"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be 1 or more, not {getattr(self, key)}")
+        if self.load_in_4bit and not self.use_peft:
+            raise InputError("load_in_4bit: 4-bit weights cannot be trained themselves; add --use_peft")
+        if self.precompute_ref_log_probs and self.trainer != "dpo":
+            raise InputError("precompute_ref_log_probs is for DPO, which has a reference model; add --trainer dpo")
+        if self.recompute_activation and self.activation not in ("crrelu", NATIVE):
+            raise InputError(f"recompute_activation is for CRReLU; it does nothing for {self.activation}")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a second model is held while training: DPO's reference. Adapters are switched off instead."""
+        return self.trainer == "dpo" and not self.use_peft and not self.precompute_ref_log_probs
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one forward pass; DPO's chosen and rejected answers go together."""
+        return self.per_device_train_batch_size * (2 if self.trainer == "dpo" else 1)
+
+
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The config of a MODEL as `checkpoint` takes it, or of a bare `config.json` under any name.
+
+    Raises:
+        InputError: No such model, or no config.
+    """
+    if not model.endswith(".json"):
+        return checkpoint.load_config(model, trust_remote_code=trust_remote_code)
+    if not Path(model).expanduser().is_file():
+        raise InputError(f"no such file: {model}")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(Path(model).expanduser()), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{model}: not the config of a model: {first.strip()}") from error

@@ -1,0 +1,214 @@
+"""The model of a job without its weights: every tensor has a shape and a place, and no contents."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import section
+from crrelu_llm.patching.sites import survey
+from crrelu_llm.patching.swap import PatchConfig
+from crrelu_llm.planning.job import NATIVE, Job
+
+# bitsandbytes' NF4: half a byte, and a scale for each 64, which the recipes quantise too (`use_bnb_nested_quant`): one
+# byte, and a float32 for 256 of them.
+_BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+_DROPOUT = 0.05  # TRL's default for adapters; what it drops is kept for the backward pass
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters; tied ones count once, and ε counts.
+
+    Attributes:
+        total: All of them, adapters included.
+        trainable: Those that are trained.
+        adapters: Those that LoRA adds (with the copies of ε that it trains).
+        quantised: Those that 4-bit loading stores in 4 bits.
+        epsilon: Those of ε.
+        unit: Those of the largest transformer layer, the unit that FSDP2 gathers.
+        unit_trainable: Those of it that are trained.
+        tail: Those of FSDP2's unit that stays gathered: final norm and LM head (with the embedding it is tied to).
+        tail_trainable: Those of it that are trained.
+        embedding: Those of an embedding that is not tied to the head.
+        largest: Those of the largest linear layer.
+    """
+
+    total: int
+    trainable: int
+    adapters: int
+    quantised: int
+    epsilon: int
+    unit: int
+    unit_trainable: int
+    tail: int
+    tail_trainable: int
+    embedding: int
+    largest: int
+
+
+def prepared_config(config: Any, job: Job) -> Any:
+    """A copy of a model's config that builds the model as the job trains it: patched.
+
+    Raises:
+        InputError: The model has no causal LM, no sites, or is patched to another activation.
+    """
+    config = copy.deepcopy(config)
+    if not job.use_cpu:  # a GPU's attention kernels drop out inside; a CPU's would fall back to one that keeps it all
+        for key in ("attn_pdrop", "attention_dropout"):
+            if getattr(config.get_text_config(), key, None):
+                setattr(config.get_text_config(), key, 0.0)
+    found = section.read(config)
+    if found is not None:
+        if job.activation not in (NATIVE, found["activation"]):
+            raise InputError(f"the model is already patched to {found['activation']}; leave --activation out")
+        found["recompute_activation"] = job.recompute_activation or found.get("recompute_activation", False)
+        return config
+    if job.activation == NATIVE:
+        return config
+    patch = PatchConfig(job.activation, epsilon_per=job.epsilon_per, recompute_activation=job.recompute_activation)
+    sites = survey(_from_config(config))[0]
+    section.write(config, patch, sites, {})
+    return config
+
+
+def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
+    """The model that is trained, in training mode, adapters included; on the meta device."""
+    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+    model = _from_config(config, dtype=dtype)
+    model.config.use_cache = False
+    more = ("mean_logits",) if job.trainer == "dpo" else ()
+    outputs = ("log_probs", "entropy", "is_top1", *more)  # as TRL asks for them
+    add_fused_lm_head(model, outputs=outputs)
+    if job.use_peft:
+        model = _with_adapters(model, job)
+    model.train()
+    if job.trainer == "dpo":
+        disable_dropout_in_model(model)
+    if job.gradient_checkpointing:
+        if job.use_peft:
+            model.enable_input_require_grads()
+        try:
+            base_model(model).activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:  # as in training
+            raise InputError(f"{error} Add --gradient_checkpointing false") from error
+    return model
+
+
+def reference(config: Any, dtype: torch.dtype) -> Any:
+    """DPO's reference model, in evaluation mode; on the meta device."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _from_config(config, dtype=dtype)
+    model.config.use_cache = False
+    add_fused_lm_head(model)
+    return model.eval().requires_grad_(False)
+
+
+def give_fake_tensors(model: nn.Module) -> None:
+    """Replaces every parameter and buffer by a fake one on the CPU, tied ones by one; call it in a FakeTensorMode.
+
+    Modules are built on the meta device before, which more libraries can do than build on fake tensors.
+    """
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _from_config(config: Any, **kwargs: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{config.model_type} has no causal language model in transformers") from error
+
+
+def _with_adapters(model: Any, job: Job) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    found = section.read(model.config)
+    sites = [site["path"] for site in found["sites"]] if found and found["activation"] == "crrelu" else None
+    adapters = LoraConfig(
+        r=job.lora_r, target_modules="all-linear", lora_dropout=_DROPOUT, modules_to_save=sites, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, adapters)
+    if job.load_in_4bit:  # TRL makes what QLoRA trains bfloat16; our trainer keeps ε float32
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.endswith(".epsilon"):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def count(model: Any, job: Job) -> Counts:
+    """Counts the parameters of a built model."""
+    base = base_model(model)
+    layer_classes = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in layer_classes]
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    in_layers = {id(entry) for layer in layers for entry in layer.parameters()}
+    rest = {id(entry): entry for entry in base.parameters() if id(entry) not in in_layers}
+    untied = head is not None and embedding is not None and head.weight is not embedding.weight
+    embeddings = {id(entry) for entry in embedding.parameters()} if untied else set()
+    tail = [entry for key, entry in rest.items() if key not in embeddings]
+    largest_layer = max(layers, key=_size, default=None)
+    linear = [module for name, module in base.named_modules() if _is_quantised(name, module, head)]
+    names = dict(model.named_parameters())
+    return Counts(
+        total=_size(model),
+        trainable=_trainable(model.parameters()),
+        adapters=sum(p.numel() for name, p in names.items() if ".lora_" in name or ".modules_to_save." in name),
+        quantised=sum(module.weight.numel() for module in linear) if job.load_in_4bit else 0,
+        epsilon=sum(
+            p.numel() for name, p in names.items() if name.endswith("epsilon") and "original_module" not in name
+        ),
+        unit=_size(largest_layer) if largest_layer is not None else 0,
+        unit_trainable=_trainable(largest_layer.parameters()) if largest_layer is not None else 0,
+        tail=sum(entry.numel() for entry in tail),
+        tail_trainable=_trainable(tail),
+        embedding=sum(rest[key].numel() for key in embeddings),
+        largest=max((module.weight.numel() for module in linear), default=0),
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(entry.numel() for entry in module.parameters())
+
+
+def _trainable(parameters: Any) -> int:
+    return sum(entry.numel() for entry in parameters if entry.requires_grad)
+
+
+def _is_quantised(name: str, module: nn.Module, head: Any) -> bool:
+    """What bitsandbytes replaces: linear layers (GPT-2's Conv1D too), but neither the head nor the adapters."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in f".{name}"
+
+
+def weight_bytes(counts: Counts, job: Job) -> float:
+    """Bytes of the weights as they are loaded, adapters included."""
+    each = getattr(torch, job.dtype).itemsize
+    adapters = counts.adapters * (2 if job.load_in_4bit else 4)  # PEFT keeps adapters in float32, TRL's QLoRA in bf16
+    base = counts.total - counts.adapters
+    return (base - counts.quantised) * each + counts.quantised * _BYTES_4BIT + adapters

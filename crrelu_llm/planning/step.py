@@ -1,0 +1,201 @@
+"""Plays one training step through on fake tensors and counts what torch would hold, allocation by allocation.
+
+No formula of ours says what a layer keeps: the model's own code, autograd, autocast, gradient checkpointing, TRL's
+fused LM head and `recompute_activation` do what they do in training, on tensors that have a size and no contents.
+"""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.planning.job import Job
+from crrelu_llm.planning.model import Counts, build, count, give_fake_tensors, reference
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step holds beyond weights, optimiser states and reference, in bytes.
+
+    Attributes:
+        moments: Pairs: how much of the gradients is complete, and the most that anything else took meanwhile.
+        kept: What the forward pass leaves for the backward pass.
+        in_reference: The most that was held while DPO's reference computed, what the forward pass had left included.
+        counts: The parameters of the model that was trained.
+    """
+
+    moments: tuple[tuple[int, int], ...]
+    kept: int
+    in_reference: int
+    counts: Counts
+
+    @property
+    def activations(self) -> int:
+        """The most that is held, complete gradients aside: activations, and what operators need while they compute."""
+        return max(other for _, other in self.moments)
+
+    @property
+    def gradients(self) -> int:
+        """All gradients, in the dtype in which they arrive."""
+        return self.moments[-1][0]
+
+    def peak(self, share: float, accumulates: bool) -> float:
+        """The most that gradients and everything else take together.
+
+        Args:
+            share: How many bytes stay for a byte of gradient (1; less where gradients are sharded).
+            accumulates: The gradients of earlier batches are there from the start.
+        """
+        if accumulates:
+            return self.gradients * share + self.activations
+        return max(complete * share + other for complete, other in self.moments)
+
+
+def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
+    """Plays one step of a job.
+
+    Args:
+        config: From `prepared_config`.
+        job: What is trained, and how.
+        dtype: Of the weights that the step computes with.
+        autocast: Whether matrix products are cast to bfloat16.
+
+    Raises:
+        InputError: The model's own code needs the values of tensors.
+    """
+    model = build(config, job, dtype)
+    second = reference(config, dtype) if job.has_reference else None
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # says at length what is raised too
+    try:
+        with FakeTensorMode(), _kernels(job):
+            return _play(model, second, job, autocast)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a family's own code does that only real tensors can
+        line = next((line for line in str(error).splitlines() if line.strip()), "")
+        hint = "; its experts take --dtype bfloat16" if "Expected inputs of BF16 type" in line else ""
+        raise InputError(
+            f"model type {config.model_type} cannot be planned: a step on tensors without contents fails with "
+            f"{type(error).__name__}: {line.strip()[:120]}{hint}"
+        ) from error
+
+
+def _play(model: Any, second: Any, job: Job, autocast: bool) -> Step:
+    models = [module for module in (model, second) if module is not None]
+    for module in models:
+        give_fake_tensors(module)
+    tracker = _Tracker(models)
+    _take_gradients_away(model, tracker)
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    in_reference = 0
+    with tracker:
+        ids = torch.ones((job.rows, job.max_length), dtype=torch.long)
+        # A padded batch: rows of equal length need no mask, and a little less memory.
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        with precision:
+            output = model(**batch, fused_lm_head=True)
+        kept = tracker.other
+        if job.trainer == "dpo" and not job.precompute_ref_log_probs:
+            with torch.no_grad(), tracker.watch() as seen, precision, _without_adapters(model, second) as other:
+                other(**batch, fused_lm_head=True)
+            in_reference = seen()
+        loss = output.log_probs.sum()
+        tracker.backward = True
+        loss.backward()
+    tracker.note()
+    return Step(tuple(sorted(tracker.peaks.items())), kept, in_reference, count(model, job))
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any, second: Any) -> Iterator[Any]:
+    """What DPO compares with: the second model, or the trained one with its adapters off and nothing checkpointed."""
+    if second is not None:
+        yield second
+        return
+    with model.disable_adapter():
+        yield model
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the memory of every tensor that an operator makes, until the last one that uses it is gone."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        super().__init__()
+        self.other = self.gradients = 0
+        self.backward = False  # whether the backward pass has begun
+        self.peaks = {0: 0}  # by the gradients that are complete
+        self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+        self._watched = 0
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self._seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        # Autograd adds a tensor's gradients up in place, except where a mode like this one looks on. Noting the sum
+        # with the next operator alone counts the first summand only where it lives on.
+        if not (self.backward and func is torch.ops.aten.add.Tensor):
+            self.note()
+        return result
+
+    def note(self) -> None:
+        """Takes down what is held now."""
+        self.peaks[self.gradients] = max(self.peaks.get(self.gradients, 0), self.other)
+        self._watched = max(self._watched, self.other)
+
+    def _add(self, storage: Any) -> None:
+        if storage not in self._seen:
+            self._seen[storage] = None
+            size = storage.nbytes()
+            self.other += size
+            weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.other -= size
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Callable[[], int]]:
+        """Within it, the most that is held, which the yielded function returns."""
+        self._watched = self.other
+        yield lambda: self._watched
+
+
+def _take_gradients_away(model: nn.Module, tracker: _Tracker) -> None:
+    """Counts a gradient as complete once it is, and lets go of it: who keeps how much of it is another question."""
+
+    def take(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        tracker.gradients += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(take)
+
+
+@contextlib.contextmanager
+def _kernels(job: Job) -> Iterator[None]:
+    """On a GPU, TRL's fused LM head computes in one tile, in place; its plain version for CPUs makes copies of it."""
+    from trl.kernels import chunked_logprob as head
+
+    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")
+    originals = {name: getattr(head, name) for name in names}
+    try:
+        for name in () if job.use_cpu else names:
+            setattr(head, name, lambda *args, **kwargs: None)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(head, name, original)

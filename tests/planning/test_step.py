@@ -1,0 +1,154 @@
+"""A step that is played through on fake tensors against the real one: the same code must hold the same memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import family_config
+from runs import LORA, Workshop
+from tiny import tiny_config
+
+from crrelu_llm.bench.memory import peak_memory
+from crrelu_llm.errors import InputError
+from crrelu_llm.planning.job import Job, load_config
+from crrelu_llm.planning.model import prepared_config
+from crrelu_llm.planning.spread import Steps, single_gpu
+from crrelu_llm.planning.step import play
+
+CPU = Job(use_cpu=True, bf16=False, per_device_train_batch_size=2, max_length=32, gradient_checkpointing=False)
+GPU = Job(per_device_train_batch_size=2, max_length=32, gradient_checkpointing=False)
+
+
+def step(config, job, dtype=torch.float32):
+    return play(prepared_config(config, job), job, dtype, job.bf16)
+
+
+def wide_llama(**sizes):
+    return tiny_config("llama", **{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6} | sizes)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return wide_llama()
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sft", {"recompute_activation": True}),
+        ("sft", {"bf16": True, "gradient_checkpointing": True}),
+        ("dpo", LORA),
+        slow("sft", {}),
+        slow("sft", {"bf16": True}),
+        slow("sft", {"gradient_checkpointing": True}),
+        slow("sft", {"gradient_accumulation_steps": 2}),
+        slow("sft", LORA),
+        slow("dpo", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) if len(value) < 3 else "lora",
+)
+def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Workshop, monkeypatch):
+    """What torch allocates in two steps of the tiny GPT-2 by TRL's trainers, every batch padded: never more than
+    planned, and at most a tenth less (a few tensors of one layer, which a model of two layers shows)."""
+    # Of TRL's 32 768, so that the layers, not the head's tile, are most of it.
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512)
+    batch, length = 4, 96
+    words = [length if row % 2 == 0 else 4 for row in range(batch * options.get("gradient_accumulation_steps", 1))]
+    texts = [" ".join(["river"] * count) for count in words]
+    rows = [{"text": text} for text in texts]
+    if kind == "dpo":
+        rows = [{"prompt": "the", "chosen": " " + text, "rejected": " stone"} for text in texts]
+    sizes = {"per_device_train_batch_size": batch, "max_length": length, "lora_dropout": 0.05}
+    data = workshop.data(kind, train=rows)
+    _, trainer = workshop.trainer(kind, "real", **(sizes | options | {"max_steps": 2, "dataset_name": data}))
+    models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) else [])]
+    held = {tensor.untyped_storage() for model in models for tensor in (*model.parameters(), *model.buffers())}
+    weights = sum(storage.nbytes() for storage in held)
+    measured = weights + peak_memory(trainer.train, torch.device("cpu"))
+
+    known = {key: value for key, value in options.items() if not key.startswith("l")}
+    job = replace(CPU, trainer=kind, per_device_train_batch_size=batch, max_length=length, **known)
+    job = replace(job, lora_r=options.get("lora_r", 16))
+    config = load_config(workshop.model)
+    planned = single_gpu(Steps(prepared_config(config, job), job)).total
+    assert measured * 0.999 <= planned <= measured * 1.1
+
+
+@pytest.mark.parametrize(
+    ("options", "tensors"),
+    [
+        ({"activation": "native"}, 4),  # gate, its activation, up, and their product
+        ({}, 3),  # CRReLU's gated product is one pass: gate, up, product
+        ({"recompute_activation": True}, 2),
+    ],
+)
+def test_what_a_gated_mlp_keeps(options, tensors):
+    """Counted by hand, in float32 without checkpointing: twice the width keeps so many more tensors of that width."""
+    kept = [step(wide_llama(intermediate_size=width), replace(CPU, **options)).kept for width in (1024, 2048)]
+    assert kept[1] - kept[0] == tensors * 6 * (2 * 32 * 1024) * 4
+
+
+@pytest.mark.parametrize("base", [GPU, replace(GPU, gradient_checkpointing=True), replace(GPU, use_peft=True)])
+def test_recomputing_takes_no_more(base, llama):
+    plain, less = step(llama, base), step(llama, replace(base, recompute_activation=True))
+    assert less.activations <= plain.activations and less.kept <= plain.kept
+    assert less.gradients == plain.gradients
+
+
+def test_recomputing_saves_one_output_a_layer(llama):
+    saved = step(llama, GPU).kept - step(llama, replace(GPU, recompute_activation=True)).kept
+    assert saved == 6 * 2 * 32 * 1024 * 2  # layers x rows x tokens x channels x bf16
+
+
+def test_checkpointing_keeps_less(llama):
+    assert step(llama, replace(GPU, gradient_checkpointing=True)).kept < step(llama, GPU).kept / 2
+
+
+def test_adapters_have_fewer_gradients(llama):
+    full, lora = step(llama, GPU), step(llama, replace(GPU, use_peft=True))
+    assert lora.counts.trainable == lora.counts.adapters < full.counts.trainable == full.counts.total
+    assert lora.counts.total == full.counts.total + lora.counts.adapters
+    assert lora.gradients == lora.counts.trainable * 4
+
+
+@pytest.mark.parametrize(("per", "each"), [("layer", 1), ("channel", 1024)])
+def test_epsilon_is_counted(per, each, llama):
+    native = step(llama, replace(GPU, activation="native")).counts
+    crrelu = step(llama, replace(GPU, epsilon_per=per)).counts
+    assert (native.epsilon, crrelu.epsilon) == (0, 6 * each)
+    assert crrelu.total == native.total + 6 * each
+
+
+def test_tied_weights_count_once():
+    tied, untied = (tiny_config("llama", tie_word_embeddings=tie) for tie in (True, False))
+    first, second = step(tied, GPU), step(untied, GPU)
+    assert second.counts.total - first.counts.total == 97 * 32
+    assert second.gradients - first.gradients == 97 * 32 * 4
+    assert (first.counts.embedding, second.counts.embedding) == (0, 97 * 32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text", "bloom", "opt", "phi3"])
+def test_other_families(family):
+    found = step(tiny_config(family), replace(GPU, recompute_activation=True))
+    assert found.counts.epsilon > 0
+    assert found.gradients == found.counts.total * 4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_planned_in_bfloat16_alone(family):
+    job = replace(GPU, dtype="bfloat16")
+    found = step(tiny_config(family), job, torch.bfloat16)
+    assert found.gradients == found.counts.total * 2 + found.counts.epsilon * 2  # ε is float32
+    with pytest.raises(InputError, match="its experts take --dtype bfloat16"):
+        step(tiny_config(family), GPU)
+
+
+def test_a_family_that_needs_values_is_refused_in_one_line():
+    config = family_config("xlm")
+    with pytest.raises(InputError) as caught:
+        step(config, GPU)
+    assert "xlm" in str(caught.value) and "\n" not in str(caught.value)
