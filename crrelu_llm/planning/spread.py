@@ -113,7 +113,6 @@ def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
     trained = _FLOAT32 if job.bf16 else loaded
     weights = (counts.trainable * trained + (counts.total - counts.trainable) * loaded) / gpus
     gradients, optimizer = counts.trainable * trained / gpus, 2 * counts.trainable * trained / gpus
-    whole = (counts.total - counts.adapters) * each
     reference = counts.total * loaded / gpus if job.has_reference else 0
     # Backward: a unit's weights and the next one's, a unit's gradients, and their copy on the way to the others.
     unit = max(2 * counts.unit + 2 * counts.unit_trainable, counts.embedding * 2, counts.tail_trainable)
@@ -121,14 +120,9 @@ def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
     held = weights + optimizer + reference
     share = gradients / step.gradients
     moments = {"step": held + buffers + step.peak(share, job.gradient_accumulation_steps > 1)}
-    # TRL shards DPO's reference as one unit: all of it is gathered to compute, twice while it is copied into place.
-    earlier = gradients if job.gradient_accumulation_steps > 1 else 0
     if job.has_reference:
-        tail = counts.tail * each
-        gathered = max(step.kept + 2 * whole, step.in_reference + whole)
-        moments["reference gathered"] = held + earlier + tail + gathered
-    elif job.precompute_ref_log_probs:
-        moments["reference gathered, before training"] = counts.total * loaded / gpus + 2 * whole
+        earlier = gradients if job.gradient_accumulation_steps > 1 else 0
+        moments["reference"] = held + earlier + buffers + step.in_reference
     return _share(name, weights, gradients, optimizer, reference, step.activations, buffers, moments)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer import dpo_trainer
@@ -195,13 +196,18 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
 
 @contextlib.contextmanager
 def _prepared_references() -> Iterator[None]:
-    """Prepares DPO's reference for FSDP2 before TRL shards it as one unit."""
+    """Shards DPO's reference under FSDP2 as Accelerate shards what is trained, a unit a layer.
+
+    TRL makes one unit of it, so that every GPU holds all of the reference whenever it computes.
+    """
     original = dpo_trainer.prepare_fsdp
 
     def prepare(model: Any, accelerator: Any) -> Any:
         model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
         prepare_fsdp2(accelerator, model)
-        return original(model, accelerator)
+        if accelerator.is_fsdp2:
+            model = fsdp2_prepare_model(accelerator, model)
+        return original(model, accelerator)  # leaves what is sharded as it is
 
     dpo_trainer.prepare_fsdp = prepare
     try:
