@@ -108,6 +108,8 @@ def _silence_libraries() -> None:
     """Keeps from stderr what libraries say about themselves and no user can act on."""
     # Said at every import on a machine without a GPU: an optional kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed, where it is installed, says so on stdout when it is imported, in front of a command's JSON.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # TRL itself sets the options that transformers has renamed.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated")
