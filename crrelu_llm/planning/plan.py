@@ -127,4 +127,4 @@ def _saved_bytes(job: Job) -> int:
 def _check_length(config: Any, job: Job) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and job.max_length > limit:
-        raise InputError(f"max_length {job.max_length}: the model takes at most {limit} tokens; give fewer")
+        raise InputError(f"max_length {job.max_length}: the model takes at most {limit} tokens; set max_length to {limit} or less")
