@@ -66,7 +66,8 @@ def remove(path: Path) -> None:
         gone = path if is_leftover(path) else path.with_name(f".{path.name}.removed.tmp")
         if gone != path:
             shutil.rmtree(gone, ignore_errors=True)
-            os.replace(path, gone)
+            with contextlib.suppress(FileNotFoundError):  # another host on the same disk was first
+                os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

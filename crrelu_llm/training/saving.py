@@ -187,10 +187,10 @@ def save_final_model(trainer: Any) -> None:
             if trainer.args.should_save:
                 sync(made)
                 _move_into(made, target)
+            trainer.accelerator.wait_for_everyone()  # another host's first process, on the same disk, would remove it
         finally:
             if trainer.accelerator.is_local_main_process:
                 remove(made)
-        trainer.accelerator.wait_for_everyone()
 
 
 def _move_into(made: Path, target: Path) -> None:
