@@ -7,7 +7,7 @@ from typing import Any
 
 _PACKAGES = (
     "crrelu_llm", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
-    "liger_kernel",
+    "deepspeed", "liger_kernel",
 )  # fmt: skip
 
 

@@ -119,6 +119,10 @@ def run_comparison(comparison: Comparison) -> None:
                 if isinstance(error, InputError) and index == 0:  # nothing has been trained: the recipe is wrong
                     raise
                 message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                if PartialState().num_processes > 1:  # the others are somewhere else in this run: none can go on
+                    rank = PartialState().process_index
+                    print(f"{label}: process {rank}: {message}; {_how_to_go_on(comparison, todo)}", file=sys.stderr)
+                    raise
                 failures.append(message)
                 _say(f"{label}: {message}")
                 if PartialState().is_main_process:

@@ -71,18 +71,24 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
 
 
 def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
-    """The command that starts the job; `R.yaml` stands for the recipe, whose options the others override."""
+    """The command that starts the job; `R.yaml` stands for the recipe, whose options the planned ones override."""
     nodes = ceil(gpus / gpus_per_node)
     launch = ["accelerate launch --config_file", f"recipes/accelerate_configs/{config}.yaml"]
     if config != "single_gpu":
         launch.append(f"--num_processes {gpus}")
     if nodes > 1:
         launch.append(f"--num_machines {nodes} --machine_rank RANK --main_process_ip IP --main_process_port 29500")
-    ours = {"trainer", "activation", "use_cpu"}
+    left_out = {"trainer", "use_cpu"}
+    if job.trainer == "sft":
+        left_out.add("precompute_ref_log_probs")
+    if not job.use_peft:
+        left_out.add("lora_r")
+    if job.activation == "native":
+        left_out |= {"activation", "epsilon_per", "recompute_activation"}
     options = [
         f"--{entry.name} {str(getattr(job, entry.name)).lower()}"
         for entry in fields(Job)
-        if entry.name not in ours and getattr(job, entry.name) != entry.default
+        if entry.name not in left_out
     ]
     return " ".join([*launch, f"-m crrelu_llm {job.trainer} --config R.yaml", *options])
 
@@ -127,4 +133,6 @@ def _saved_bytes(job: Job) -> int:
 def _check_length(config: Any, job: Job) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and job.max_length > limit:
-        raise InputError(f"max_length {job.max_length}: the model takes at most {limit} tokens; set max_length to {limit} or less")
+        raise InputError(
+            f"max_length {job.max_length}: the model takes at most {limit} tokens; set max_length to {limit} or less"
+        )

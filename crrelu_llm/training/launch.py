@@ -12,6 +12,7 @@ from typing import Any
 from crrelu_llm.errors import InputError
 
 CONFIG_KEY = "accelerate_config"
+PROCESSES_ASKED = "CRRELU_PROCESSES_ASKED"  # how many the user named, for the launched processes to check
 
 
 @cache
@@ -66,7 +67,12 @@ def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any
             "accelerate launch --cpu runs one process, whatever num_processes says; for several on a CPU use "
             f"--{CONFIG_KEY} ddp --num_processes {parsed.num_processes} --use_cpu true"
         )
-    return _launched(launch_command, parsed)
+    if parsed.num_processes is not None:
+        os.environ[PROCESSES_ASKED] = str(parsed.num_processes)
+    try:
+        return _launched(launch_command, parsed)
+    finally:
+        os.environ.pop(PROCESSES_ASKED, None)
 
 
 def _launched(launch_command: Callable[[Any], None], parsed: Any) -> int:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
+from crrelu_llm.training.launch import PROCESSES_ASKED
 from crrelu_llm.training.optimizer import epsilon_modules
 
 _PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer than the half hour of a collective
@@ -23,7 +24,8 @@ _PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer
 def main_process_first() -> Iterator[None]:
     """What the main process has made, the others find made, however long it takes.
 
-    On several hosts that share no disk the main process of each makes its own: after the first, one a host goes.
+    On several hosts that share no disk the main process of each makes its own: after the first, one a host goes. What
+    one process raises, all do.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -33,11 +35,38 @@ def main_process_first() -> Iterator[None]:
     group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     turn = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
     for _ in range(turn):
-        torch.distributed.barrier(group)
-    yield
-    for _ in range(2 - turn):
-        torch.distributed.barrier(group)
+        _exchange(group, None)
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(type(error)):
+            _exchange(group, error)
+        raise
+    for _ in range(3 - turn):
+        _exchange(group, None)
     torch.distributed.destroy_process_group(group)
+
+
+def _exchange(group: Any, error: Exception | None) -> None:
+    """Waits for all processes; raises what one of them has brought, with its message."""
+    kinds = {kind.__name__: kind for kind in (InputError, DiskError)}
+    brought: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = None if error is None else (type(error).__name__, str(error))
+    torch.distributed.all_gather_object(brought, mine, group)
+    for found in filter(None, brought):
+        kind, message = found
+        raise kinds[kind](message) if kind in kinds else RuntimeError(f"another process failed: {kind}: {message}")
+
+
+def all_agree(value: Any, otherwise: str) -> Any:
+    """The value that every process has.
+
+    Raises:
+        InputError: With `otherwise`: they have different ones, as hosts without a shared disk may.
+    """
+    if any(other != value for other in gather_object([value])):
+        raise InputError(otherwise)
+    return value
 
 
 def from_main(value: Any) -> Any:
@@ -59,7 +88,13 @@ def distribution(accelerator: Accelerator) -> str:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises InputError where Accelerate was asked to shard the model and silently would not, as on a CPU."""
+    """Raises InputError where Accelerate silently does not what it was asked: fewer processes, or no sharding."""
+    processes = os.environ.get(PROCESSES_ASKED)
+    if processes and int(processes) != accelerator.num_processes:
+        raise InputError(
+            f"the launch asks for {processes} processes, and Accelerate started {accelerator.num_processes}: name a "
+            "configuration that starts several, as --accelerate_config ddp"
+        )
     for name in ("FSDP", "DEEPSPEED"):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
         if asked and accelerator.state.distributed_type != DistributedType[name]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import remove
+from crrelu_llm.training.processes import all_agree, main_process_first
 
 logger = logging.getLogger("crrelu_llm")
 STATE = "trainer_state.json"
@@ -33,14 +34,21 @@ def checkpoint_to_resume(wanted: Any, output_dir: Path) -> str | None:
     Raises:
         InputError: There is none, or it is damaged; the message names the newest whole one.
     """
-    with PartialState().main_process_first():
+    with main_process_first():
         if PartialState().is_main_process:
             tidy(output_dir)
     word = str(wanted or "false").lower()
     if word == "false":
         return None
     if word == "auto":
-        return last_checkpoint(output_dir)
+        newest = all_agree(
+            last_checkpoint(output_dir),
+            f"resume_from_checkpoint: the hosts do not see the same checkpoints in {output_dir}: resuming needs a "
+            "disk that they share, or save_on_each_node: true",
+        )
+        if newest is not None:
+            _warn_without_optimizer(Path(newest))
+        return newest
     if word == "true":
         begun = [path for path in checkpoints(output_dir) if (path / STATE).is_file()]
         if not begun:
@@ -53,12 +61,21 @@ def checkpoint_to_resume(wanted: Any, output_dir: Path) -> str | None:
         found = Path(wanted)
     fault = fault_of(found)
     if fault is None:
+        _warn_without_optimizer(found)
         return str(found)
     place = found.parent if checkpoints(found.parent) else output_dir  # it may be another run's
     whole = last_checkpoint(place, warn=False)
     instead = f"resume from {whole} instead" if whole else f"{place} has no whole one; start without it"
     named = found if word == "true" else wanted
     raise InputError(f"resume_from_checkpoint: {named} is not a whole checkpoint ({fault}); {instead}")
+
+
+def _warn_without_optimizer(checkpoint: Path) -> None:
+    states = ("optimizer*", "latest", "pytorch_model_fsdp*", "global_step*")
+    if not any(any(checkpoint.glob(state)) for state in states) and PartialState().is_main_process:
+        logger.warning(
+            "%s was saved with save_only_model: the optimiser and the learning rate's schedule start again", checkpoint
+        )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -83,7 +100,7 @@ def last_checkpoint(output_dir: Path, warn: bool = True) -> str | None:
         fault = fault_of(path)
         if fault is None:
             return str(path)
-        if warn:
+        if warn and PartialState().is_main_process:
             logger.warning("%s is not a whole checkpoint (%s): it is passed over", path, fault)
     return None
 

@@ -42,6 +42,7 @@ class SavingMixin:
     _total_train_tokens: Any
     _scratch: Path | None = None
     _resumed: bool = False
+    _counted_from: int = 0
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, in a directory without the leftovers of killed writers."""
@@ -73,9 +74,13 @@ class SavingMixin:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Makes the mean loss at the end that of all steps, not of those since a resume."""
+        """Makes the mean loss at the end that of all steps, or of those since a resume that found no sums."""
         if self._resumed and "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+            steps = self.state.global_step - self._counted_from
+            if steps > 0:
+                logs["train_loss"] = self._total_loss_scalar / steps
+            else:
+                del logs["train_loss"]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -151,7 +156,10 @@ class _GoOnCounting(TrainerCallback):
         """Reads this process's sums; a checkpoint of plain TRL has none, nor one of fewer processes."""
         path = Path(str(self.checkpoint)) / _counts_name(args.process_index)
         if self.checkpoint and path.is_file():
+            self.trainer._counted_from = 0
             self.trainer._set_counts(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            self.trainer._counted_from = state.global_step
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:

@@ -27,6 +27,14 @@ def test_two_processes_of_one_command(workshop):
     assert error.count("trained 4 steps") == 1  # said once
 
 
+def test_what_one_process_finds_wrong_is_one_line(workshop):
+    argv = [*recipe(workshop, "two", "ddp", "sft-full"), "--dataset_name", "./absent.jsonl"]
+    options = ["--accelerate_config", "ddp", "--num_processes", "2", "--mixed_precision", "no"]
+    status, error = start(workshop, *argv, *options, "--main_process_port", "0")
+    assert status == 2, error
+    assert error.count("absent.jsonl") == 1 and "Traceback" not in error, error
+
+
 def test_sharding_that_the_machine_does_not_do_is_one_line(workshop):
     argv = recipe(workshop, "two", "ddp", "sft-full")
     options = ["--accelerate_config", "fsdp2", "--num_processes", "2", "--mixed_precision", "no"]

@@ -42,6 +42,14 @@ def test_the_name_of_a_distribution():
     assert processes.distribution(accelerator("XLA")) == "XLA"
 
 
+def test_a_launch_of_fewer_processes_than_were_named_is_refused(monkeypatch):
+    monkeypatch.setenv(launch.PROCESSES_ASKED, "2")
+    processes.check_launch(accelerator("MULTI_CPU"))
+    monkeypatch.setenv(launch.PROCESSES_ASKED, "4")
+    with pytest.raises(InputError, match="asks for 4 processes, and Accelerate started 2: name a configuration"):
+        processes.check_launch(accelerator("MULTI_CPU"))
+
+
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_a_launch_that_would_silently_be_ddp_is_refused(monkeypatch, name):
     processes.check_launch(accelerator("MULTI_CPU"))

@@ -47,6 +47,18 @@ def test_resuming_from_the_newest_checkpoint(workshop):
     assert weights(output) == expected
 
 
+def test_a_checkpoint_without_an_optimiser_is_resumed_with_a_warning(workshop, caplog):
+    argv = workshop.argv("sft", "run", **SAVING, save_only_model=True)
+    whole = run_recipe("sft", argv)
+    caplog.clear()
+    resumed = run_recipe("sft", [*argv, "--resume_from_checkpoint", str(workshop.folder / "run" / "checkpoint-3")])
+    assert "the optimiser and the learning rate's schedule start again" in caplog.text
+    # What was summed up before is not known: the mean is that of the steps since.
+    since = losses(resumed)[3:]
+    assert resumed["metrics"]["train_loss"] == pytest.approx(sum(since) / 3, rel=1e-5)
+    assert losses(resumed)[:3] == losses(whole)[:3]
+
+
 def test_a_run_does_not_resume_unasked(workshop):
     argv = workshop.argv("sft", "run", **SAVING)
     first = run_recipe("sft", argv)
