@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from collections import Counter
 
@@ -83,18 +84,24 @@ def test_killed_at_some_writes(children, workshop, text_file):
 @pytest.mark.parametrize("kind, options", [("sft", []), ("dpo", ["--discard_models"])])
 def test_killed_at_random_moments(children, workshop, text_file, kind, options):
     argv, whole = command(workshop, kind, "whole", text_file, *options)
-    begun = time.monotonic()
-    assert children.run(argv)[0] == 0
-    seconds = time.monotonic() - begun
+    for _ in range(2):  # the first also starts the server and fills the cache
+        shutil.rmtree(whole, ignore_errors=True)
+        begun = time.monotonic()
+        assert children.run(argv)[0] == 0
+        seconds = time.monotonic() - begun
     generator, kills, attempt = random.Random(kind), Counter(), 0
     while kills.total() < 30:
         attempt += 1
         argv, directory = command(workshop, kind, f"killed-{attempt}", text_file, *options)
         status = -9
         while status != 0:
-            status, phase = go_on(children, argv, directory, kill_after=generator.uniform(0.1, 0.6) * seconds)
+            begun = time.monotonic()
+            status, phase = go_on(children, argv, directory, kill_after=generator.uniform(0.05, 0.6) * seconds)
             kills[phase] += status != 0
+            if status == 0:  # the machine may have become faster
+                seconds = min(seconds, 2 * (time.monotonic() - begun))
         assert outcome(directory) == outcome(whole)
         assert not options or not list(directory.rglob("checkpoint-*"))
+        shutil.rmtree(directory)
     where = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES if kills[phase])
     print(f"KILLS comparison, {kind}, at random, {attempt} comparisons: {kills.total()} ({where}); all bits equal")

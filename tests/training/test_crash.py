@@ -201,6 +201,6 @@ def test_killed_at_random_moments(children, workshop, text_file, case):
 
 
 def table(title, kills, worst):
-    """Prints where the kills hit; `pytest -m slow -rP` shows it."""
+    """Prints where the kills hit; `pytest -m slow -s` shows it."""
     where = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES if kills[phase])
     print(f"KILLS {title}: {kills.total()} ({where}); largest difference {worst:g}")
