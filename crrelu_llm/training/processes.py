@@ -34,17 +34,19 @@ def main_process_first() -> Iterator[None]:
     # gloo, not the training's backend: no GPU is kept busy waiting, and it may wait longer than a training step.
     group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     turn = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
-    for _ in range(turn):
-        _exchange(group, None)
     try:
-        yield
-    except Exception as error:
-        with contextlib.suppress(type(error)):
-            _exchange(group, error)
-        raise
-    for _ in range(3 - turn):
-        _exchange(group, None)
-    torch.distributed.destroy_process_group(group)
+        for _ in range(turn):
+            _exchange(group, None)
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(type(error)):
+                _exchange(group, error)
+            raise
+        for _ in range(3 - turn):
+            _exchange(group, None)
+    finally:  # its thread must not be running when a process ends
+        torch.distributed.destroy_process_group(group)
 
 
 def _exchange(group: Any, error: Exception | None) -> None:
