@@ -77,7 +77,7 @@ def shares(steps: Steps, gpus: int, gpus_per_node: int) -> list[Share]:
     if gpus == 1:
         return [single_gpu(steps)]
     fsdp2_name = "multi_node" if gpus > gpus_per_node else "fsdp2"
-    if job.load_in_4bit:  # neither FSDP2 nor ZeRO-3 shards 4-bit weights as they stand
+    if job.load_in_4bit:  # they train sharded too, but what a GPU then holds is not counted yet
         return [ddp(steps)]
     return [ddp(steps), fsdp2(steps, gpus, fsdp2_name), zero2(steps, gpus), zero3(steps, gpus)]
 
