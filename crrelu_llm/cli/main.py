@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
     "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),
+    "eafo": ("eafo", "the entropy method: derive, measure and learn activations"),
     "plan": ("plan", "memory per GPU of a training run, for each Accelerate configuration, from the config alone"),
     "env": ("env", "versions, device, and which CRReLU backend is used here and why"),
     "recipes": ("recipes", "list, show or copy the shipped recipes"),
