@@ -26,48 +26,81 @@ def _check(x: torch.Tensor, epsilon: torch.Tensor) -> None:
     )
 
 
-def crrelu(x: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+def _check_pair(gate: torch.Tensor, up: torch.Tensor, epsilon: torch.Tensor) -> None:
+    _check(gate, epsilon)
+    if not isinstance(up, torch.Tensor) or up.shape != gate.shape or up.dtype != gate.dtype:
+        about = f"{up.dtype} of {tuple(up.shape)}" if isinstance(up, torch.Tensor) else repr(up)
+        raise InputError(f"crrelu: up must be like gate, {gate.dtype} of {tuple(gate.shape)}, not {about}.")
+
+
+def _moments(epsilon: torch.Tensor, center: torch.Tensor | None, width: torch.Tensor | None) -> torch.Tensor | None:
+    """The two in one tensor, as the kernels take them."""
+    if center is None and width is None:
+        return None
+    for name, value in (("center", center), ("width", width)):
+        if not isinstance(value, torch.Tensor) or value.shape not in ((1,), epsilon.shape):
+            about = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise InputError(
+                f"crrelu: {name} must be a tensor of shape (1,) or that of epsilon, {tuple(epsilon.shape)}, not "
+                f"{about}; give center and width both, or neither."
+            )
+    assert center is not None and width is not None
+    return torch.stack([part.detach().expand_as(epsilon) for part in (center, width.to(center.dtype))])
+
+
+def crrelu(
+    x: torch.Tensor, epsilon: torch.Tensor, center: torch.Tensor | None = None, width: torch.Tensor | None = None
+) -> torch.Tensor:
     """Computes `max(0, x) + ε·x·exp(−x²/2)` elementwise (arXiv 2405.12954).
 
-    The computation runs in float32 (float64 for a float64 `x`) whatever the dtypes of `x` and `epsilon` are, and
-    only `x` and `epsilon` are kept for the backward pass. The value at ±inf is relu(x); NaN stays NaN.
+    With a centre μ and a width σ it computes `max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, the correction that the
+    paper's method gives for inputs of density N(μ, σ²); without them μ = 0, σ = 1. The computation runs in float32
+    (float64 for a float64 `x`) whatever the dtypes are, and only the inputs are kept for the backward pass. The value
+    at ±inf is relu(x); NaN stays NaN.
 
     Args:
         x: floating point, any shape; with one ε a channel, `(..., channels)`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
+        center: floating point, shape `(1,)` or that of `epsilon`; gets no gradient.
+        width: the same, positive.
 
     Returns:
         Shape and dtype of `x`.
 
     Raises:
-        InputError: `x` or `epsilon` is no floating-point tensor, or the shape of `epsilon` does not fit.
+        InputError: `x` or `epsilon` is no floating-point tensor, or the shape of one does not fit.
     """
     _check(x, epsilon)
-    return kernels.crrelu(x, epsilon)
+    return kernels.crrelu(x, epsilon, _moments(epsilon, center, width))
 
 
-def crrelu_gated(gate: torch.Tensor, up: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """Computes `crrelu(gate, epsilon) · up`, the product of a gated MLP, in one pass.
+def crrelu_gated(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    epsilon: torch.Tensor,
+    center: torch.Tensor | None = None,
+    width: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes `crrelu(gate, epsilon, center, width) · up`, the product of a gated MLP, in one pass.
 
-    The computation runs in float32 (float64 for float64) and is rounded once; only the three inputs are kept for the
+    The computation runs in float32 (float64 for float64) and is rounded once; only the inputs are kept for the
     backward pass. Where `gate` and `up` are the halves of one tensor, its gradient is written in one piece.
 
     Args:
         gate: floating point, any shape; with one ε a channel, `(..., channels)`.
         up: shape and dtype of `gate`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
+        center: as for `crrelu`.
+        width: as for `crrelu`.
 
     Returns:
         Shape and dtype of `gate`.
 
     Raises:
-        InputError: `gate` or `epsilon` as for `crrelu`, or `up` is not like `gate`.
+        InputError: An input as for `crrelu`, or `up` is not like `gate`.
     """
-    _check(gate, epsilon)
-    if not isinstance(up, torch.Tensor) or up.shape != gate.shape or up.dtype != gate.dtype:
-        about = f"{up.dtype} of {tuple(up.shape)}" if isinstance(up, torch.Tensor) else repr(up)
-        raise InputError(f"crrelu: up must be like gate, {gate.dtype} of {tuple(gate.shape)}, not {about}.")
-    return kernels.crrelu_gated(gate, up, epsilon)
+    _check_pair(gate, up, epsilon)
+    return kernels.crrelu_gated(gate, up, epsilon, _moments(epsilon, center, width))
 
 
 class CRReLU(nn.Module):
@@ -78,10 +111,14 @@ class CRReLU(nn.Module):
     casts ε like every other parameter; a lower-precision ε is widened for the computation, but no longer learns
     small updates.
 
+    A fitted one also has the buffers `center` and `width`, float32, `(1,)`: the mean μ and the standard deviation σ of
+    its inputs, as measured. Its bump is then `(x − μ)·exp(−(x − μ)²/2σ²)`. They start at 0 and 1.
+
     Args:
         num_channels: size of the last dimension of the input for one ε a channel; `None` for a single ε.
         epsilon_init: start value of ε, 0.01 in the paper.
         device: where the parameter is created.
+        fitted: Whether it has a centre and a width; else both are None.
 
     Raises:
         InputError: `num_channels` is less than 1.
@@ -92,6 +129,7 @@ class CRReLU(nn.Module):
         num_channels: int | None = None,
         epsilon_init: float = 0.01,
         device: torch.device | str | None = None,
+        fitted: bool = False,
     ) -> None:
         super().__init__()
         if num_channels is not None and num_channels < 1:
@@ -100,13 +138,25 @@ class CRReLU(nn.Module):
         self.epsilon_init = epsilon_init
         # 1-D also for a single ε: FSDP2 and ZeRO refuse 0-dimensional parameters.
         self.epsilon = nn.Parameter(torch.empty(num_channels or 1, dtype=torch.float32, device=device))
+        for name in ("center", "width"):
+            self.register_buffer(name, torch.empty(1, dtype=torch.float32, device=device) if fitted else None)
+        self.center: torch.Tensor | None
+        self.width: torch.Tensor | None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets every ε to `epsilon_init`."""
+        """Sets every ε to `epsilon_init`, every centre to 0 and every width to 1."""
         # Not nn.init.constant_: transformers turns the nn.init functions off while it builds a model.
         with torch.no_grad():
             self.epsilon.fill_(self.epsilon_init)
+            if self.center is not None and self.width is not None:
+                self.center.fill_(0.0)
+                self.width.fill_(1.0)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has a centre and a width of its own."""
+        return self.center is not None
 
     def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
         """Applies CRReLU to `x`, shape `(..., num_channels)` or, with a single ε, any; see `crrelu`.
@@ -116,13 +166,20 @@ class CRReLU(nn.Module):
         """
         if up is not None and up.dtype != x.dtype:
             return self(x) * up
+        # Copied, so that they may be moved between the forward and the backward pass.
+        extra: tuple[torch.Tensor, ...] = ()
+        if self.center is not None and self.width is not None:
+            extra = (torch.stack((self.center, self.width)).expand(2, self.epsilon.numel()),)
         if up is None:
-            y = crrelu(x, self.epsilon)
-            note(y, kernels.crrelu, x, self.epsilon)
+            _check(x, self.epsilon)
+            y = kernels.crrelu(x, self.epsilon, *extra)
+            note(y, kernels.crrelu, x, self.epsilon, *extra)
         else:
-            y = crrelu_gated(x, up, self.epsilon)
-            note(y, kernels.crrelu_gated, x, up, self.epsilon)
+            _check_pair(x, up, self.epsilon)
+            y = kernels.crrelu_gated(x, up, self.epsilon, *extra)
+            note(y, kernels.crrelu_gated, x, up, self.epsilon, *extra)
         return y
 
     def extra_repr(self) -> str:
-        return f"num_channels={self.num_channels}, epsilon_init={self.epsilon_init}"
+        fitted = ", fitted=True" if self.fitted else ""
+        return f"num_channels={self.num_channels}, epsilon_init={self.epsilon_init}{fitted}"

@@ -29,6 +29,7 @@ def _parser() -> Parser:
     add("--calibration", default="refit", help="none, fit, refit or reconstruct (default: refit)")
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
+    add("--density", default="standard", help="standard, or fitted to each site's pre-activations (default: standard)")
     add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
@@ -106,6 +107,8 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     print(f"{report['model_type']}: {len(report['sites'])} sites -> {report['activation']}")
     for site in report["sites"]:
         epsilon = "" if site["epsilon_mean"] is None else f"  epsilon {site['epsilon_mean']:+.4f}"
+        if site["center"] is not None:
+            epsilon += f"  center {site['center']:+.3f}  width {site['width']:.3f}"
         error = ""
         if site["relative_error"] is not None:
             naive = site["relative_error_naive"]

@@ -35,12 +35,14 @@ def _tile(pid, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _bump(x):
-    """x·exp(−x²/2), its slope (1 − x²)·exp(−x²/2): 0 beyond the bump's support, NaN for NaN."""
-    t = tl.where(tl.abs(x) > _SUPPORT, _SUPPORT, x)  # where both are exactly 0; at 0 the slope would be 1
+def _bump(x, center, width, FITTED: tl.constexpr):
+    """(x − μ)·exp(−t²/2), its slope (1 − t²)·exp(−t²/2), t = (x − μ)/σ: 0 beyond the bump's support, NaN for NaN."""
+    t = (x - center) / width if FITTED else x
+    t = tl.where(tl.abs(t) > _SUPPORT, _SUPPORT, t)  # where both are exactly 0; at 0 the slope would be 1
     square = t * t
     bell = tl.exp(square * -0.5)
-    return t * bell, bell - square * bell
+    bump = t * bell * width if FITTED else t * bell
+    return bump, bell - square * bell
 
 
 @triton.jit
@@ -54,9 +56,26 @@ def _epsilon(pointer, column, offsets, mask, PER_CHANNEL: tl.constexpr):
 
 
 @triton.jit
+def _moments(pointer, columns, column, offsets, mask, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr):
+    """μ and σ; without them, whatever stands in their place is not used."""
+    if FITTED:
+        if PER_CHANNEL:
+            center = tl.load(pointer + column + offsets, mask=mask, other=0.0)[None, :]
+            width = tl.load(pointer + columns + column + offsets, mask=mask, other=1.0)[None, :]
+        else:
+            center = tl.load(pointer)
+            width = tl.load(pointer + 1)
+    else:
+        center = 0.0
+        width = 1.0
+    return center, width
+
+
+@triton.jit
 def _forward(
-    y_pointer, x_pointer, up_pointer, epsilon_pointer, rows, columns, x_stride, up_stride,
-    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    y_pointer, x_pointer, up_pointer, epsilon_pointer, moments_pointer, rows, columns, x_stride, up_stride,
+    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, column = _tile(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_C)
     row_offsets = tl.arange(0, BLOCK_R)
@@ -66,7 +85,8 @@ def _forward(
     epsilon = _epsilon(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
     r, c = row_offsets.to(tl.int64)[:, None], column_offsets[None, :]
     x = tl.load(x_pointer + row * x_stride + column + (r * x_stride + c), mask=mask, other=0.0).to(epsilon.dtype)
-    bump, _ = _bump(x)
+    center, width = _moments(moments_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, FITTED)
+    bump, _ = _bump(x, center, width, FITTED)
     y = _relu(x) + epsilon * bump
     if GATED:
         up = tl.load(up_pointer + row * up_stride + column + (r * up_stride + c), mask=mask, other=0.0)
@@ -77,8 +97,8 @@ def _forward(
 @triton.jit
 def _backward(
     grad_x_pointer, grad_up_pointer, partial_pointer, grad_pointer, x_pointer, up_pointer, epsilon_pointer,
-    rows, columns, x_stride, up_stride, out_stride,
-    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, TILES: tl.constexpr,
+    moments_pointer, rows, columns, x_stride, up_stride, out_stride,
+    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr, TILES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -86,6 +106,7 @@ def _backward(
     column_offsets = tl.arange(0, BLOCK_C)
     column_mask = column + column_offsets < columns
     epsilon = _epsilon(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
+    center, width = _moments(moments_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, FITTED)
     r, c = tl.arange(0, BLOCK_R).to(tl.int64)[:, None], column_offsets[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=epsilon.dtype)
     for tile in range(TILES):
@@ -94,7 +115,7 @@ def _backward(
         x = tl.load(x_pointer + row * x_stride + column + (r * x_stride + c), mask=mask, other=0.0).to(epsilon.dtype)
         grad = tl.load(grad_pointer + row * columns + column + (r * columns + c), mask=mask, other=0.0)
         grad = grad.to(epsilon.dtype)
-        bump, bump_slope = _bump(x)
+        bump, bump_slope = _bump(x, center, width, FITTED)
         out = row * out_stride + column + (r * out_stride + c)
         if GATED:
             up = tl.load(up_pointer + row * up_stride + column + (r * up_stride + c), mask=mask, other=0.0)
@@ -111,39 +132,39 @@ def _backward(
         tl.store(partial_pointer + pid, tl.sum(total))
 
 
-def forward(x: Tensor, epsilon: Tensor) -> Tensor:
+def forward(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
     """See `eager.forward`."""
     y = torch.empty_like(x)
-    _run_forward(y, x, None, epsilon)
+    _run_forward(y, x, None, epsilon, moments)
     return y
 
 
-def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor) -> Tensor:
+def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
     """See `eager.gated_forward`."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _run_forward(y, gate, up, epsilon)
+    _run_forward(y, gate, up, epsilon, moments)
     return y
 
 
-def backward(grad: Tensor, x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `eager.backward`."""
     grad_x = torch.empty_like(x)
-    return grad_x, _run_backward(grad_x, None, grad, x, None, epsilon)
+    return grad_x, _run_backward(grad_x, None, grad, x, None, epsilon, moments)
 
 
 def gated_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool
+    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `eager.gated_backward`."""
     if packed:
         both = grad.new_empty((grad.shape[0], 2 * grad.shape[1]))
         grad_gate, grad_up = both.chunk(2, dim=-1)
-        return both, None, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon)
+        return both, None, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, moments)
     grad_gate, grad_up = torch.empty_like(grad), torch.empty_like(grad)
-    return grad_gate, grad_up, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon)
+    return grad_gate, grad_up, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, moments)
 
 
-def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor) -> None:
+def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor, moments: Tensor | None) -> None:
     other = x if up is None else up
     if epsilon.numel() == 1 and x.is_contiguous() and other.is_contiguous():
         y, x, other = y.view(1, -1), x.view(1, -1), other.view(1, -1)  # full tiles, whatever the shape is
@@ -152,13 +173,21 @@ def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor) -> No
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
     with _on(x.device):
         _forward[grid](
-            y, x, other, epsilon, rows, columns, x.stride(0), other.stride(0),
-            GATED=up is not None, PER_CHANNEL=epsilon.numel() > 1, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_WARPS,
+            y, x, other, epsilon, epsilon if moments is None else moments,
+            rows, columns, x.stride(0), other.stride(0),
+            GATED=up is not None, PER_CHANNEL=epsilon.numel() > 1, FITTED=moments is not None, BLOCK_R=block_r,
+            BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
 
 
 def _run_backward(
-    grad_x: Tensor, grad_up: Tensor | None, grad: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor
+    grad_x: Tensor,
+    grad_up: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    epsilon: Tensor,
+    moments: Tensor | None,
 ) -> Tensor:
     """Fills `grad_x` and, of a gated product, `grad_up` (one row stride for both); returns the gradient of ε."""
     per_channel = epsilon.numel() > 1
@@ -174,9 +203,9 @@ def _run_backward(
     with _on(x.device):
         _backward[(down * across,)](
             grad_x, other_out, partial, grad, x, other, epsilon,
-            rows, columns, x.stride(0), other.stride(0), grad_x.stride(0),
-            GATED=up is not None, PER_CHANNEL=per_channel, TILES=tiles, BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=_WARPS,
+            epsilon if moments is None else moments, rows, columns, x.stride(0), other.stride(0), grad_x.stride(0),
+            GATED=up is not None, PER_CHANNEL=per_channel, FITTED=moments is not None, TILES=tiles,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     return partial.sum(0) if per_channel else partial.sum(0, keepdim=True)
 

@@ -190,7 +190,8 @@ def install_hook() -> None:
         # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
         # whatever torch.empty gave.
         if _is_ours(module) and not getattr(module, "_is_hf_initialized", False):
-            if any(not getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            state = [*module.parameters(), *module.buffers()]
+            if any(not getattr(tensor, "_is_hf_initialized", False) for tensor in state):
                 reset_activation(module)
             module._is_hf_initialized = True
         else:
@@ -230,14 +231,18 @@ def _swap_from_section(model: Any) -> set[str]:
         current = model.get_submodule(path)
         if not (_is_ours(current) and "_swapped" in current.__dict__):
             module = build_activation(
-                found["activation"], site["num_channels"], found["epsilon_per"], found["epsilon_init"]
+                found["activation"],
+                site["num_channels"],
+                found["epsilon_per"],
+                found["epsilon_init"],
+                section.is_fitted(found),
             )
             module.__dict__["_swapped"] = True
             # What the model has just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
         if found["activation"] == "crrelu":
             fusion.fuse(model, [path], found.get("recompute_activation", False))
-            names.add(f"{path.rpartition('.')[2]}.epsilon")
+            names |= section.float32_names([path])
     return names
 
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crrelu_llm.patching.sites import Site
     from crrelu_llm.patching.swap import PatchConfig
 
-VERSION = 1
+VERSION = 2  # 2: CRReLU with a centre and a width; anything else is written as version 1, which it is
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
 _SITE_KEYS = {"path", "original", "num_channels"}
 _KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
@@ -47,6 +47,17 @@ def read(config: Any) -> dict[str, Any] | None:
     return section
 
 
+def is_fitted(section: dict[str, Any]) -> bool:
+    """Whether the activations of a patched model have a centre and a width of their own."""
+    return section.get("density", "standard") == "fitted"
+
+
+def float32_names(paths: Iterable[str]) -> set[str]:
+    """Ends of the names of what stays float32 in a model of a lower dtype, for the sites at `paths`."""
+    attributes = {path.rpartition(".")[2] for path in paths}
+    return {f"{attribute}.{name}" for attribute in attributes for name in ("epsilon", "center", "width")}
+
+
 def local_path(model: nn.Module, path: str) -> str | None:
     """A site's path as seen from `model`, the whole model or its base model; None where it is in neither."""
     for candidate in (path, path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
@@ -72,8 +83,9 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConf
         )
     if activation != patch_config.activation:
         return
-    section = {"recompute_activation": False} | section  # a key that older versions did not write
-    keys = ("epsilon_per", "epsilon_init", "recompute_activation")
+    # keys that older versions did not write
+    section = {"recompute_activation": False, "density": "standard"} | section
+    keys = ("epsilon_per", "epsilon_init", "recompute_activation", "density")
     same = all(section[key] == getattr(patch_config, key) for key in keys)
     if activation != "crrelu" or (same and not patch_config.calibrates):
         raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
@@ -84,13 +96,14 @@ def write(
 ) -> None:
     """Adds the section to a config, and sets the family's own activation keys to the new activation."""
     config.crrelu = {
-        "version": VERSION,
+        "version": VERSION if patch_config.fits_density else 1,
         "activation": patch_config.activation,
         "epsilon_per": patch_config.epsilon_per,
         "epsilon_init": patch_config.epsilon_init,
         "config_keys": keys,
         "weights_changed": weights_changed,
         "recompute_activation": patch_config.recompute_activation,
+        **({"density": patch_config.density} if patch_config.fits_density else {}),
         "sites": [
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
             for site in sites

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("crrelu_llm")
 CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
 EPSILON_PER = ("layer", "channel")
+DENSITIES = ("standard", "fitted")
 
 
 @dataclass
@@ -41,6 +42,9 @@ class PatchConfig:
             each MLP toward the original MLP's output.
         calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens: How many tokens of it to use.
+        density: The density of pre-activations that CRReLU is the correction for: `"standard"`, N(0, 1), the paper's;
+            `"fitted"`, N(μ, σ²) with the moments of each site on the calibration text:
+            `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
         recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
             less memory, the same gradients bit for bit. Other activations are left as they are.
     """
@@ -51,6 +55,7 @@ class PatchConfig:
     calibration: str = "none"
     calibration_data: str = "builtin:docstrings"
     calibration_tokens: int = 8192
+    density: str = "standard"
     recompute_activation: bool = False
 
     def __post_init__(self) -> None:
@@ -58,7 +63,8 @@ class PatchConfig:
         names = activation_names()
         if self.activation not in names:
             raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
-        for key, allowed in (("epsilon_per", EPSILON_PER), ("calibration", CALIBRATIONS)):
+        choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES}
+        for key, allowed in choices_of.items():
             if getattr(self, key) not in allowed:
                 quoted = [f'"{value}"' for value in allowed]
                 choices = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
@@ -72,8 +78,13 @@ class PatchConfig:
     def calibrates(self) -> bool:
         """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
         return self.calibration in ("refit", "reconstruct") or (
-            self.calibration == "fit" and self.activation == "crrelu"
+            self.activation == "crrelu" and (self.calibration == "fit" or self.fits_density)
         )
+
+    @property
+    def fits_density(self) -> bool:
+        """Whether each site gets a centre and a width of its own; other activations than CRReLU have none."""
+        return self.density == "fitted" and self.activation == "crrelu"
 
 
 @dataclass
@@ -81,7 +92,8 @@ class PatchReport:
     """What a patch did: one entry a site, and the activations that it left alone.
 
     Attributes:
-        sites: `{path, original, num_channels, epsilon_mean, scale_mean, relative_error, relative_error_naive, kept,
+        sites: `{path, original, num_channels, epsilon_mean, center, width, scale_mean, relative_error,
+            relative_error_naive, kept,
             note}` each. `relative_error` is the root mean square of (new − original) over that of the original, given
             the same input, at the MLP's output on tokens that the weights were not fitted to (`fit`: at its product,
             on all tokens), `relative_error_naive` the same after a plain swap; None where no calibration text was
@@ -178,7 +190,9 @@ def _patch(
     originals: dict[str, nn.Module] = {}
 
     def build(site: Site) -> nn.Module:
-        return build_activation(config.activation, site.num_channels, config.epsilon_per, config.epsilon_init)
+        return build_activation(
+            config.activation, site.num_channels, config.epsilon_per, config.epsilon_init, config.fits_density
+        )
 
     def swap(site: Site, module: nn.Module) -> None:
         swap_in(model, site.path, module, originals[site.path])
@@ -234,7 +248,7 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             families.conceal(model, [path])
         else:
             swap_in(model, path, activation, None)
-    for name in {f"{site['path'].rpartition('.')[2]}.epsilon" for site in found["sites"]}:
+    for name in section.float32_names(site["path"] for site in found["sites"]):
         (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
     section.remove(model.config)
     if original is not None:
@@ -265,13 +279,18 @@ def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
 
 
 def build_activation(
-    name: str, num_channels: int | None = None, epsilon_per: str = "layer", epsilon_init: float = 0.01
+    name: str,
+    num_channels: int | None = None,
+    epsilon_per: str = "layer",
+    epsilon_init: float = 0.01,
+    fitted: bool = False,
 ) -> nn.Module:
-    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`."""
+    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`; a fitted CRReLU
+    also has a centre and a width."""
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name == "crrelu":
-        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init)
+        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init, fitted=fitted)
     if name not in ACT2CLS:
         raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
     module = ACT2FN[name]
@@ -330,7 +349,7 @@ def _calibration_text(
 
 def _keep_epsilon_in_float32(model: PreTrainedModel, paths: Iterable[str]) -> None:
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    model._keep_in_fp32_modules_strict = strict | {f"{path.rpartition('.')[2]}.epsilon" for path in paths}
+    model._keep_in_fp32_modules_strict = strict | section.float32_names(paths)
 
 
 def _report(
@@ -348,6 +367,8 @@ def _report(
             "original": site.original,
             "num_channels": site.num_channels,
             "epsilon_mean": module.epsilon.mean().item() if isinstance(module, CRReLU) else None,
+            "center": module.center.item() if isinstance(module, CRReLU) and module.center is not None else None,
+            "width": module.width.item() if isinstance(module, CRReLU) and module.width is not None else None,
             "scale_mean": 1.0,
             "relative_error": None,
             "relative_error_naive": None,

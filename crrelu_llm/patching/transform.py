@@ -132,7 +132,7 @@ def _patch(
     if perplexity is not None:
         measured = {"before": perplexity(model, tokenizer), "after_naive": None}
         if config.calibrates:
-            patch(model, replace(config, calibration="none"))
+            patch(model, replace(config, calibration="none", density="standard"))
             measured["after_naive"] = perplexity(model, tokenizer)
             unpatch(model)
     done = patch(model, config, blocks=blocks, progress=progress)

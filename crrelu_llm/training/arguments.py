@@ -45,6 +45,9 @@ class ActivationArguments:
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
             Number of calibration tokens.
+        density (`str`, *optional*, defaults to `"standard"`):
+            The density that CRReLU is the correction for: `"standard"`, N(0, 1), as in the paper, or `"fitted"`,
+            N(μ, σ²) with the moments of each site's pre-activations on the calibration text.
         recompute_activation (`bool`, *optional*, defaults to `False`):
             Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
             bit for bit, one more elementwise pass. A checkpoint that was patched so stays so.
@@ -76,6 +79,10 @@ class ActivationArguments:
         default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
     )
     calibration_tokens: int = field(default=8192, metadata={"help": "Number of calibration tokens."})
+    density: str = field(
+        default="standard",
+        metadata={"help": "`standard` (the paper's N(0, 1)) or `fitted` to the pre-activations of each site."},
+    )
     recompute_activation: bool = field(
         default=False,
         metadata={"help": "Keep no output of CRReLU for the backward pass: less memory, the same gradients."},

@@ -88,6 +88,12 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
             f"{model} is already patched with one epsilon per {found['epsilon_per']}; set epsilon_per to that, or "
             "start from the original checkpoint"
         )
+    density = found.get("density", "standard")
+    if config.activation == "crrelu" and density != config.density:
+        raise InputError(
+            f"{model} is already patched with density: {density}; set density to that, or start from the original "
+            "checkpoint"
+        )
     logger.warning("%s is already patched to %s: it is trained as it is, ε included", model, config.activation)
 
 

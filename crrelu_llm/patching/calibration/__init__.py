@@ -5,8 +5,8 @@ folded into the weights, and the following projection by ridge regression), `rec
 each MLP toward the original MLP's output).
 
 walk.py runs the model layer by layer; taps.py watches its activations; anatomy.py finds the weights around each;
-tasks.py decides what is kept; progress.py keeps it on the disk; epsilon.py, shape.py, refit.py and reconstruct.py are
-the numerical methods.
+tasks.py decides what is kept; progress.py keeps it on the disk; density.py, epsilon.py, shape.py,
+refit.py and reconstruct.py are the numerical methods.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.anatomy import Mlp, find_mlps
+from crrelu_llm.patching.calibration.density import set_moments
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import Calibrated, FitTask, MlpTask
 from crrelu_llm.patching.calibration.walk import Layer, Walk
@@ -128,7 +129,10 @@ class _Work:
     def _calibrate(
         self, index: int, new: dict[int, Site], found: dict[str, Calibrated]
     ) -> dict[str, FitTask | MlpTask]:
-        tasks = _look(self.model, self.walk, list(new.values()), self.mlps, self.config, self.build)
+        activations = {site.path: self.build(site) for site in new.values()}
+        if self.config.fits_density:
+            set_moments(self.model, self.walk, list(new.values()), activations)
+        tasks = _look(self.model, self.walk, list(new.values()), self.mlps, self.config, activations)
         for owner, site in new.items():
             found[site.path] = tasks[site.path].solve(self.config, index)
             self.first[owner] = (site.path, tasks[site.path].activation)
@@ -168,7 +172,7 @@ class _Work:
 
 
 def _changeable(model: nn.Module, sites: list[Site], blocks: Tensor, level: str) -> dict[str, Mlp]:
-    if level == "fit":
+    if level in ("none", "fit"):
         return {}
     if getattr(model, "is_quantized", False):
         raise InputError(
@@ -194,16 +198,16 @@ def _look(
     sites: list[Site],
     mlps: dict[str, Mlp],
     config: PatchConfig,
-    build: Callable[[Site], nn.Module],
+    activations: dict[str, nn.Module],
 ) -> dict[str, FitTask | MlpTask]:
     """Runs the current layer once, and keeps what its sites need."""
     tasks: dict[str, FitTask | MlpTask] = {}
     for site in sites:
-        original, activation, mlp = model.get_submodule(site.path), build(site), mlps.get(site.path)
+        original, activation, mlp = model.get_submodule(site.path), activations[site.path], mlps.get(site.path)
         if mlp is not None:
             tasks[site.path] = MlpTask(site, original, activation, mlp)
         else:
-            note = None if config.calibration == "fit" else _ONLY_FIT
+            note = None if config.calibration in ("none", "fit") else _ONLY_FIT
             tasks[site.path] = FitTask(site, original, activation, note)
     if not tasks:
         return tasks

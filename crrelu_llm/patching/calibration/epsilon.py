@@ -27,7 +27,7 @@ class EpsilonFit:
 
 
 class EpsilonSums:
-    """Minimises Σ u²·(act(x) − relu(x) − ε·g(x))² with g(x) = x·exp(−x²/2).
+    """Minimises Σ u²·(act(x) − relu(x) − ε·g(x))² with g(x) = x·exp(−x²/2), or with the target's centre and width.
 
     u is what the MLP multiplies the activation by (the up-projection of a gated MLP), and 1 in a plain one. Only sums
     per channel are kept, float64, so memory does not grow with the text.
@@ -48,10 +48,10 @@ class EpsilonSums:
         """Counts inputs and outputs of the original activation, each `(…, channels)`, and the other factor."""
         x, y = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
         w = None if factor is None else factor.reshape(-1, factor.shape[-1]).float().square()
-        if self.start is None:
+        if not isinstance(self.target, CRReLU):
             residual = y - self.target.to(x.device)(x)
         else:
-            bump = x * torch.exp(-0.5 * x * x)
+            bump = bump_of(self.target, x)
             residual = y - x.relu()
             self.sums[0] += _sum(bump * bump, w)
             self.sums[1] += _sum(bump * residual, w)
@@ -85,6 +85,25 @@ class EpsilonSums:
             return _relative((rr - 2 * epsilon * gr + epsilon * epsilon * gg).clamp_min(0).sum(), total)
 
         return EpsilonFit(epsilon.float(), error_of(epsilon), error_of(self.start))
+
+
+def bump_of(activation: CRReLU, x: Tensor) -> Tensor:
+    """What ε is multiplied by, elementwise: `(x − μ)·exp(−(x − μ)²/2σ²)`."""
+    t, width = _standardised(activation, x)
+    return width * t * torch.exp(-0.5 * t * t)
+
+
+def slope_of(activation: CRReLU, x: Tensor) -> Tensor:
+    """The derivative of `bump_of` in `x`."""
+    t, _ = _standardised(activation, x)
+    return (1 - t * t) * torch.exp(-0.5 * t * t)
+
+
+def _standardised(activation: CRReLU, x: Tensor) -> tuple[Tensor, Tensor | float]:
+    if activation.center is None or activation.width is None:
+        return x, 1.0
+    width = activation.width.to(x)
+    return (x - activation.center.to(x)) / width, width
 
 
 def _relative(left: Tensor, total: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.patching.calibration.epsilon import bump_of, slope_of
 
 # Weight of the layer's average channel in the fit of each, as a share of an average channel's own evidence: a channel
 # that is hardly ever active is drawn to what fits the others.
@@ -180,9 +181,8 @@ class _Sums:
         t = scales[:, None] * (x + shift)
         size = scales.abs()[:, None]
         if isinstance(target, CRReLU):
-            bell = torch.exp(-0.5 * t * t)
-            r, b = t.relu() / size, t * bell / size
-            slope_r, slope_b = (t > 0).double(), (1 - t * t) * bell
+            r, b = t.relu() / size, bump_of(target, t) / size
+            slope_r, slope_b = (t > 0).double(), slope_of(target, t)
         else:
             r = target(t) / size
             b = slope_b = torch.zeros_like(r)

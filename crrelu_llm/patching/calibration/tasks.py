@@ -76,7 +76,7 @@ class FitTask:
         if not self.sums.total:
             return Calibrated("none", 0.0, 0.0, note=_UNSEEN)
         fit = self.sums.solve(config.epsilon_per)
-        if fit.epsilon is None or fit.error >= fit.naive_error:
+        if config.calibration == "none" or fit.epsilon is None or fit.error >= fit.naive_error:
             return Calibrated("none", fit.naive_error, fit.naive_error, note=self.note)
         set_epsilon(self.activation, fit.epsilon)
         return Calibrated("fit", fit.error, fit.naive_error, note=self.note)
