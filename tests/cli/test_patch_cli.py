@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crrelu_llm.cli import main as command_line
 
 SITE = {
-    "path", "original", "num_channels", "epsilon_mean", "scale_mean", "relative_error", "relative_error_naive", "kept",
-    "note",
+    "path", "original", "num_channels", "epsilon_mean", "center", "width", "scale_mean", "relative_error",
+    "relative_error_naive", "kept", "note",
 }  # fmt: skip
 REPORT = {
     "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",

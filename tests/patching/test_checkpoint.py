@@ -231,8 +231,8 @@ def edit_config(directory, **changes):
 
 def test_a_newer_section_is_refused_in_one_line(tmp_path):
     saved(tmp_path)
-    edit_config(tmp_path, version=2)
-    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 2.*upgrade") as caught:
+    edit_config(tmp_path, version=3)
+    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 3.*upgrade") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
