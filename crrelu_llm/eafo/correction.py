@@ -7,19 +7,23 @@ README.md beside this file derives both.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from crrelu_llm.eafo.activations import Activation
 from crrelu_llm.eafo.density import Array, Density
-from crrelu_llm.eafo.entropy import branches_of, inverse_on, probe, range_on
+from crrelu_llm.eafo.entropy import branches_of, integral, inverse_on, probe, range_on
 from crrelu_llm.errors import InputError
 
 # Below this share of its largest slope an activation counts as flat: f″/f′ would be rounding error.
 _FLAT = 1e-12
 # Formulas of more operations stay as they come: sympy's simplifier takes minutes for GELU × Student's t.
 _SMALL = 30
+_UNBOUNDED = 1e6
+# Of differences of the correction, in standard deviations of the density.
+_STEP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ class Correction:
             result = self.density.derivative(t) - self.density.pdf(t) * bend / slope
         return np.where(slope == 0, np.nan, result)
 
+    def extended(self, t: Any) -> Array:
+        """c(t) where f′ ≠ 0, and p′(t) where f is flat: what relu's rising half has, carried on over the whole line.
+
+        The theory does not give this: it is the step from relu's correction to CRReLU.
+        """
+        forward = self.forward(t)
+        return np.where(np.isnan(forward), self.density.derivative(t), forward)
+
     def inverse(self, x: Any) -> Array:
         """η(x) = −c(y)/f′(y) at y = f⁻¹(x), float64; NaN where no or more than one pre-activation gives x."""
         x = np.asarray(x, dtype=np.float64)
@@ -91,6 +103,36 @@ class Correction:
             if stretch.low < stretch.high:
                 ok &= (t <= stretch.low) | (t >= stretch.high)
         return ok
+
+    def rate(self) -> float:
+        """−∫η² dx = −∫c²/f′ dt over where the theory applies: dH/dε at ε = 0 with boundary values held, in nats.
+
+        What the moved boundary values add is `boundary_rate`. Infinite where the integral does not exist.
+        """
+        total = 0.0
+        for a, b in self._stretches():
+            total -= integral(lambda t: self.forward(t) ** 2 / np.abs(self.activation.derivative(t)), np.array([a, b]))
+        return total if abs(total) < _UNBOUNDED else -np.inf
+
+    def boundary_rate(self) -> float:
+        """What the theory leaves out: p·c/f′ at the ends of the stretches where it applies, in nats.
+
+        Together with `rate` it is the change ∫p·c′/f′ dt of E log|f′|, hence of the entropy as long as no value is
+        taken twice: where c jumps downwards at a kink, f + ε·c overlaps itself there, which lowers the entropy more.
+        """
+        total = 0.0
+        for a, b in self._stretches():
+            inner = 1e-9 * (b - a)
+            ends = np.array([a + inner, b - inner])
+            at_ends = self.density.pdf(ends) * self.forward(ends) / self.activation.derivative(ends)
+            total += float(at_ends[1] - at_ends[0])
+        return total if abs(total) < _UNBOUNDED else float(np.copysign(np.inf, total))
+
+    def _stretches(self) -> list[tuple[float, float]]:
+        """Where the theory applies, cut at the kinks."""
+        low, high = self.density.within()
+        points = np.unique([low, *(end for entry in self.excluded for end in (entry.low, entry.high)), high])
+        return [(a, b) for a, b in pairwise(points.tolist()) if self.applies((a + b) / 2)]
 
     @cached_property
     def formulas(self) -> tuple[Formula, ...]:
@@ -124,6 +166,10 @@ def _latex_or_none(sympy: Any, formula: Any) -> str:
 def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
     import sympy
 
+    # On one side of 0, |t| and sign(t) are known.
+    sign = {"positive": True} if low == 0 else {"negative": True} if high == 0 else {}
+    known = sympy.Symbol("t", real=True, **sign)
+    f, p, t = f.subs(t, known), p.subs(t, known), known
     slope = sympy.diff(f, t)
     if slope == 0:
         return Formula(low, high, None, None, None)
@@ -131,7 +177,8 @@ def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
     factor, direction = forward.as_independent(t, as_Add=False)
     if factor.could_extract_minus_sign():
         direction = -direction
-    return Formula(low, high, forward, direction, _inverse_form(f, p, t))
+    plain = {known: sympy.Symbol("t", real=True)}
+    return Formula(low, high, forward.subs(plain), direction.subs(plain), _inverse_form(f, p, t))
 
 
 def _shortest(expression: Any) -> Any:
@@ -175,6 +222,62 @@ def _inverse_of(f: Any, t: Any, x: Any) -> Any:
     return None
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """An activation moved along its correction, f + ε·c: from `corrected`."""
+
+    correction: Correction
+    epsilon: float
+
+    @property
+    def name(self) -> str:
+        """For messages and pictures."""
+        return f"{self.correction.activation.name} + {self.epsilon:g}·c"
+
+    @property
+    def kinks(self) -> tuple[float, ...]:
+        """Those of the activation and of the density."""
+        return (*self.correction.activation.kinks, *self.correction.density.kinks)
+
+    def value(self, x: Any) -> Array:
+        """f(x) + ε·c(x)."""
+        return self.correction.activation.value(x) + self.epsilon * self.correction.extended(x)
+
+    def derivative(self, x: Any) -> Array:
+        """f′(x) + ε·c′(x), c′ by central differences."""
+        x, step = np.asarray(x, dtype=np.float64), _STEP * self.correction.density.std
+        bend = (self.correction.extended(x + step) - self.correction.extended(x - step)) / (2 * step)
+        return self.correction.activation.derivative(x) + self.epsilon * bend
+
+
+def corrected(correction: Correction, epsilon: float) -> Corrected:
+    """f + ε·c on the whole line, c extended over flat stretches as `Correction.extended` says.
+
+    Args:
+        correction: From `correct`.
+        epsilon: Above 0 it lowers the entropy of the output, to first order, where the theory applies.
+
+    Raises:
+        InputError: The correction has a pole (f′ passes through 0 where f is not flat), so that f + ε·c has one.
+    """
+    activation = correction.activation
+    branches, flat = branches_of(activation, correction.density)
+    turns = [b[0] for a, b in pairwise(branches) if a[1] == b[0] and a[2] != b[2]]
+    starts = [end for stretch in flat for end in stretch if _pole(correction, end)]
+    if turns or starts:
+        raise InputError(
+            f"{activation.name}: its slope is 0 at {min((*turns, *starts), key=abs):.4g}, where the correction "
+            f"p′ − p·f″/f′ has a pole; there is no corrected {activation.name}."
+        )
+    return Corrected(correction, float(epsilon))
+
+
+def _pole(correction: Correction, end: float) -> bool:
+    near = np.array([end - 1e-4, end + 1e-4, end - 1e-7, end + 1e-7])
+    values = np.abs(np.nan_to_num(correction.forward(near)))
+    return bool(values[2:].max() > 100 * max(values[:2].max(), 1e-3))
+
+
 def correct(activation: Activation, density: Density) -> Correction:
     """The first-order correction of an activation for a density of its inputs.
 
@@ -212,12 +315,20 @@ def _folded(activation: Activation, branches: list[tuple[float, float, int]]) ->
             shared = np.array([max(low, beneath), min(high, above)])
             if i == j or not shared[0] < shared[1]:
                 continue
-            ends = np.sort(inverse_on(activation, branch, shared))
+            ends = np.sort([_end(activation, branch, value) for value in shared.tolist()])
             way = "rises" if branch[2] > 0 else "falls"
             where = f"between {other[0]:.4g} and {other[1]:.4g}"
             reason = f"not monotone: f {way} here through values that it takes again {where}"
             found.append(Excluded(float(ends[0]), float(ends[1]), reason))
     return found
+
+
+def _end(activation: Activation, branch: tuple[float, float, int], value: float) -> float:
+    """The point of a branch with a value; its own end exactly, where halving sees only rounding (f′ = 0)."""
+    for end in branch[:2]:
+        if float(activation.value(end)) == value:
+            return end
+    return float(inverse_on(activation, branch, np.array([value]))[0])
 
 
 def _no_mass(activation: Activation, density: Density) -> list[Excluded]:

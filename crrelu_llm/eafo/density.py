@@ -336,7 +336,7 @@ def from_function(pdf: Function, low: float, high: float, name: str = "function"
         raise InputError(f"density {name}: it is {values.min():g} at {where:g}; a density is nowhere negative.")
 
     def moment(power: int, lower: float = low, upper: float = high) -> float:
-        return float(quad(lambda x: x**power * float(at(np.float64(x))), lower, upper, limit=500)[0])
+        return float(quad(lambda x: x**power * float(at(np.asarray(x))), lower, upper, limit=500)[0])
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -27,8 +27,13 @@ _ATOM_SHARE = 0.01
 class Scalar(Protocol):
     """What is needed of an activation: see `eafo.activations.Activation`."""
 
-    name: str
-    kinks: tuple[float, ...]
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def kinks(self) -> tuple[float, ...]:
+        """Points without a derivative."""
 
     def value(self, x: Any) -> Array:
         """f(x)."""
@@ -95,7 +100,7 @@ def of_density(density: Density) -> float:
         p = density.pdf(x)
         return -p * np.log(np.where(p > 0, p, 1.0))
 
-    return _integral(integrand, _splits(density, density.kinks))
+    return integral(integrand, _splits(density, density.kinks))
 
 
 def of_output(activation: Scalar, density: Density, resolution: float = RESOLUTION) -> OutputEntropy:
@@ -201,14 +206,15 @@ def branches_of(
     middles = (grid[:-1] + grid[1:]) / 2
     slope = activation.derivative(middles)
     signs = np.sign(slope).astype(int)
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(signs)) + 1])
-    ends = [*starts[1:].tolist(), len(signs)]
+    # At a kink the function may also jump, so that values are taken twice: a branch ends there too.
+    breaks = (np.diff(signs) != 0) | np.isin(grid[1:-1], activation.kinks)
+    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
     edges = [float(grid[0])]
     for start in starts[1:].tolist():
         edges.append(_turn(activation, float(middles[start - 1]), float(middles[start]), float(grid[start])))
     edges.append(float(grid[-1]))
     branches, flat = [], []
-    for i, (start, _) in enumerate(zip(starts.tolist(), ends, strict=True)):
+    for i, start in enumerate(starts.tolist()):
         stretch = (edges[i], edges[i + 1])
         if signs[start] == 0:
             flat.append(stretch)
@@ -271,7 +277,7 @@ def _over_branches(activation: Scalar, density: Density, branches: list[tuple[fl
         # The output's density jumps where another branch's values end.
         ends = np.array([end for _, reach in others for end in reach if ranges[i][0] < end < ranges[i][1]])
         breaks = [*activation.kinks, *density.kinks, *(inverse_on(activation, branch, ends) if ends.size else ())]
-        total += _integral(integrand, _splits(density, breaks, branch[:2]))
+        total += integral(integrand, _splits(density, breaks, branch[:2]))
     return total
 
 
@@ -289,7 +295,7 @@ def _splits(density: Density, breaks: Any, within: tuple[float, float] | None = 
     return np.array([*points, high], dtype=np.float64)
 
 
-def _integral(integrand: Any, splits: Array) -> float:
+def integral(integrand: Any, splits: Array) -> float:
     """∫ by tanh-sinh quadrature, which does not mind logarithmic singularities at the ends of the pieces."""
     from scipy.integrate import tanhsinh
 
