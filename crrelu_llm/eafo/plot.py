@@ -97,7 +97,7 @@ def _density(axis: Any, correction: Correction) -> None:
 def _entropy(axis: Any, correction: Correction, values: Sequence[float]) -> None:
     """Both entropies that do not depend on scale: at a finite resolution, and where it is finite, at unit variance."""
     reach = max(np.abs(values).max() if len(values) else 1.0, 1e-3)
-    steps = np.linspace(-reach, reach, 21)
+    steps = np.linspace(-reach, reach, 11)
     axis.set_title("entropy of the output along ε, at unit variance")
     axis.set_ylabel("nats")
     axis.set_xlabel("ε")

@@ -1,0 +1,53 @@
+"""Scalar activations: torch's values, autograd's derivatives, sympy's formulas."""
+
+import numpy as np
+import pytest
+import sympy
+import torch
+
+from crrelu_llm import crrelu
+from crrelu_llm.eafo import activations
+from crrelu_llm.errors import InputError
+
+X = np.array([-6.1, -2.0, -0.7, -1e-3, 0.2, 1.0, 2.9, 7.0])
+
+
+@pytest.mark.parametrize("name", activations.NAMES)
+def test_the_formula_and_its_derivatives_are_the_function_s(name):
+    activation, t = activations.named(name), sympy.Symbol("t", real=True)
+    for low, high, formula in activation.pieces(t):
+        inside = X[(float(low) < X) & (float(high) > X)]
+        for found, expected in (
+            (activation.value(inside), formula),
+            (activation.derivative(inside), sympy.diff(formula, t)),
+            (activation.second(inside), sympy.diff(formula, t, 2)),
+        ):
+            values = [float(expected.subs(t, sympy.Float(x, 40)).evalf(20)) for x in inside]
+            np.testing.assert_allclose(found, values, rtol=1e-9, atol=1e-12)
+
+
+def test_crrelu_is_the_package_s():
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    center, width = torch.tensor([-0.3], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+    expected = crrelu(x, torch.tensor([0.7], dtype=torch.float64), center, width)
+    np.testing.assert_allclose(activations.named("crrelu(0.7,-0.3,0.8)").value(x.numpy()), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: (x > 0).double(), "has no derivative"),
+        (lambda x: x.relu() + x.sign(), r"jumps at -\d"),
+        (lambda x: x.sqrt(), "not finite at -10"),
+        (lambda x: x.sum(), "must be elementwise"),
+    ],
+)
+def test_what_has_no_derivative_is_one_line(function, message):
+    with pytest.raises(InputError, match=message):
+        activations.custom(function, "mine")
+
+
+@pytest.mark.parametrize("text", ["rrelu", "crrelu(a)", "crrelu(1,2,3,4)", ""])
+def test_unknown_names_are_one_line(text):
+    with pytest.raises(InputError, match=r"no activation|cannot be read"):
+        activations.named(text)
