@@ -1,13 +1,13 @@
 """`crrelu eafo epsilon`: one recipe with many start values of ε, frozen and learned, as a comparison."""
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
 
 DOCUMENT = "epsilon.json"
 _DEFAULT = (-1.0, -0.5, -0.1, -0.01, 0.0, 0.01, 0.1, 0.5, 1.0)
@@ -59,7 +59,8 @@ def run(argv: list[str]) -> int:
         discard_models=not args.keep_models,
     )
     command = shlex.join(["crrelu", "eafo", "epsilon", *without_secrets(argv)])
-    failed = run_matrix(comparison, recipe_argv, command)
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs; stdout has the result alone
+        failed = run_matrix(comparison, recipe_argv, command)
     directory = Path(args.output_dir)
     report = build_report(directory)
     write_report(report, directory)

@@ -47,24 +47,23 @@ def _losses(axis: Any, document: dict[str, Any]) -> None:
     points = sorted(before.items())
     axis.plot([x for x, _ in points], [y for _, y in points], "--o", mfc="none", color="black", lw=1, ms=4,
               label="before training")  # fmt: skip
-    labelled = False
     for way in WAYS:
         cases = [case for case in document["cases"] if case["way"] == way]
         done = [case for case in cases if case["after"] is not None]
-        x, y = ([case[key] for case in done] for key in ("epsilon_init", "after"))
-        spread = [
-            [case["after"] - case["after_low"] for case in done],
-            [case["after_high"] - case["after"] for case in done],
-        ]
-        axis.errorbar(x, y, spread, marker=_MARKS[way], ms=4, lw=1.3, color=_COLOURS[way], label=_LABELS.get(way, way))
-        for case in cases:
-            if case["failed"]:
-                axis.plot(case["epsilon_init"], 0.97, "x", ms=8, mew=2, color=_COLOURS[way], clip_on=False,
-                          transform=axis.get_xaxis_transform(), label=None if labelled else "a run failed")  # fmt: skip
-                labelled = True
-    for key, style in (("before", "--"), ("after", "-")):
+        x, y, low, high = (
+            np.array([case[key] for case in done], dtype=float)
+            for key in ("epsilon_init", "after", "after_low", "after_high")
+        )
+        style: dict[str, Any] = {"marker": _MARKS[way], "ms": 4, "color": _COLOURS[way]}
+        axis.errorbar(x, y, [y - low, high - y], lw=1.3, **style, label=_LABELS.get(way, way))
+        failed = [case["epsilon_init"] for case in cases if case["failed"]]
+        if failed:  # at the upper edge, as they have no loss
+            place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+            style |= {"marker": "x", "ms": 8, "mew": 2, "ls": "none", "label": f"failed runs, {way}"}
+            axis.plot(failed, [1.0] * len(failed), **style, **place)
+    for key, dash in (("before", "--"), ("after", "-")):
         if document["native"][key] is not None:
-            axis.axhline(document["native"][key], color="#3f8f4f", lw=1, ls=style, label=f"native, {key} training")
+            axis.axhline(document["native"][key], color="#3f8f4f", lw=1, ls=dash, label=f"native, {key} training")
     axis.set(xlabel="ε at the start", ylabel="loss on held-out text, nats a token")
     axis.legend(frameon=False, fontsize=7.5)
 
@@ -73,8 +72,10 @@ def _ends(axis: Any, document: dict[str, Any]) -> None:
     for way in (LEARNED_LAYER, LEARNED_CHANNEL):
         cases = [case for case in document["cases"] if case["way"] == way and case["epsilon_end"] is not None]
         x = [case["epsilon_init"] for case in cases]
-        moved = np.array([case["epsilon_end"] - case["epsilon_init"] for case in cases])
-        low, high = (np.array([case[key] for case in cases]) - x for key in ("epsilon_low", "epsilon_high"))
+        moved, low, high = (
+            np.array([case[key] - case["epsilon_init"] for case in cases])
+            for key in ("epsilon_end", "epsilon_low", "epsilon_high")
+        )
         axis.errorbar(x, moved, [moved - low, high - moved], marker=_MARKS[way], ms=4, lw=1.3, capsize=2,
                       color=_COLOURS[way], label=way)  # fmt: skip
     axis.axhline(0, color="black", lw=0.8)
@@ -88,9 +89,8 @@ def _shapes(axis: Any, document: dict[str, Any]) -> None:
 
     x = np.linspace(-4, 2.5, 400)
     values = [entry["epsilon"] for entry in document["shapes"]]
-    largest = max(map(abs, values), default=0) or 1
-    for value in values:
-        colour = colormaps["coolwarm"](0.5 + 0.5 * value / largest) if value else "black"
+    for index, value in enumerate(values):
+        colour = colormaps["viridis"](0.9 * index / max(1, len(values) - 1))
         axis.plot(x, np.maximum(x, 0) + value * x * np.exp(-(x**2) / 2), lw=1.2, color=colour, label=f"ε = {value:g}")
     axis.set(xlabel="x", ylabel="max(0, x) + ε·x·exp(−x²/2)")
     axis.legend(frameon=False, fontsize=7, ncols=2)
@@ -101,5 +101,6 @@ def _start_values(axis: Any, values: list[float]) -> None:
     sizes = [abs(value) for value in values if value]
     if sizes and max(sizes) > 20 * min(sizes):
         axis.set_xscale("symlog", linthresh=min(sizes))
+        axis.margins(x=0.04)
     axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=7.5)
     axis.set_xticks([], minor=True)
