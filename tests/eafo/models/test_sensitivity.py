@@ -1,4 +1,4 @@
-"""The ε study: its arms and numbers, and `crrelu eafo epsilon` as a user runs it on the embedded model."""
+"""The ε study: its arms and numbers, and `crrelu eafo epsilon` as a user runs it."""
 
 import json
 import math
@@ -20,9 +20,9 @@ SEEDS = (0, 1)
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with a little text, in which recipes of the embedded model are run."""
-    return Workshop(tmp_path_factory.mktemp("epsilon"), "builtin:nano")
+def workshop(tmp_path_factory, tiny_checkpoint):
+    """A folder with a little text, in which recipes of a tiny GPT-2 are run."""
+    return Workshop(tmp_path_factory.mktemp("epsilon"), tiny_checkpoint)
 
 
 def argv(workshop, *options, **keys):
@@ -114,7 +114,11 @@ def test_runs_that_failed_are_shown_and_kept_out_of_the_means(tmp_path):
 @pytest.mark.parametrize(
     ("options", "keys", "message"),
     [
-        ([], {"calibration": "refit"}, "calibration: refit would overwrite the start value of ε; set calibration: none"),
+        (
+            [],
+            {"calibration": "refit"},
+            "calibration: refit would overwrite the start value of ε; set calibration: none",
+        ),
         (["--epsilon_learning_rate", "0"], {}, "epsilon_learning_rate: 0 freezes the ε that should be learned"),
         (["--values", "0.1", "0.1"], {}, "--values: finite numbers, each once, not 0.1 0.1"),
         (["--seeds", "0", "0"], {}, "--seeds: whole numbers from 0 up, each once"),
@@ -128,21 +132,54 @@ def test_bad_input_is_one_line_and_writes_nothing(workshop, options, keys, messa
     assert not out.exists()
 
 
-def test_a_study_of_the_embedded_model_goes_on_where_it_stopped(workshop, capsys):
+def test_a_study_prints_and_writes_what_it_found(workshop, capsys):
     out = workshop.folder / "study"
     command = [*argv(workshop, epsilon_learning_rate=0.05), "--output_dir", str(out), "--json", "--values", "-1"]
     assert main(command) == 0
-    first = json.loads(capsys.readouterr().out)
-    assert json.loads((out / "epsilon.json").read_text()) == first
+    document = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "epsilon.json").read_text()) == document
     assert (out / "epsilon.png").stat().st_size > 10_000 and (out / "report.html").is_file()
-    assert not list(out.glob("native/seed-0/*.safetensors"))
-    frozen, layer, channel = first["cases"]
-    assert frozen["before"] == layer["before"] == channel["before"] > first["native"]["before"]
+    assert not list(out.glob("*/seed-0/*.safetensors"))
+    frozen, layer, channel = document["cases"]
+    assert frozen["before"] == layer["before"] == channel["before"] != document["native"]["before"]
     assert frozen["epsilon_low"] == frozen["epsilon_high"] == -1
-    assert all(case["epsilon_low"] > -1 and case["after"] < case["before"] for case in (layer, channel))
+    assert all(case["epsilon_low"] != -1 and case["after"] != frozen["after"] for case in (layer, channel))
+
+
+@pytest.mark.slow
+def test_a_study_of_the_embedded_model_takes_more_values_later(tmp_path, capsys):
+    workshop, out = Workshop(tmp_path, "builtin:nano"), tmp_path / "study"
+    command = [*argv(workshop), "--output_dir", str(out), "--json", "--values", "-1"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert all(
+        case["before"] > first["native"]["before"] and case["after"] < case["before"] for case in first["cases"]
+    )
     assert main([*command, "0.01"]) == 0
     captured = capsys.readouterr()
     assert captured.err.count(": kept") == 4 and captured.err.count(": training") == 3
     second = json.loads(captured.out)
     assert [case for case in second["cases"] if case["epsilon_init"] == -1] == first["cases"]
     assert len(second["cases"]) == 6
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_shown_as_failed(workshop, capsys):
+    out = workshop.folder / "diverged"
+    options = ["--values", "1", "--learning_rate", "1e30", "--output_dir", str(out)]
+    assert main([*argv(workshop), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("seed 0: the loss after training is no number") == 3
+    assert all(len(case["failed"]) == 1 for case in json.loads((out / "epsilon.json").read_text())["cases"])
+
+
+@pytest.mark.slow
+def test_a_frozen_epsilon_is_the_same_per_layer_and_per_channel(workshop):
+    plain = "crrelu:calibration=none:epsilon_init=0.3:epsilon_learning_rate=0"
+    arms = [f"{plain}:epsilon_per={per}" for per in ("layer", "channel")]
+    out = workshop.folder / "frozen"
+    _, _, _, recipe = argv(workshop)
+    assert main(["compare", "sft", "--config", recipe, "--arms", *arms, "--seeds", "0", "--output_dir", str(out)]) == 0
+    layer, channel = (arm["runs"][0] for arm in json.loads((out / "report.json").read_text())["arms"])
+    assert layer["metrics"] == pytest.approx(channel["metrics"], rel=1e-6)
+    assert [entry["loss"] for entry in layer["history"]] == [entry["loss"] for entry in channel["history"]]
