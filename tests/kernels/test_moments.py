@@ -64,7 +64,7 @@ def test_first_and_second_gradients(backend, size):
 
 
 @robust_backend
-@pytest.mark.parametrize("shape", [*BLOCK_SHAPES, (0, 5), (9, 4, 31)], ids=str)
+@pytest.mark.parametrize("shape", [BLOCK_SHAPES[-1], (0, 5), (9, 4, 31)], ids=str)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_odd_shapes_gated_and_packed_agree_with_the_definition(backend, shape, per_channel, monkeypatch):
     shrink_blocks(monkeypatch)

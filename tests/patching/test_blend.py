@@ -191,6 +191,7 @@ def test_gradient_checkpointing_recomputes_the_mixture(patched, checkpointing):
         torch.testing.assert_close(gradients[1][name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles: a minute or more of a busy core
 def test_a_compiled_model_is_not_compiled_again_at_every_step(patched):
     _, model, blend = patched
     torch._dynamo.reset()

@@ -135,6 +135,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, kind):
     assert saving["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
 
 
+@pytest.mark.slow  # compiles: a minute or more of a busy core
 def test_torch_compile_compiles_as_often_for_a_long_blend(workshop):
     counts, data = [], workshop.data("sft", train=[{"text": "the cat sees a tree"}] * 16)  # one shape
     for steps in (3, 6):

@@ -150,6 +150,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, kind):
     assert saving["epsilon"] == pytest.approx(plain["epsilon"], abs=1e-6)
 
 
+@pytest.mark.slow  # compiles: a minute or more of a busy core
 def test_torch_compile(workshop):
     plain = workshop.run("sft", "plain")
     compiled = workshop.run("sft", "compiled", torch_compile=True, torch_compile_backend="eager")

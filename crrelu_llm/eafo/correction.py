@@ -1,0 +1,349 @@
+"""The first-order correction of an activation for a density: the direction that lowers the entropy of its output.
+
+Inverse form, for the inverse y of f: η(x) = −[p(y)·y″/y′ + p′(y)·y′]; moving y to y + εη changes the entropy by
+−ε∫η² dx. Forward form, for f itself: c(t) = p′(t) − p(t)·f″(t)/f′(t); f + ε·c has the inverse y + εη + O(ε²).
+README.md beside this file derives both.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from crrelu_llm.eafo.activations import Activation
+from crrelu_llm.eafo.density import Array, Density
+from crrelu_llm.eafo.entropy import branches_of, integral, inverse_on, probe, range_on
+from crrelu_llm.errors import InputError
+
+# Below this share of its largest slope an activation counts as flat: f″/f′ would be rounding error.
+_FLAT = 1e-12
+# Formulas of more operations stay as they come: sympy's simplifier takes minutes for GELU × Student's t.
+_SMALL = 30
+_UNBOUNDED = 1e6
+# Of differences of the correction, in standard deviations of the density.
+_STEP = 1e-5
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Where the theory says nothing: a stretch of pre-activations, or a point (low == high), and why."""
+
+    low: float
+    high: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The correction between two kinks, as sympy expressions of the real symbol `t` (forward) or `x` (inverse).
+
+    Attributes:
+        low, high: The stretch of pre-activations t.
+        forward: c(t), simplified; None where f′ = 0.
+        direction: `forward` without its positive constant factor, which a learnable ε absorbs.
+        inverse: η(x), x the output; None where sympy is not given the inverse.
+    """
+
+    low: Any
+    high: Any
+    forward: Any
+    direction: Any
+    inverse: Any
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The correction of an activation for a density.
+
+    Attributes:
+        excluded: Where it does not apply, in order.
+    """
+
+    activation: Activation
+    density: Density
+    excluded: tuple[Excluded, ...]
+
+    def forward(self, t: Any) -> Array:
+        """c(t) = p′(t) − p(t)·f″(t)/f′(t), float64; NaN where f′ = 0."""
+        t = np.asarray(t, dtype=np.float64)
+        slope, bend = self.activation._derivatives(t)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = self.density.derivative(t) - self.density.pdf(t) * bend / slope
+        return np.where(slope == 0, np.nan, result)
+
+    def extended(self, t: Any) -> Array:
+        """c(t) where f′ ≠ 0, and p′(t) where f is flat: what relu's rising half has, carried on over the whole line.
+
+        The theory does not give this: it is the step from relu's correction to CRReLU.
+        """
+        forward = self.forward(t)
+        return np.where(np.isnan(forward), self.density.derivative(t), forward)
+
+    def inverse(self, x: Any) -> Array:
+        """η(x) = −c(y)/f′(y) at y = f⁻¹(x), float64; NaN where no or more than one pre-activation gives x."""
+        x = np.asarray(x, dtype=np.float64)
+        branches, _ = branches_of(self.activation, self.density)
+        result, count = np.full(x.shape, np.nan), np.zeros(x.shape, dtype=int)
+        for branch in branches:
+            low, high = range_on(self.activation, branch)
+            inside = (x > low) & (x < high)
+            t = inverse_on(self.activation, branch, np.where(inside, x, (low + high) / 2))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                eta = -self.forward(t) / self.activation.derivative(t)
+            result, count = np.where(inside, eta, result), count + inside
+        return np.where(count == 1, result, np.nan)
+
+    def applies(self, t: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether the theory applies at t: outside of every excluded stretch, and p > 0 there."""
+        t = np.asarray(t, dtype=np.float64)
+        ok = self.density.pdf(t) > 0
+        for stretch in self.excluded:
+            if stretch.low < stretch.high:
+                ok &= (t <= stretch.low) | (t >= stretch.high)
+        return ok
+
+    def rate(self) -> float:
+        """−∫η² dx = −∫c²/f′ dt over where the theory applies: dH/dε at ε = 0 with boundary values held, in nats.
+
+        What the moved boundary values add is `boundary_rate`. Infinite where the integral does not exist.
+        """
+        total = 0.0
+        for a, b in self._stretches():
+            total -= integral(lambda t: self.forward(t) ** 2 / np.abs(self.activation.derivative(t)), np.array([a, b]))
+        return total if abs(total) < _UNBOUNDED else -np.inf
+
+    def boundary_rate(self) -> float:
+        """What the theory leaves out: p·c/f′ at the ends of the stretches where it applies, in nats.
+
+        Together with `rate` it is the change ∫p·c′/f′ dt of E log|f′|, hence of the entropy as long as no value is
+        taken twice: where c jumps downwards at a kink, f + ε·c overlaps itself there, which lowers the entropy more.
+        """
+        total = 0.0
+        for a, b in self._stretches():
+            inner = 1e-9 * (b - a)
+            ends = np.array([a + inner, b - inner])
+            at_ends = self.density.pdf(ends) * self.forward(ends) / self.activation.derivative(ends)
+            total += float(at_ends[1] - at_ends[0])
+        return total if abs(total) < _UNBOUNDED else float(np.copysign(np.inf, total))
+
+    def _stretches(self) -> list[tuple[float, float]]:
+        """Where the theory applies, cut at the kinks."""
+        low, high = self.density.within()
+        points = np.unique([low, *(end for entry in self.excluded for end in (entry.low, entry.high)), high])
+        return [(a, b) for a, b in pairwise(points.tolist()) if self.applies((a + b) / 2)]
+
+    @cached_property
+    def formulas(self) -> tuple[Formula, ...]:
+        """The correction in closed form, a `Formula` between kinks; empty where f or p has no formula."""
+        import sympy
+
+        t = sympy.Symbol("t", real=True)
+        p = self.density.expression(t)
+        if p is None or self.activation.pieces is None:
+            return ()
+        return tuple(_formula(*piece, p, t) for piece in self.activation.pieces(t))
+
+    @property
+    def latex(self) -> str:
+        """The forward form in LaTeX; empty where there is no formula."""
+        import sympy
+
+        lines = [
+            rf"{_latex_or_none(sympy, found.forward)} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
+            for found in self.formulas
+        ]
+        if not lines:
+            return ""
+        return r"c(t) = \begin{cases} " + r" \\ ".join(lines) + r" \end{cases}"
+
+
+def _latex_or_none(sympy: Any, formula: Any) -> str:
+    return r"\text{none, } f' = 0" if formula is None else sympy.latex(formula)
+
+
+def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
+    import sympy
+
+    # On one side of 0, |t| and sign(t) are known.
+    sign = {"positive": True} if low == 0 else {"negative": True} if high == 0 else {}
+    known = sympy.Symbol("t", real=True, **sign)
+    f, p, t = f.subs(t, known), p.subs(t, known), known
+    slope = sympy.diff(f, t)
+    if slope == 0:
+        return Formula(low, high, None, None, None)
+    forward = _shortest(sympy.diff(p, t) - p * sympy.diff(f, t, 2) / slope)
+    factor, direction = forward.as_independent(t, as_Add=False)
+    if factor.could_extract_minus_sign():
+        direction = -direction
+    plain = {known: sympy.Symbol("t", real=True)}
+    return Formula(low, high, forward.subs(plain), direction.subs(plain), _inverse_form(f, p, t))
+
+
+def _shortest(expression: Any) -> Any:
+    import sympy
+
+    candidates = [sympy.factor_terms(expression)]
+    if sympy.count_ops(expression) < _SMALL:
+        candidates += [sympy.factor(expression), sympy.factor(sympy.simplify(expression))]
+    return min(candidates, key=sympy.count_ops)
+
+
+def _inverse_form(f: Any, p: Any, t: Any) -> Any:
+    """η(x) for those f whose inverse is elementary; the others' is computed numerically."""
+    import sympy
+
+    x = sympy.Symbol("x", real=True)
+    y = _inverse_of(f, t, x)
+    if y is None:
+        return None
+    slope = sympy.diff(y, x)
+    return _shortest(-(p.subs(t, y) * sympy.diff(y, x, 2) / slope + sympy.diff(p, t).subs(t, y) * slope))
+
+
+def _inverse_of(f: Any, t: Any, x: Any) -> Any:
+    import sympy
+
+    log, exp = sympy.log, sympy.exp
+    for candidate, inverse in (
+        (log(1 + exp(t)), log(exp(x) - 1)),
+        (sympy.tanh(t), sympy.atanh(x)),
+        (1 / (1 + exp(-t)), log(x / (1 - x))),
+        (t**2, sympy.sqrt(x)),
+    ):
+        if f == candidate:
+            return inverse
+    if f.is_polynomial(t) and sympy.degree(f, t) == 1:
+        return x / sympy.diff(f, t)
+    scale = sympy.expand(sympy.diff(f, t) * exp(-t))
+    if not scale.free_symbols:  # α·(eᵗ − 1)
+        return log(1 + x / scale)
+    return None
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """An activation moved along its correction, f + ε·c: from `corrected`."""
+
+    correction: Correction
+    epsilon: float
+
+    @property
+    def name(self) -> str:
+        """For messages and pictures."""
+        return f"{self.correction.activation.name} + {self.epsilon:g}·c"
+
+    @property
+    def kinks(self) -> tuple[float, ...]:
+        """Those of the activation and of the density."""
+        return (*self.correction.activation.kinks, *self.correction.density.kinks)
+
+    def value(self, x: Any) -> Array:
+        """f(x) + ε·c(x)."""
+        return self.correction.activation.value(x) + self.epsilon * self.correction.extended(x)
+
+    def derivative(self, x: Any) -> Array:
+        """f′(x) + ε·c′(x), c′ by central differences."""
+        x, step = np.asarray(x, dtype=np.float64), _STEP * self.correction.density.std
+        bend = (self.correction.extended(x + step) - self.correction.extended(x - step)) / (2 * step)
+        return self.correction.activation.derivative(x) + self.epsilon * bend
+
+
+def corrected(correction: Correction, epsilon: float) -> Corrected:
+    """f + ε·c on the whole line, c extended over flat stretches as `Correction.extended` says.
+
+    Args:
+        correction: From `correct`.
+        epsilon: Above 0 it lowers the entropy of the output, to first order, where the theory applies.
+
+    Raises:
+        InputError: The correction has a pole (f′ passes through 0 where f is not flat), so that f + ε·c has one.
+    """
+    activation = correction.activation
+    branches, flat = branches_of(activation, correction.density)
+    turns = [b[0] for a, b in pairwise(branches) if a[1] == b[0] and a[2] != b[2]]
+    starts = [end for stretch in flat for end in stretch if _pole(correction, end)]
+    if turns or starts:
+        raise InputError(
+            f"{activation.name}: its slope is 0 at {min((*turns, *starts), key=abs):.4g}, where the correction "
+            f"p′ − p·f″/f′ has a pole; there is no corrected {activation.name}."
+        )
+    return Corrected(correction, float(epsilon))
+
+
+def _pole(correction: Correction, end: float) -> bool:
+    near = np.array([end - 1e-4, end + 1e-4, end - 1e-7, end + 1e-7])
+    values = np.abs(np.nan_to_num(correction.forward(near)))
+    return bool(values[2:].max() > 100 * max(values[:2].max(), 1e-3))
+
+
+def correct(activation: Activation, density: Density) -> Correction:
+    """The first-order correction of an activation for a density of its inputs.
+
+    Args:
+        activation: From `eafo.activations`.
+        density: From `eafo.density`.
+
+    Raises:
+        InputError: The activation has no derivative, or nowhere in the density's mass a strictly monotone stretch.
+    """
+    branches, flat = branches_of(activation, density)
+    if not branches:
+        raise InputError(f"{activation.name} is flat wherever {density.name} has mass: there is nothing to correct.")
+    found = [
+        Excluded(low, high, f"f′ = 0: all of it gives {float(activation.value(low)):g}, so f has no inverse")
+        for low, high in flat
+    ]
+    found += _folded(activation, branches)
+    found += _no_mass(activation, density)
+    low, high = density.within()
+    for kink in (*activation.kinks, *density.kinks):
+        if low < kink < high:
+            whose = "f′" if kink in activation.kinks else "p"
+            found.append(Excluded(kink, kink, f"{whose} has no derivative here: the correction may jump"))
+    return Correction(activation, density, tuple(sorted(found, key=lambda entry: (entry.low, entry.high))))
+
+
+def _folded(activation: Activation, branches: list[tuple[float, float, int]]) -> list[Excluded]:
+    """The parts of branches whose values another branch takes too: there is no inverse there."""
+    found = []
+    for i, branch in enumerate(branches):
+        low, high = range_on(activation, branch)
+        for j, other in enumerate(branches):
+            beneath, above = range_on(activation, other)
+            shared = np.array([max(low, beneath), min(high, above)])
+            if i == j or not shared[0] < shared[1]:
+                continue
+            ends = np.sort([_end(activation, branch, value) for value in shared.tolist()])
+            way = "rises" if branch[2] > 0 else "falls"
+            where = f"between {other[0]:.4g} and {other[1]:.4g}"
+            reason = f"not monotone: f {way} here through values that it takes again {where}"
+            found.append(Excluded(float(ends[0]), float(ends[1]), reason))
+    return found
+
+
+def _end(activation: Activation, branch: tuple[float, float, int], value: float) -> float:
+    """The point of a branch with a value; its own end exactly, where halving sees only rounding (f′ = 0)."""
+    for end in branch[:2]:
+        if float(activation.value(end)) == value:
+            return end
+    return float(inverse_on(activation, branch, np.array([value]))[0])
+
+
+def _no_mass(activation: Activation, density: Density) -> list[Excluded]:
+    """The stretches inside the mass where p is 0, and f′ so small that f″/f′ is rounding error."""
+    grid = probe(activation, density)
+    slope = np.abs(activation.derivative(grid))
+    found = []
+    for mask, reason in (
+        (density.pdf(grid) <= 0, "p = 0: no pre-activation falls here, so nothing is known of f"),
+        ((slope > 0) & (slope < _FLAT * slope.max()), "f′ is smaller than float64 resolves: f″/f′ is rounding error"),
+    ):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+        found += [
+            Excluded(float(grid[a]), float(grid[b - 1]), reason)
+            for a, b in zip(edges[::2], edges[1::2], strict=True)
+            if b - a > 1
+        ]
+    return found

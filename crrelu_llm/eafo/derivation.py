@@ -1,0 +1,154 @@
+"""A derivation written out: the two forms of a correction, its extension to the whole line, and where it fails."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crrelu_llm.eafo.correction import Correction, Formula
+
+# Where the correction is tabulated, in standard deviations from the mean.
+_POINTS = (-3.0, -2.0, -1.5, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A correction that all rising stretches share, carried on over the whole line with a free factor ε.
+
+    Attributes:
+        bump: The sympy expression that ε multiplies, its sign chosen so that it begins with a plus.
+        name: `CRReLU` where relu + ε·bump is that, with the centre and width it takes; else None.
+        sign: The sign of ε along which the entropy falls.
+    """
+
+    bump: Any
+    name: str | None
+    sign: int
+
+
+def extension(correction: Correction) -> Extension | None:
+    """The step from a correction to a new activation; None where the stretches do not agree on one bump."""
+    import sympy
+
+    found = [formula.direction for formula in correction.formulas if formula.direction is not None]
+    if not found or any(sympy.simplify(one - found[0]) != 0 for one in found[1:]):
+        return None
+    if len(correction.formulas) == 1 and correction.activation.kinks == ():
+        return None  # smooth: it holds on the whole line as it is
+    sign = -1 if found[0].could_extract_minus_sign() else 1
+    return Extension(sign * found[0], _crrelu(correction, found[0]), sign)
+
+
+def _crrelu(correction: Correction, direction: Any) -> str | None:
+    import sympy
+
+    if correction.activation.name != "relu" or not np.isfinite(correction.density.std):
+        return None
+    t = sympy.Symbol("t", real=True)
+    mean, std = (sympy.nsimplify(value, rational=True) for value in (correction.density.mean, correction.density.std))
+    ratio = sympy.simplify(direction / ((t - mean) * sympy.exp(-((t - mean) ** 2) / (2 * std**2))))
+    if ratio.free_symbols:
+        return None
+    return "CRReLU" if (mean, std) == (0, 1) else f"CRReLU with centre {mean} and width {std}"
+
+
+def document(correction: Correction) -> dict[str, Any]:
+    """Everything about a correction as plain values, with formulas in sympy's notation and in LaTeX.
+
+    Returns:
+        `activation`, `density`, `density_formula`, `pieces` (`low`, `high`, `forward`, `direction`, `inverse`, each
+        None where there is none), `latex`, `extension` (`bump`, `name`, `sign`, `latex`) or None, `excluded` (`low`,
+        `high`, `reason`), `rate` and `boundary_rate` (nats for each unit of ε), and `values` (`t`, `activation`,
+        `correction`, `applies`).
+    """
+    import sympy
+
+    t = sympy.Symbol("t", real=True)
+    density = correction.density
+    formula, step = density.expression(t), extension(correction)
+    center, width = (value if np.isfinite(value) else other for value, other in ((density.mean, 0), (density.std, 1)))
+    points = center + width * np.array(_POINTS)
+    rows = (points, correction.activation.value(points), correction.forward(points), correction.applies(points))
+    return {
+        "activation": correction.activation.name,
+        "density": density.name,
+        "density_formula": None if formula is None else str(formula),
+        "pieces": [_piece(found) for found in correction.formulas],
+        "latex": correction.latex or None,
+        "extension": step
+        and {"bump": str(step.bump), "name": step.name, "sign": step.sign, "latex": sympy.latex(step.bump)},
+        "excluded": [
+            {"low": _round(entry.low), "high": _round(entry.high), "reason": entry.reason}
+            for entry in correction.excluded
+        ],
+        "rate": correction.rate(),
+        "boundary_rate": _round(correction.boundary_rate()),
+        "values": [
+            {"t": float(x), "activation": float(f), "correction": float(c), "applies": bool(ok)}
+            for x, f, c, ok in zip(*rows, strict=True)
+        ],
+    }
+
+
+def _piece(formula: Formula) -> dict[str, Any]:
+    def text(value: Any) -> str | None:
+        return None if value is None else str(value)
+
+    return {
+        "low": str(formula.low),
+        "high": str(formula.high),
+        "forward": text(formula.forward),
+        "direction": text(formula.direction),
+        "inverse": text(formula.inverse),
+    }
+
+
+def _round(value: float) -> float:
+    return round(value, 6) + 0.0  # no −0
+
+
+def text(found: dict[str, Any]) -> str:
+    """The document as lines to read."""
+    lines = [f"{found['activation']} × {found['density']}"]
+    if found["density_formula"]:
+        lines.append(f"  density        p(t) = {found['density_formula']}")
+    if not found["pieces"]:
+        lines.append("  no closed form (the density or the activation has no formula); values are below")
+    for piece in found["pieces"]:
+        where = f"{piece['low']} < t < {piece['high']}".replace("oo", "∞")
+        if piece["forward"] is None:
+            lines.append(f"  {where}: none, f′ = 0")
+            continue
+        lines.append(f"  {where}:")
+        lines.append(f"    forward      c(t) = p′ − p·f″/f′ = {piece['forward']}")
+        lines.append(f"    direction    {piece['direction']}")
+        lines.append(f"    inverse      η(x) = {piece['inverse'] or 'no elementary inverse; computed numerically'}")
+    if found["extension"]:
+        bump, name, sign = (found["extension"][key] for key in ("bump", "name", "sign"))
+        lines.append(f"  extended to the whole line with a free ε: f(t) + ε·{bump}" + (f"   = {name}" if name else ""))
+        lines.append(f"    the entropy falls, to first order, for ε {'<' if sign < 0 else '>'} 0")
+    lines.append(
+        f"  entropy        changes by {found['rate']:+.5g}·ε nats along c with the boundary values held, and by "
+        f"{found['boundary_rate']:+.5g}·ε through them"
+    )
+    for entry in found["excluded"]:
+        where = f"at {entry['low']:g}" if entry["low"] == entry["high"] else f"{entry['low']:g} to {entry['high']:g}"
+        lines.append(f"  does not apply {where}: {entry['reason']}")
+    if not found["pieces"]:
+        lines.append("        t        f(t)        c(t)")
+        lines += [
+            f"  {row['t']:+7.3f}  {row['activation']:+10.5f}  "
+            + (f"{row['correction']:+10.5f}" if np.isfinite(row["correction"]) else "         –")
+            + ("" if row["applies"] else "  (does not apply)")
+            for row in found["values"]
+        ]
+    return "\n".join(lines)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The document as one line of a table."""
+    directions = list(dict.fromkeys(piece["direction"] for piece in found["pieces"] if piece["direction"]))
+    stretches = sum(entry["low"] < entry["high"] for entry in found["excluded"])
+    shown = "; ".join(directions) or "numerically only"
+    note = f"   ({stretches} stretches excluded)" if stretches else ""
+    return f"{found['activation']:11}  {found['density']:22}  {shown}{note}"
