@@ -42,6 +42,18 @@ def run(argv: list[str]) -> int:
 
 def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> int:
     """Runs a comparison and writes its report, also where some runs failed."""
+    failed = run_matrix(args, recipe_argv, command)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(write(Path(args.output_dir)))
+        if failed:
+            print(f"crrelu compare: {failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -> Exception | None:
+    """Runs a comparison without its report; returns what to say where some runs failed."""
     if len(set(args.seeds)) != len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
         raise InputError(f"--seeds: whole numbers from 0 up, each once, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.cli.quiet import quieten_libraries
@@ -62,18 +74,11 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
         command=command,
         keep_models=not args.discard_models,
     )
-    failed = None
     try:
         run_comparison(comparison)
     except RunsFailed as error:
-        failed = error
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        print(write(comparison.output_dir))
-        if failed:
-            print(f"crrelu compare: {failed}", file=sys.stderr)
-    return 1 if failed else 0
+        return error
+    return None
 
 
 def _launched(argv: list[str], config: str) -> int | None:

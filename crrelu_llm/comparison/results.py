@@ -119,7 +119,9 @@ def _compare(
         if not all(metric in run["items"] for pair in pairs for run in pair):
             return None
         # An item's value is its mean over the seeds, so that the items of several runs are not counted as more data.
-        columns = [np.mean([run["items"][metric] for run in side], axis=0) for side in zip(*pairs, strict=True)]
+        # Of a run that diverged JSON has no numbers: its None becomes NaN here.
+        sides = zip(*pairs, strict=True)
+        columns = [np.mean([np.array(run["items"][metric], dtype=float) for run in side], axis=0) for side in sides]
     binary = metric == "reward_accuracy" and unit == "item"
     return compare_metric(
         metric,

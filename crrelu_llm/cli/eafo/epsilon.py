@@ -1,0 +1,74 @@
+"""`crrelu eafo epsilon`: one recipe with many start values of ε, frozen and learned, as a comparison."""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from crrelu_llm.cli.parser import Parser
+
+DOCUMENT = "epsilon.json"
+_DEFAULT = (-1.0, -0.5, -0.1, -0.01, 0.0, 0.01, 0.1, 0.5, 1.0)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="crrelu eafo epsilon",
+        description="Fine-tune (SFT) with many start values of ε, each frozen, learned per layer and learned per "
+        "channel, beside the model as it is. A frozen ε is the same function per layer and per channel, so it is "
+        "trained once. Nothing is calibrated: that would overwrite the start value. Finished runs are kept: the same "
+        "command goes on where it was stopped, and other values can be added. Written are epsilon.json, epsilon.png "
+        "and the report of `crrelu compare`. Every other option is the recipe's (see `crrelu sft --help`).",
+        epilog="example: crrelu eafo epsilon --config recipes/eafo/epsilon.yaml --values -1 -0.01 0 0.01 1 "
+        "--output_dir epsilon",
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="the recipe")
+    add("--values", nargs="+", type=float, default=list(_DEFAULT), metavar="V",
+        help=f"start values of ε (default: {' '.join(f'{value:g}' for value in _DEFAULT)})")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0], help="one run of every arm for each (default: 0)")
+    add("--output_dir", required=True, help="directory of the study")
+    add("--keep_models", action="store_true", help="also keep the trained models")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args, rest = _parser().parse_known_args(argv)
+    from crrelu_llm.cli.compare import run_matrix
+    from crrelu_llm.comparison.report import write_report
+    from crrelu_llm.comparison.results import build_report
+    from crrelu_llm.eafo.models import sensitivity, sensitivity_plot
+    from crrelu_llm.files import plain, write_json
+    from crrelu_llm.training.arguments import parse, without_secrets
+
+    recipe_argv = ["--config", args.config, *rest]
+    arms = sensitivity.arm_names(args.values)
+    recipe = parse("sft", recipe_argv)
+    sensitivity.check_recipe(recipe.values, recipe.source)
+    comparison = argparse.Namespace(
+        kind="sft",
+        arms=arms,
+        seeds=args.seeds,
+        output_dir=args.output_dir,
+        baseline="native",
+        grid=[],
+        discard_models=not args.keep_models,
+    )
+    command = shlex.join(["crrelu", "eafo", "epsilon", *without_secrets(argv)])
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs; stdout has the result alone
+        failed = run_matrix(comparison, recipe_argv, command)
+    directory = Path(args.output_dir)
+    report = build_report(directory)
+    write_report(report, directory)
+    document = plain(sensitivity.study(report))
+    write_json(directory / DOCUMENT, document)
+    sensitivity_plot.plot(document, directory / sensitivity_plot.PLOT)
+    print(json.dumps(document, indent=2, ensure_ascii=False) if args.json else sensitivity.text(document))
+    print(f"saved to {directory}", file=sys.stderr)
+    if failed:
+        print(f"crrelu eafo epsilon: {failed}", file=sys.stderr)
+    return 1 if failed else 0

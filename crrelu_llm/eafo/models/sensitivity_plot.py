@@ -1,0 +1,106 @@
+"""The picture of the ε study: loss against the start value, where ε ended, and the functions themselves."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crrelu_llm.eafo.models.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
+
+PLOT = "epsilon.png"
+_COLOURS = {FROZEN: "#7a7a7a", LEARNED_LAYER: "#1f6f8b", LEARNED_CHANNEL: "#c4472b"}
+_MARKS = {FROZEN: "s", LEARNED_LAYER: "o", LEARNED_CHANNEL: "D"}
+_LABELS = {FROZEN: "frozen (per layer and per channel are the same)"}
+
+
+def plot(document: dict[str, Any], path: str | Path) -> None:
+    """Draws a study in three panels.
+
+    Args:
+        document: As in epsilon.json.
+        path: The picture to write, its ending says in which format (`.png`, `.svg`, `.pdf`).
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 8.5, "svg.hashsalt": "crrelu"}):
+        figure = Figure(figsize=(7, 9.2), layout="constrained")
+        losses, ends, shapes = figure.subplots(3, 1, height_ratios=(3, 2, 2.2))
+        _losses(losses, document)
+        _ends(ends, document)
+        _shapes(shapes, document)
+        values = [entry["epsilon"] for entry in document["shapes"]]
+        for axis in (losses, ends):
+            _start_values(axis, values)
+        for axis in (losses, ends, shapes):
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        path = Path(path)
+        scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        figure.savefig(scratch, dpi=130)
+        os.replace(scratch, path)
+
+
+def _losses(axis: Any, document: dict[str, Any]) -> None:
+    before = {case["epsilon_init"]: case["before"] for case in document["cases"] if case["before"] is not None}
+    points = sorted(before.items())
+    axis.plot([x for x, _ in points], [y for _, y in points], "--o", mfc="none", color="black", lw=1, ms=4,
+              label="before training")  # fmt: skip
+    for way in WAYS:
+        cases = [case for case in document["cases"] if case["way"] == way]
+        done = [case for case in cases if case["after"] is not None]
+        x, y, low, high = (
+            np.array([case[key] for case in done], dtype=float)
+            for key in ("epsilon_init", "after", "after_low", "after_high")
+        )
+        style: dict[str, Any] = {"marker": _MARKS[way], "ms": 4, "color": _COLOURS[way]}
+        axis.errorbar(x, y, [y - low, high - y], lw=1.3, **style, label=_LABELS.get(way, way))
+        failed = [case["epsilon_init"] for case in cases if case["failed"]]
+        if failed:  # at the upper edge, as they have no loss
+            place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+            style |= {"marker": "x", "ms": 8, "mew": 2, "ls": "none", "label": f"failed runs, {way}"}
+            axis.plot(failed, [1.0] * len(failed), **style, **place)
+    for key, dash in (("before", "--"), ("after", "-")):
+        if document["native"][key] is not None:
+            axis.axhline(document["native"][key], color="#3f8f4f", lw=1, ls=dash, label=f"native, {key} training")
+    axis.set(xlabel="ε at the start", ylabel="loss on held-out text, nats a token")
+    axis.legend(frameon=False, fontsize=7.5)
+
+
+def _ends(axis: Any, document: dict[str, Any]) -> None:
+    for way in (LEARNED_LAYER, LEARNED_CHANNEL):
+        cases = [case for case in document["cases"] if case["way"] == way and case["epsilon_end"] is not None]
+        x = [case["epsilon_init"] for case in cases]
+        moved, low, high = (
+            np.array([case[key] - case["epsilon_init"] for case in cases])
+            for key in ("epsilon_end", "epsilon_low", "epsilon_high")
+        )
+        axis.errorbar(x, moved, [moved - low, high - moved], marker=_MARKS[way], ms=4, lw=1.3, capsize=2,
+                      color=_COLOURS[way], label=way)  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="ε at the start", ylabel="ε at the end − at the start")
+    axis.set_title("mean over sites; the bar runs from the lowest to the highest site", fontsize=7.5, loc="left")
+    axis.legend(frameon=False, fontsize=7.5)
+
+
+def _shapes(axis: Any, document: dict[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    x = np.linspace(-4, 2.5, 400)
+    values = [entry["epsilon"] for entry in document["shapes"]]
+    for index, value in enumerate(values):
+        colour = colormaps["viridis"](0.9 * index / max(1, len(values) - 1))
+        axis.plot(x, np.maximum(x, 0) + value * x * np.exp(-(x**2) / 2), lw=1.2, color=colour, label=f"ε = {value:g}")
+    axis.set(xlabel="x", ylabel="max(0, x) + ε·x·exp(−x²/2)")
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _start_values(axis: Any, values: list[float]) -> None:
+    """An axis on which start values of different orders of magnitude stand apart."""
+    sizes = [abs(value) for value in values if value]
+    if sizes and max(sizes) > 20 * min(sizes):
+        axis.set_xscale("symlog", linthresh=min(sizes))
+        axis.margins(x=0.04)
+    axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=7.5)
+    axis.set_xticks([], minor=True)
