@@ -173,7 +173,9 @@ def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
     slope = sympy.diff(f, t)
     if slope == 0:
         return Formula(low, high, None, None, None)
-    forward = _shortest(sympy.diff(p, t) - p * sympy.diff(f, t, 2) / slope)
+    ratio = sympy.diff(f, t, 2) / slope
+    # Both, because the simplifier sees tanh in sigmoid's ratio, and then not that all of it is 0 for a logistic p.
+    forward = _shorter(*(_shortest(sympy.diff(p, t) - p * form) for form in (ratio, _shortest(ratio))))
     factor, direction = forward.as_independent(t, as_Add=False)
     if factor.could_extract_minus_sign():
         direction = -direction
@@ -187,6 +189,12 @@ def _shortest(expression: Any) -> Any:
     candidates = [sympy.factor_terms(expression)]
     if sympy.count_ops(expression) < _SMALL:
         candidates += [sympy.factor(expression), sympy.factor(sympy.simplify(expression))]
+    return _shorter(*candidates)
+
+
+def _shorter(*candidates: Any) -> Any:
+    import sympy
+
     return min(candidates, key=sympy.count_ops)
 
 

@@ -150,5 +150,5 @@ def summary(found: dict[str, Any]) -> str:
     directions = list(dict.fromkeys(piece["direction"] for piece in found["pieces"] if piece["direction"]))
     stretches = sum(entry["low"] < entry["high"] for entry in found["excluded"])
     shown = "; ".join(directions) or "numerically only"
-    note = f"   ({stretches} stretches excluded)" if stretches else ""
-    return f"{found['activation']:11}  {found['density']:22}  {shown}{note}"
+    note = f"   ({stretches} stretch{'es' * (stretches > 1)} excluded)" if stretches else ""
+    return f"{found['activation']:12}  {found['density']:22}  {shown}{note}"
