@@ -137,7 +137,7 @@ def shape(epsilon: float) -> dict[str, Any]:
         "epsilon": epsilon,
         "slope_left_of_zero": epsilon,
         "slope_right_of_zero": 1 + epsilon,
-        "value_at_minus_one": -epsilon * math.exp(-0.5),
+        "value_at_minus_one": 0.0 - epsilon * math.exp(-0.5),
         "mean_square_slope": 0.5 + epsilon / (2 * math.sqrt(2)) + 2 * epsilon**2 / (3 * math.sqrt(3)),
         "falling": _falling(epsilon),
     }
@@ -176,7 +176,7 @@ def text(document: dict[str, Any]) -> str:
     shapes = [["ε", "slope at 0−", "slope at 0+", "f(−1)", "mean f'² under N(0, 1)", "falls on"]]
     keys = ("slope_left_of_zero", "slope_right_of_zero", "value_at_minus_one", "mean_square_slope")
     for entry in document["shapes"]:
-        intervals = [f"({'−∞' if low is None else f'{low:.3g}'}, {high:.3g})" for low, high in entry["falling"]]
+        intervals = [f"({'-∞' if low is None else f'{low:.3g}'}, {high:.3g})" for low, high in entry["falling"]]
         shapes.append([f"{entry['epsilon']:g}", *(_number(entry[key]) for key in keys), " ".join(intervals)])
     return "\n".join([*lines, "", *_aligned(shapes)])
 
