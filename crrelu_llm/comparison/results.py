@@ -13,6 +13,7 @@ from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
 
 HEADLINE = "loss"  # of both trainers: the only metric that every item has a value of and training lowers directly
+NOT_RUN = "not run yet"
 
 
 def build_report(directory: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def build_report(directory: Path) -> dict[str, Any]:
 
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
     place = arm_dir(directory, arm, point)
-    run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": "not run yet"}
+    run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
     empty: dict[str, Any] = {
         **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}},
         "before": _read_json(place / BEFORE) or {},

@@ -109,6 +109,24 @@ def test_finished_runs_are_kept_and_missing_ones_are_made(sft, workshop, capsys)
         assert [run["metrics"] for run in old["runs"]] == [run["metrics"] for run in new["runs"]]
 
 
+def test_a_run_that_diverged_is_compared_with_nothing(sft, workshop):
+    """Its numbers are null in JSON."""
+    directory = workshop.folder / "diverged"
+    shutil.copytree(sft, directory)
+    path = directory / "crrelu" / "seed-1" / "run.json"
+    run = json.loads(path.read_text())
+    run["metrics"] = dict.fromkeys(run["metrics"])
+    run["items"] = {name: [None] * len(values) for name, values in run["items"].items()}
+    path.write_text(json.dumps(run))
+    assert main(["report", str(directory)]) == 0
+    entries = read(directory)["comparisons"]
+    assert {entry["verdict"] for entry in entries if entry["candidate"] == "crrelu"} == {"undecided"}
+    broken = [entry["note"] for entry in entries if entry["candidate"] == "crrelu" and entry["unit"] == "item"]
+    assert broken and all("not a finite number" in note for note in broken)
+    others = [entry for entry in entries if entry["candidate"] != "crrelu"]
+    assert all(entry["difference"] is not None for entry in others)
+
+
 def test_arms_and_seeds_can_be_added_later(sft, workshop):
     directory = workshop.folder / "extended"
     shutil.copytree(sft, directory)

@@ -7,7 +7,7 @@ from typing import Any
 from scipy.optimize import brentq
 
 from crrelu_llm.comparison.arms import NATIVE
-from crrelu_llm.comparison.results import HEADLINE
+from crrelu_llm.comparison.results import HEADLINE, NOT_RUN
 from crrelu_llm.errors import InputError
 
 FROZEN, LEARNED_LAYER, LEARNED_CHANNEL = WAYS = ("frozen", "learned per layer", "learned per channel")
@@ -64,10 +64,11 @@ def study(report: dict[str, Any]) -> dict[str, Any]:
         report: A comparison's report, as in report.json, with the arms that `arm_names` gives.
 
     Returns:
-        `{command, environment, recipe, seeds, native: {before, after}, cases, shapes}`. A case is a way and a start
+        `{command, environment, recipe, native: {before, after}, cases, shapes}`. A case is a way and a start
         value, over the seeds: `{way, epsilon_init, before, after, after_low, after_high, epsilon_end, epsilon_low,
-        epsilon_high, seeds, failed}`; losses in nats a token, ε over sites and seeds, `failed` a list of
-        `{seed, reason}`. A run whose loss is no number has failed too. What no run has measured is None.
+        epsilon_high, seeds, missing, failed}`; losses in nats a token, ε over sites and seeds, `missing` the seeds
+        that were not run yet, `failed` a list of `{seed, reason}`. A run whose loss is no number has failed too. What
+        no run has measured is None.
     """
     cases = [case for arm in report["arms"] if (case := _case(arm)) is not None]
     cases.sort(key=lambda case: (WAYS.index(case["way"]), case["epsilon_init"]))
@@ -107,7 +108,8 @@ def _case(arm: dict[str, Any]) -> dict[str, Any] | None:
         "epsilon_low": min(epsilons, default=None),
         "epsilon_high": max(epsilons, default=None),
         "seeds": [run["seed"] for run in good],
-        "failed": [{"seed": seed, "reason": reason} for seed, reason in reasons.items()],
+        "missing": [seed for seed, reason in reasons.items() if reason == NOT_RUN],
+        "failed": [{"seed": seed, "reason": reason} for seed, reason in reasons.items() if reason != NOT_RUN],
     }
 
 
@@ -135,7 +137,7 @@ def shape(epsilon: float) -> dict[str, Any]:
         "epsilon": epsilon,
         "slope_left_of_zero": epsilon,
         "slope_right_of_zero": 1 + epsilon,
-        "value_at_minus_one": -epsilon * math.exp(-0.5),
+        "value_at_minus_one": 0.0 - epsilon * math.exp(-0.5),
         "mean_square_slope": 0.5 + epsilon / (2 * math.sqrt(2)) + 2 * epsilon**2 / (3 * math.sqrt(3)),
         "falling": _falling(epsilon),
     }
@@ -162,10 +164,11 @@ def text(document: dict[str, Any]) -> str:
     rows.append(["native", "", _number(native["before"]), _number(native["after"]), "", "", "", ""])
     for case in document["cases"]:
         numbers = (case[key] for key in ("before", "after", "epsilon_end", "epsilon_low", "epsilon_high"))
-        failed = f", {len(case['failed'])} failed" if case["failed"] else ""
-        rows.append(
-            [case["way"], f"{case['epsilon_init']:g}", *map(_number, numbers), f"{len(case['seeds'])}{failed}"]
-        )
+        counts = [
+            f"{len(case[key])} {word}" for key, word in (("failed", "failed"), ("missing", NOT_RUN)) if case[key]
+        ]
+        runs = ", ".join([str(len(case["seeds"])), *counts])
+        rows.append([case["way"], f"{case['epsilon_init']:g}", *map(_number, numbers), runs])
     lines = _aligned(rows)
     for case in document["cases"]:
         name = f"{case['way']}, ε = {case['epsilon_init']:g}"
@@ -173,7 +176,7 @@ def text(document: dict[str, Any]) -> str:
     shapes = [["ε", "slope at 0−", "slope at 0+", "f(−1)", "mean f'² under N(0, 1)", "falls on"]]
     keys = ("slope_left_of_zero", "slope_right_of_zero", "value_at_minus_one", "mean_square_slope")
     for entry in document["shapes"]:
-        intervals = [f"({'−∞' if low is None else f'{low:.3g}'}, {high:.3g})" for low, high in entry["falling"]]
+        intervals = [f"({'-∞' if low is None else f'{low:.3g}'}, {high:.3g})" for low, high in entry["falling"]]
         shapes.append([f"{entry['epsilon']:g}", *(_number(entry[key]) for key in keys), " ".join(intervals)])
     return "\n".join([*lines, "", *_aligned(shapes)])
 

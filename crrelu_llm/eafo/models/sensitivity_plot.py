@@ -9,13 +9,14 @@ import numpy as np
 from crrelu_llm.eafo.models.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
 
 PLOT = "epsilon.png"
+_LOWEST = 0.15  # nats: where start values far off leave the picture to those that come near to each other
 _COLOURS = {FROZEN: "#7a7a7a", LEARNED_LAYER: "#1f6f8b", LEARNED_CHANNEL: "#c4472b"}
 _MARKS = {FROZEN: "s", LEARNED_LAYER: "o", LEARNED_CHANNEL: "D"}
 _LABELS = {FROZEN: "frozen (per layer and per channel are the same)"}
 
 
 def plot(document: dict[str, Any], path: str | Path) -> None:
-    """Draws a study in three panels.
+    """Draws a study: the losses, their lowest part again, where ε ended, and the functions.
 
     Args:
         document: As in epsilon.json.
@@ -25,15 +26,20 @@ def plot(document: dict[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 8.5, "svg.hashsalt": "crrelu"}):
-        figure = Figure(figsize=(7, 9.2), layout="constrained")
-        losses, ends, shapes = figure.subplots(3, 1, height_ratios=(3, 2, 2.2))
+        figure = Figure(figsize=(7, 11), layout="constrained")
+        losses, lowest, ends, shapes = figure.subplots(4, 1, height_ratios=(3, 2.4, 2, 2.2))
         _losses(losses, document)
+        losses.legend(frameon=False, fontsize=7.5)
+        _losses(lowest, document)
+        _zoom(lowest, document)
         _ends(ends, document)
         _shapes(shapes, document)
         values = [entry["epsilon"] for entry in document["shapes"]]
-        for axis in (losses, ends):
+        for axis in (losses, lowest, ends):
             _start_values(axis, values)
-        for axis in (losses, ends, shapes):
+        for axis in (lowest, ends):
+            axis.set_xlim(losses.get_xlim())
+        for axis in (losses, lowest, ends, shapes):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         path = Path(path)
@@ -65,7 +71,14 @@ def _losses(axis: Any, document: dict[str, Any]) -> None:
         if document["native"][key] is not None:
             axis.axhline(document["native"][key], color="#3f8f4f", lw=1, ls=dash, label=f"native, {key} training")
     axis.set(xlabel="ε at the start", ylabel="loss on held-out text, nats a token")
-    axis.legend(frameon=False, fontsize=7.5)
+
+
+def _zoom(axis: Any, document: dict[str, Any]) -> None:
+    losses = [case["after"] for case in document["cases"]] + [document["native"]["after"]]
+    known = [loss for loss in losses if loss is not None]
+    if known:
+        axis.set_ylim(min(known) - 0.1 * _LOWEST, min(known) + _LOWEST)
+    axis.set_title(f"the same, the lowest {_LOWEST} nats", fontsize=7.5, loc="left")
 
 
 def _ends(axis: Any, document: dict[str, Any]) -> None:

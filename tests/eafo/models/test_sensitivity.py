@@ -103,8 +103,9 @@ def test_runs_that_failed_are_shown_and_kept_out_of_the_means(tmp_path):
     assert (frozen["after"], frozen["after_low"], frozen["after_high"]) == (pytest.approx(5.6), 5.5, 5.7)
     assert (layer["after"], layer["epsilon_end"], layer["seeds"]) == (5.1, pytest.approx(0.5), [0])
     assert layer["failed"] == [{"seed": 1, "reason": "the loss after training is no number"}]
-    assert channel["after"] is None and len(channel["failed"]) == 2
+    assert channel["after"] is None and len(channel["failed"]) == 1 and channel["missing"] == [1]
     lines = text(document).splitlines()
+    assert lines[4].endswith("0, 1 failed, 1 not run yet")
     assert "failed: learned per channel, ε = 0.5, seed 0: RuntimeError: out of memory" in lines
     assert "failed: learned per layer, ε = 0.5, seed 1: the loss after training is no number" in lines
     plot(document, tmp_path / "epsilon.svg")
