@@ -32,9 +32,9 @@ def ours(model):
     return [module for module in model.modules() if isinstance(module, CRReLU)]
 
 
-def fitted(family="llama", level="none", blocks=BLOCKS, **options):
+def fitted(family="llama", level="none", blocks=BLOCKS, layers=2, **options):
     """A tiny model with fitted centres and widths, and its report's sites."""
-    model = tiny_model(family)
+    model = tiny_model(family, **({"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}))
     return model, patch(model, density="fitted", calibration=level, blocks=blocks, **options).sites
 
 
@@ -168,7 +168,7 @@ def test_what_a_checkpoint_lacks_starts_anew_and_is_said(name, start, tmp_path, 
 
 @pytest.mark.parametrize("level", ["none", "refit"])
 def test_an_interrupted_calibration_ends_with_the_same_moments(level, tmp_path, monkeypatch):
-    whole, report = fitted(level=level, num_hidden_layers=3)
+    whole, report = fitted(level=level, layers=3)
     on = _Work.on
 
     def stops(self, where, index, found):
@@ -178,9 +178,9 @@ def test_an_interrupted_calibration_ends_with_the_same_moments(level, tmp_path, 
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(_Work, "on", stops)
-        fitted(level=level, progress=Progress(tmp_path / "kept", {}))
+        fitted(level=level, layers=3, progress=Progress(tmp_path / "kept", {}))
     assert Progress(tmp_path / "kept", {}).layers == 2
-    again, resumed = fitted(level=level, progress=Progress(tmp_path / "kept", {}))
+    again, resumed = fitted(level=level, layers=3, progress=Progress(tmp_path / "kept", {}))
     assert same(whole, again)
     assert resumed == report
 
@@ -208,6 +208,7 @@ def constant(model):
 def broken(model):
     """Makes the numbers of one token infinite, which the probe before a calibration does not meet."""
     token = min(set(BLOCKS.flatten().tolist()) - set(BLOCKS[0].tolist()))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer that of wte
     model.transformer.wte.weight.data[token] = float("inf")
 
 
