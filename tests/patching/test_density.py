@@ -81,8 +81,9 @@ def test_the_formula_with_the_sites_moments_is_what_the_model_computes():
     torch.testing.assert_close(module(x), wanted, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "level"), [*(("llama", level) for level in LEVELS), ("gpt2", "refit"), ("mixtral", "fit")]
+)
 def test_every_level_reloads_exactly_and_lowers_the_error(family, level, tmp_path):
     model, sites = fitted(family, level, epsilon_per="channel")
     for site in sites:
