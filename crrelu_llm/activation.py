@@ -1,5 +1,8 @@
 """CRReLU for users: the functions that check their input, and the `nn.Module` with a learnable ε."""
 
+from collections.abc import Callable, Iterable
+from typing import Self
+
 import torch
 from torch import nn
 
@@ -112,7 +115,8 @@ class CRReLU(nn.Module):
     small updates.
 
     A fitted one also has the buffers `center` and `width`, float32, `(1,)`: the mean μ and the standard deviation σ of
-    its inputs, as measured. Its bump is then `(x − μ)·exp(−(x − μ)²/2σ²)`. They start at 0 and 1.
+    its inputs, as measured. Its bump is then `(x − μ)·exp(−(x − μ)²/2σ²)`. They start at 0 and 1, and are left float32
+    by a cast: nothing that trains would bring back the digits.
 
     Args:
         num_channels: size of the last dimension of the input for one ε a channel; `None` for a single ε.
@@ -139,19 +143,34 @@ class CRReLU(nn.Module):
         # 1-D also for a single ε: FSDP2 and ZeRO refuse 0-dimensional parameters.
         self.epsilon = nn.Parameter(torch.empty(num_channels or 1, dtype=torch.float32, device=device))
         for name in ("center", "width"):
-            self.register_buffer(name, torch.empty(1, dtype=torch.float32, device=device) if fitted else None)
+            # .float(): while ZeRO-3 builds a model, torch.empty gives its dtype, whatever is asked for.
+            self.register_buffer(name, torch.empty(1, dtype=torch.float32, device=device).float() if fitted else None)
         self.center: torch.Tensor | None
         self.width: torch.Tensor | None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Sets every ε to `epsilon_init`, every centre to 0 and every width to 1."""
+    @property
+    def start_values(self) -> dict[str, float]:
+        """What its parameter and buffers start from, by name."""
+        moments = {"center": 0.0, "width": 1.0} if self.fitted else {}
+        return {"epsilon": self.epsilon_init, **moments}
+
+    def reset_parameters(self, names: Iterable[str] | None = None) -> None:
+        """Sets ε, centre and width to their start values, or only those of these names."""
+        start = self.start_values
         # Not nn.init.constant_: transformers turns the nn.init functions off while it builds a model.
         with torch.no_grad():
-            self.epsilon.fill_(self.epsilon_init)
-            if self.center is not None and self.width is not None:
-                self.center.fill_(0.0)
-                self.width.fill_(1.0)
+            for name in start if names is None else names:
+                getattr(self, name).fill_(start[name])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.bfloat16()`, … do to it; the moments go along to the device, but stay float32."""
+        before = {"center": self.center, "width": self.width}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if value is not None and getattr(self, name).dtype.itemsize < value.dtype.itemsize:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     @property
     def fitted(self) -> bool:

@@ -190,9 +190,7 @@ def install_hook() -> None:
         # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
         # whatever torch.empty gave.
         if _is_ours(module) and not getattr(module, "_is_hf_initialized", False):
-            state = [*module.parameters(), *module.buffers()]
-            if any(not getattr(tensor, "_is_hf_initialized", False) for tensor in state):
-                reset_activation(module)
+            reset_activation(module, _missing(module))
             module._is_hf_initialized = True
         else:
             initialize(self, module, is_custom_code)
@@ -259,18 +257,23 @@ def _check_swapped(model: Any) -> None:
 
 
 def _warn_of_missing(model: Any) -> None:
-    missing = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, CRReLU)
-        and not getattr(module.epsilon, "_is_hf_initialized", False)
-        and not module.epsilon.is_meta  # device_map leaves it on the disk, where it is; a missing one never is
-    ]
-    if missing:
+    sites: dict[tuple[str, float], list[str]] = {}
+    for path, module in model.named_modules():
+        for name in _missing(module) if isinstance(module, CRReLU) else ():
+            if not getattr(module, name).is_meta:  # device_map leaves it on the disk; a missing one never is there
+                sites.setdefault((name, module.start_values[name]), []).append(path)
+    for (name, start), paths in sites.items():
         logger.warning(
-            "%s: the checkpoint has no epsilon for %d of its sites (first: %s); they start at %g",
+            "%s: the checkpoint has no %s for %d of its sites (first: %s); they start at %g",
             model.config._name_or_path,
-            len(missing),
-            missing[0],
-            model.get_submodule(missing[0]).epsilon_init,
+            name,
+            len(paths),
+            paths[0],
+            start,
         )
+
+
+def _missing(module: Any) -> list[str]:
+    """Names of an activation's parameters and buffers that no checkpoint gave a value."""
+    tensors = module.state_dict(keep_vars=True)
+    return [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]

@@ -9,7 +9,7 @@ PLOT = "patch_report.png"
 
 
 def plot_report(report: dict[str, Any], path: str | Path) -> None:
-    """Draws a patch report by layer: the error after a plain swap and after calibration, ε, and the scale.
+    """Draws a patch report by layer: the error after a plain swap and after calibration, ε, scale, centre and width.
 
     Args:
         report: As in patch_report.json.
@@ -53,6 +53,8 @@ def _rows(sites: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, list[A
         ("relative error\nof the MLP", errors),
         ("mean ε", [("", [site["epsilon_mean"] for site in sites])]),
         ("mean scale", [("", [site["scale_mean"] for site in sites])]),
+        ("center", [("", [site.get("center") for site in sites])]),
+        ("width", [("", [site.get("width") for site in sites])]),
     ]
 
 

@@ -73,6 +73,11 @@ class PatchConfig:
             raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
         if not abs(self.epsilon_init) < float("inf"):
             raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
+        if self.fits_density and self.activation != "crrelu":
+            raise InputError(
+                f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "
+                "density out, or set activation: crrelu"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -83,8 +88,8 @@ class PatchConfig:
 
     @property
     def fits_density(self) -> bool:
-        """Whether each site gets a centre and a width of its own; other activations than CRReLU have none."""
-        return self.density == "fitted" and self.activation == "crrelu"
+        """Whether each site gets a centre and a width of its own."""
+        return self.density == "fitted"
 
 
 @dataclass
@@ -93,11 +98,12 @@ class PatchReport:
 
     Attributes:
         sites: `{path, original, num_channels, epsilon_mean, center, width, scale_mean, relative_error,
-            relative_error_naive, kept,
-            note}` each. `relative_error` is the root mean square of (new − original) over that of the original, given
-            the same input, at the MLP's output on tokens that the weights were not fitted to (`fit`: at its product,
-            on all tokens), `relative_error_naive` the same after a plain swap; None where no calibration text was
-            read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
+            relative_error_naive, kept, note}` each. `center` and `width` are None unless the density is fitted.
+            `relative_error` is the root mean square of (new − original) over that of the original, given the same
+            input, at the MLP's output on tokens that the weights were not fitted to (`fit`: at its product, on all
+            tokens), `relative_error_naive` the same with ε at its start (and the centre and width of the site, where
+            the density is fitted); None where no calibration text was read. `kept` is the level that the site ended
+            with, `note` says why it is a lower one than asked for.
         skipped: `{path, reason}` each.
     """
 
@@ -298,15 +304,15 @@ def build_activation(
     return module
 
 
-def reset_activation(module: nn.Module) -> None:
-    """Sets an activation's parameters to their start values, in place (they may have been created empty)."""
+def reset_activation(module: nn.Module, names: Iterable[str]) -> None:
+    """Sets parameters and buffers of an activation to their start values, in place: they were created empty."""
     if isinstance(module, CRReLU):
-        module.reset_parameters()
+        module.reset_parameters(names)
     else:
-        fresh = build_activation(module.__dict__["activation_name"])
-        with torch.no_grad():
-            for target, source in zip(module.parameters(), fresh.parameters(), strict=True):
-                target.copy_(source)
+        fresh = build_activation(module.__dict__["activation_name"]).state_dict()
+        state = module.state_dict()
+        for name in names:
+            state[name].copy_(fresh[name])
 
 
 def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module | None) -> None:
@@ -343,7 +349,8 @@ def _calibration_text(
     if blocks is not None:
         return blocks
     if tokenizer is None:
-        raise InputError(f'calibration="{config.calibration}" needs the tokenizer: patch(model, ..., tokenizer=...)')
+        what = f'calibration="{config.calibration}"' if config.calibration != "none" else f'density="{config.density}"'
+        raise InputError(f"{what} needs the tokenizer: patch(model, ..., tokenizer=...)")
     return calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
 
 

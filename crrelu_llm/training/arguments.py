@@ -14,6 +14,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
+from crrelu_llm.patching.swap import DENSITIES
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
 
@@ -108,8 +109,11 @@ class ActivationArguments:
             choices = " or ".join(f'"{name}"' for name in SCHEDULES)
             raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
         keys = [entry.name for entry in fields(PatchConfig) if entry.name != "activation"]
+        options = {key: getattr(self, key) for key in keys}
+        if self.density in DENSITIES and self.activation not in (None, "crrelu"):
+            options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
         try:
-            config = PatchConfig(self.activation or "crrelu", **{key: getattr(self, key) for key in keys})
+            config = PatchConfig(self.activation or "crrelu", **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
         if self.blend_steps and config.calibration in ("refit", "reconstruct"):
@@ -127,6 +131,8 @@ class ActivationArguments:
         """
         if self.activation is None and self.blend_steps:
             raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")
+        if self.activation != "crrelu" and self.density != "standard":
+            raise InputError(f"{where}density: {self.density} is for CRReLU; set activation: crrelu")
         if self.activation is None and self.distill_weight:
             raise InputError(
                 f"{where}distill_weight needs an activation; a model that is not patched would be its own teacher"

@@ -44,6 +44,27 @@ def test_recompute_activation_is_kept_in_the_checkpoint(tiny_llama_checkpoint, t
     assert all(layer.mlp.recomputes for layer in model.model.layers)
 
 
+def test_a_fitted_density_is_in_the_report_the_table_and_the_checkpoint(
+    tiny_llama_checkpoint, text_file, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    options = ["--density", "fitted", "--calibration_data", text_file, "--calibration_tokens", "256", "--plot"]
+    assert crrelu_patch(tiny_llama_checkpoint, "--output_dir", out, *options, "--perplexity_data", "none") == 0
+    report = json.loads((out / "patch_report.json").read_text())
+    assert report["options"]["density"] == "fitted"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    lines = capsys.readouterr().out.splitlines()[1:3]
+    for site, layer, line in zip(report["sites"], model.model.layers, lines, strict=True):
+        assert set(site) == SITE
+        assert (site["center"], site["width"]) == (layer.mlp.act_fn.center.item(), layer.mlp.act_fn.width.item())
+        assert f"  center {site['center']:+.3f}  width {site['width']:.3f}" in line
+    assert command_line.main(["inspect", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "llama: 2 sites, patched to crrelu, density fitted"
+    assert crrelu_patch(out, "--activation", "gelu", "--density", "fitted", "--output_dir", tmp_path / "no") == 2
+    assert "density: fitted gives crrelu a centre and a width, and gelu has none" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--calibration", "fit", "--calibration_data", text_file, "--perplexity_data", text_file]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from launches import CASES, COMMON, differences, launch, recipe, record, weights
 from runs import LORA, losses
+from safetensors.torch import load_file
 
 from crrelu_llm.cli.main import main
 
@@ -37,7 +38,8 @@ def check(workshop, configuration, case, tolerance):
     """Asserts that a case is what one process gives, and its resumed half exactly the whole; returns the first."""
     assert where(record(workshop, case)) == (2, DISTRIBUTION[configuration])
     assert len(set(losses(record(workshop, case)))) == COMMON["max_steps"]
-    assert {value.dtype for key, value in weights(workshop, case).items() if "epsilon" in key} == {torch.float32}
+    exact = (".epsilon", ".center", ".width")
+    assert {value.dtype for key, value in weights(workshop, case).items() if key.endswith(exact)} == {torch.float32}
     assert differences(workshop, f"{case}-resumed", case) == ZERO
     found = differences(workshop, case, f"{case}-one")
     assert found["loss"] < tolerance and found["epsilon"] < tolerance, found
@@ -93,6 +95,20 @@ def test_ways_of_training(workshop, configuration, options):
     run_both(workshop, configuration, cases, **options)
     for case in cases:
         check(workshop, configuration, case, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", ["fsdp2", "zero2", "zero3"])
+def test_a_fitted_density_in_bfloat16(workshop, configuration):
+    """Every process trains with the centres and widths of the patched checkpoint, and saves them in all digits."""
+    fitted = {"density": "fitted", "calibration": "fit", "calibration_tokens": 256, "dtype": "bfloat16", "bf16": True}
+    run_both(workshop, configuration, ["sft-full", "sft-lora"], "--mixed_precision", "bf16", **fitted)
+    for case in ("sft-full", "sft-lora"):
+        check(workshop, configuration, case, 2e-2)
+        patched = load_file(workshop.folder / case / "patched" / "model.safetensors")
+        saved = {key.removeprefix("base_model.model."): value for key, value in weights(workshop, case).items()}
+        moments = [key for key in patched if key.endswith((".center", ".width"))]
+        assert moments and all(torch.equal(saved[key], patched[key]) for key in moments)
 
 
 @pytest.mark.slow

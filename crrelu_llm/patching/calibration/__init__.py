@@ -73,7 +73,8 @@ def calibrate(
             require_finite(model, blocks[:1, :_PROBE_TOKENS])
             mlps = _changeable(model, sites, blocks, config.calibration)
             walk = Walk(model, sites, blocks)
-            bar = tqdm(walk, total=len(walk.layers), desc=f"Calibrating ({config.calibration})", unit="layer")
+            what = "Fitting the density" if config.calibration == "none" else f"Calibrating ({config.calibration})"
+            bar = tqdm(walk, total=len(walk.layers), desc=what, unit="layer")
             work = _Work(model, walk, mlps, config, build, swap, progress)
             for index, layer in enumerate(bar):
                 work.on(layer, index, found)

@@ -1,13 +1,18 @@
 """The centre and the width of a site's CRReLU: mean and standard deviation of the pre-activations that it sees."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.taps import tapped
+from crrelu_llm.patching.calibration.tasks import not_finite
 from crrelu_llm.patching.calibration.walk import Walk
 from crrelu_llm.patching.sites import Site
+
+_ROUNDING = torch.finfo(torch.float32)
 
 
 class Moments:
@@ -49,7 +54,7 @@ def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: di
         activations: The new activations, by path.
 
     Raises:
-        InputError: Pre-activations that are all the same, or not finite: there is no density to fit.
+        InputError: Pre-activations that are all the same up to rounding, or not finite: there is no density to fit.
     """
     moments = {site.path: Moments() for site in sites}
 
@@ -59,15 +64,19 @@ def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: di
     if sites:
         with tapped(model, sites, seen):
             walk.run()
-    for path, found in moments.items():
-        activation = activations[path]
-        if not found.count or not isinstance(activation, CRReLU):
+    for site in sites:
+        found, activation = moments[site.path], activations[site.path]
+        if not found.count:
             continue
-        if not 0 < found.std < float("inf"):
+        if not math.isfinite(found.std):
+            raise not_finite(site)
+        # What is smaller is what rounding makes of a constant, or is 0 in float32.
+        least = max(_ROUNDING.eps * abs(found.mean), _ROUNDING.tiny)
+        if found.std <= least:
             raise InputError(
-                f"{path}: its pre-activations on the calibration text have a standard deviation of {found.std}: there "
-                "is no density to fit; use density: standard, or other text"
+                f"{site.path}: its pre-activations on the calibration text have mean {found.mean:g} and standard "
+                f"deviation {found.std:g}: there is no density to fit; use density: standard, or other text"
             )
-        assert activation.center is not None and activation.width is not None
+        assert isinstance(activation, CRReLU) and activation.center is not None and activation.width is not None
         activation.center.fill_(found.mean)
         activation.width.fill_(found.std)

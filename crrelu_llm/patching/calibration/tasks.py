@@ -72,7 +72,7 @@ class FitTask:
     def solve(self, config: PatchConfig, seed: int) -> Calibrated:
         """Sets ε of the new activation."""
         if not self.sums.finite:
-            raise _not_finite(self.site)
+            raise not_finite(self.site)
         if not self.sums.total:
             return Calibrated("none", 0.0, 0.0, note=_UNSEEN)
         fit = self.sums.solve(config.epsilon_per)
@@ -119,7 +119,7 @@ class MlpTask:
         x, target = torch.cat(self.inputs), torch.cat(self.outputs)
         self.inputs, self.outputs = [], []
         if not (x.isfinite().all() and target.isfinite().all()):
-            raise _not_finite(self.site)
+            raise not_finite(self.site)
         self.activation.to(x.device)
         self.before = weights = self.mlp.read()
         self.only_epsilon = self._only_epsilon(weights, _some(x, _SHAPE_TOKENS), config)
@@ -276,7 +276,8 @@ def _held_back(tokens: int) -> Tensor:
     return held
 
 
-def _not_finite(site: Site) -> InputError:
+def not_finite(site: Site) -> InputError:
+    """The error of a site where a number is infinite or NaN."""
     return InputError(
         f"{site.path}: its inputs or outputs on the calibration text are not finite: the checkpoint is broken there, "
         "or needs a wider dtype"
