@@ -50,7 +50,8 @@ class ActivationArguments:
             N(μ, σ²) with the moments of each site's pre-activations on the calibration text.
         density_update_steps (`int`, *optional*, defaults to `0`):
             With `density: fitted`: every so many optimiser steps, set μ and σ of each site to the running mean and
-            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them.
+            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. It goes
+            with `calibration: fit` or `none`: `refit` scales the pre-activations, and fits weights to the first μ and σ.
         density_momentum (`float`, *optional*, defaults to `0.9`):
             Share of the running moments that each optimiser step keeps; the rest comes from its own tokens.
         recompute_activation (`bool`, *optional*, defaults to `False`):

@@ -17,7 +17,7 @@ from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
-from crrelu_llm.training.density import DensityCallback, density_means
+from crrelu_llm.training.density import DensityCallback, density_means, warn_of_refit
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 from crrelu_llm.training.processes import check_launch, prepare_fsdp2, refuse_sharded_weights, whole_values
@@ -55,6 +55,7 @@ class EpsilonMixin:
             callback = BlendCallback(self.blend, activation_args.blend_steps, activation_args.blend_schedule)
             self.add_callback(callback)  # type: ignore[attr-defined]
         if activation_args.density_update_steps and patched is not None and patched["activation"] == "crrelu":
+            warn_of_refit(activation_args.calibration)
             tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
             self.add_callback(tracking)  # type: ignore[attr-defined]
 

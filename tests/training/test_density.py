@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from crrelu_llm import PatchConfig, patch
 from crrelu_llm.errors import InputError
-from crrelu_llm.training.density import MIN_WIDTH, DensityCallback, MomentTracker
+from crrelu_llm.training.density import MIN_WIDTH, DensityCallback, MomentTracker, warn_of_refit
 from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.run import run_recipe, train_and_save
 
@@ -47,7 +47,7 @@ def densities(model):
 
 
 def seen_by(model, **inputs):
-    """What enters each site in a forward pass, `(batch, tokens, channels)`, float64, and the passes' loss."""
+    """What enters each site in a forward pass, `(batch, tokens, channels)`, float64, of one forward pass."""
     kept, handles = {}, []
     for path, module in epsilon_modules(model).items():
         keep = lambda _, args, path=path: kept.__setitem__(path, args[0].detach().double().numpy())  # noqa: E731
@@ -160,14 +160,6 @@ class TestUpdates:
                     assert steps[step][path] == pytest.approx((first, math.sqrt(second - first**2)), rel=1e-6)
                     assert steps[step][path] != steps[step - 1][path]
 
-    def test_the_log_has_the_means(self, workshop):
-        record = workshop.run("sft", "run", **DENSITY)
-        saved = load_file(workshop.folder / "run" / "model.safetensors")
-        last = [entry for entry in record["history"] if "loss" in entry][-1]
-        for part in ("center", "width"):
-            values = [saved[f"{path}.{part}"].item() for path in SITES]
-            assert last[f"density/{part}"] == pytest.approx(sum(values) / 2, rel=1e-6)
-
     def test_off_by_default(self, workshop):
         recipe, trainer = workshop.trainer("sft", "run", **DENSITY | {"density_update_steps": 0})
         assert not any(isinstance(found, DensityCallback) for found in trainer.callback_handler.callbacks)
@@ -229,7 +221,7 @@ class TestUpdates:
 class TestResume:
     """A resumed run is the uninterrupted one, bit for bit."""
 
-    @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+    @pytest.mark.parametrize("options", [{}, LORA | {"density_momentum": 0.9}], ids=["full", "lora"])
     def test_losses_and_densities(self, workshop, options):
         whole = workshop.run("sft", "whole", **SAVING | options)
         checkpoint = workshop.folder / "whole" / "checkpoint-3"
@@ -237,21 +229,31 @@ class TestResume:
         assert list(saved["attributes"]["moments"]) == SITES
         again = workshop.run("sft", "again", **SAVING | options, resume_from_checkpoint=str(checkpoint))
         assert losses(again) == losses(whole)
-        name = "adapter_model.safetensors" if options else "model.safetensors"
+        name = "adapter_model.safetensors" if "use_peft" in options else "model.safetensors"
         first, second = (load_file(workshop.folder / run / name) for run in ("whole", "again"))
         assert sum(key.endswith((".center", ".width")) for key in first) == 4
         assert all(torch.equal(first[key], second[key]) for key in first)
         tracked = [[entry["density/center"] for entry in run["history"] if "loss" in entry] for run in (whole, again)]
-        assert tracked[0] == tracked[1] and len(set(tracked[0])) == 3 + 1
+        assert tracked[0] == tracked[1] and len(set(tracked[0])) == 4  # the start, and after steps 2, 4 and 6
+        centers = [value.item() for key, value in first.items() if key.endswith(".center")]
+        assert tracked[0][-1] == pytest.approx(sum(centers) / 2, rel=1e-6)
 
     def test_from_a_run_that_did_not_track(self, workshop):
-        workshop.run("sft", "run", **SAVING | {"density_update_steps": 0})
-        checkpoint = workshop.folder / "run" / "checkpoint-3"
-        options = SAVING | {"max_steps": 6, "save_steps": 2}
+        options = DENSITY | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        workshop.run("sft", "run", **options | {"density_update_steps": 0})
+        checkpoint = workshop.folder / "run" / "checkpoint-1"
         workshop.run("sft", "again", **options, resume_from_checkpoint=str(checkpoint))
         saved = AutoModelForCausalLM.from_pretrained(workshop.folder / "again")
         start = AutoModelForCausalLM.from_pretrained(checkpoint)
         assert densities(saved) != densities(start)
+
+
+def test_a_refit_before_it_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, "crrelu_llm"):
+        warn_of_refit("fit")
+        assert not caplog.text
+        warn_of_refit("refit")
+    assert "calibration: fit, or none, goes with it" in caplog.text
 
 
 class TestMistakes:
