@@ -51,7 +51,7 @@ class ActivationArguments:
         density_update_steps (`int`, *optional*, defaults to `0`):
             With `density: fitted`: every so many optimiser steps, set μ and σ of each site to the running mean and
             standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. It goes
-            with `calibration: fit` or `none`: `refit` scales the pre-activations, and fits weights to the first μ and σ.
+            with `calibration: fit` or `none`: `refit` scales pre-activations, and fits weights to the first μ and σ.
         density_momentum (`float`, *optional*, defaults to `0.9`):
             Share of the running moments that each optimiser step keeps; the rest comes from its own tokens.
         recompute_activation (`bool`, *optional*, defaults to `False`):

@@ -47,7 +47,7 @@ def densities(model):
 
 
 def seen_by(model, **inputs):
-    """What enters each site in a forward pass, `(batch, tokens, channels)`, float64, of one forward pass."""
+    """What enters each site in a forward pass, `(batch, tokens, channels)`, float64."""
     kept, handles = {}, []
     for path, module in epsilon_modules(model).items():
         keep = lambda _, args, path=path: kept.__setitem__(path, args[0].detach().double().numpy())  # noqa: E731
