@@ -38,7 +38,8 @@ class MomentTracker:
         self.modules: dict[str, CRReLU] = {path: module for path, module in found.items() if module.fitted}
         self._sums: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trained: Any = model
+        base = trained.get_base_model() if hasattr(model, "get_base_model") else trained
         # The decoder: some losses call it, and not the model around it. It gets all options by name.
         decoder: nn.Module = base.base_model
         self._handles: list[RemovableHandle] = [
