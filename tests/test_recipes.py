@@ -18,7 +18,7 @@ RECIPES = recipes_dir()
 ALL = sorted(RECIPES.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 TRAINING = [path for path in ALL if path not in ACCELERATE]
-SECTION = {"activation", "calibration", "calibration_data", "calibration_tokens"}
+SECTION = {"activation", "calibration", "calibration_data", "calibration_tokens", "density"}
 
 
 def name(path: Path) -> str:
@@ -47,7 +47,8 @@ def test_the_promised_recipes_are_there():
     accelerate = [
         f"accelerate_configs/{mode}" for mode in ("single_gpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node")
     ]
-    promised = {*models, *accelerate, "gpt2/sft/config_full", "gpt2/dpo/config_full", "nano/pretrain", "nano/sft"}
+    promised = {*models, *accelerate, "gpt2/sft/config_full", "gpt2/dpo/config_full"}
+    promised |= {"nano/pretrain", "nano/sft", "eafo/fit", "eafo/dynamic"}
     assert promised <= {name(path) for path in ALL}
 
 
@@ -66,7 +67,11 @@ def test_without_its_activation_section_a_recipe_is_trls_own(path, tmp_path):
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     values = yaml.safe_load(path.read_text())
-    plain = {key: value for key, value in values.items() if key not in SECTION and not key.startswith("epsilon_")}
+    plain = {
+        key: value
+        for key, value in values.items()
+        if key not in SECTION and not key.startswith(("epsilon_", "density_"))
+    }
     copy = tmp_path / "plain.yaml"
     copy.write_text(yaml.safe_dump(plain))
     config = DPOConfig if kind(path) == "dpo" else SFTConfig

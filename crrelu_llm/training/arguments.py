@@ -49,6 +49,12 @@ class ActivationArguments:
         density (`str`, *optional*, defaults to `"standard"`):
             The density that CRReLU is the correction for: `"standard"`, N(0, 1), as in the paper, or `"fitted"`,
             N(μ, σ²) with the moments of each site's pre-activations on the calibration text.
+        density_update_steps (`int`, *optional*, defaults to `0`):
+            With `density: fitted`: every so many optimiser steps, set μ and σ of each site to the running mean and
+            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. It goes
+            with `calibration: fit` or `none`: `refit` scales pre-activations, and fits weights to the first μ and σ.
+        density_momentum (`float`, *optional*, defaults to `0.9`):
+            Share of the running moments that each optimiser step keeps; the rest comes from its own tokens.
         recompute_activation (`bool`, *optional*, defaults to `False`):
             Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
             bit for bit, one more elementwise pass. A checkpoint that was patched so stays so.
@@ -84,6 +90,13 @@ class ActivationArguments:
         default="standard",
         metadata={"help": "`standard` (the paper's N(0, 1)) or `fitted` to the pre-activations of each site."},
     )
+    density_update_steps: int = field(
+        default=0,
+        metadata={"help": "With density: fitted, set centre and width to running moments every so many steps."},
+    )
+    density_momentum: float = field(
+        default=0.9, metadata={"help": "Share of the running moments that each optimiser step keeps."}
+    )
     recompute_activation: bool = field(
         default=False,
         metadata={"help": "Keep no output of CRReLU for the backward pass: less memory, the same gradients."},
@@ -102,9 +115,12 @@ class ActivationArguments:
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
-        for key in ("epsilon_learning_rate", "epsilon_weight_decay", "blend_steps", "distill_weight"):
+        positive = ("epsilon_learning_rate", "epsilon_weight_decay", "blend_steps", "distill_weight")
+        for key in (*positive, "density_update_steps"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{where}{key} must be 0 or more, not {getattr(self, key)}")
+        if not 0 <= self.density_momentum < 1:
+            raise InputError(f"{where}density_momentum must be in [0, 1), not {self.density_momentum}")
         if self.blend_schedule not in SCHEDULES:
             choices = " or ".join(f'"{name}"' for name in SCHEDULES)
             raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
@@ -121,6 +137,11 @@ class ActivationArguments:
                 f"{where}blend_steps starts from the original activation, but calibration: {config.calibration} makes "
                 "the weights fit the new one; set calibration: fit, or none"
             )
+        if self.activation is not None and self.density_update_steps and self.density != "fitted":
+            raise InputError(
+                f"{where}density_update_steps moves a centre and a width, which density: {self.density} does not "
+                "have; set density: fitted, or leave it out"
+            )
         return None if self.activation is None else config
 
     def require_activation(self, where: str = "") -> None:
@@ -133,6 +154,8 @@ class ActivationArguments:
             raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")
         if self.activation != "crrelu" and self.density != "standard":
             raise InputError(f"{where}density: {self.density} is for CRReLU; set activation: crrelu")
+        if self.activation != "crrelu" and self.density_update_steps:
+            raise InputError(f"{where}density_update_steps needs activation: crrelu, with density: fitted")
         if self.activation is None and self.distill_weight:
             raise InputError(
                 f"{where}distill_weight needs an activation; a model that is not patched would be its own teacher"
@@ -299,6 +322,8 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
             f"{where}recompute_activation does nothing in a compiled model, which decides by itself what it keeps; "
             "leave it or torch_compile out"
         )
+    if activation.density_update_steps:
+        _check_density_updates(training, where)
     if kind == "dpo" and activation.blend_steps and training.sync_ref_model:
         raise InputError(
             f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "
@@ -313,6 +338,19 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{where}output_dir {training.output_dir}: cannot write in {parent}; choose another")
+
+
+def _check_density_updates(training: Any, where: str) -> None:
+    if training.torch_compile:
+        raise InputError(
+            f"{where}density_update_steps watches every activation by a hook, which a compiled model does not allow; "
+            "leave it or torch_compile out"
+        )
+    if getattr(training, "sync_ref_model", False):
+        raise InputError(
+            f"{where}sync_ref_model does not go with density_update_steps: it would move the weights of the reference "
+            "and not its centres and widths; leave one of them out"
+        )
 
 
 def _overrides(argv: list[str], parser: RecipeParser) -> dict[str, Any]:

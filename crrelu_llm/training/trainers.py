@@ -17,6 +17,7 @@ from crrelu_llm.patching.blend import Blend
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
+from crrelu_llm.training.density import DensityCallback, density_means, warn_of_refit
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 from crrelu_llm.training.processes import check_launch, prepare_fsdp2, refuse_sharded_weights, whole_values
@@ -24,7 +25,10 @@ from crrelu_llm.training.saving import SavingMixin
 
 
 class EpsilonMixin:
-    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs; and a gradual swap."""
+    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs.
+
+    And what the activation section asks for beside it: a gradual swap, and a density that is tracked.
+    """
 
     model: Any
     optimizer: Any
@@ -50,6 +54,10 @@ class EpsilonMixin:
         if self.blend is not None:
             callback = BlendCallback(self.blend, activation_args.blend_steps, activation_args.blend_schedule)
             self.add_callback(callback)  # type: ignore[attr-defined]
+        if activation_args.density_update_steps and patched is not None and patched["activation"] == "crrelu":
+            warn_of_refit(activation_args.calibration)
+            tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
+            self.add_callback(tracking)  # type: ignore[attr-defined]
 
     def install_blend(self) -> None:
         """Makes the model blend where the recipe asks for it and the model is patched; again is harmless."""
@@ -85,7 +93,7 @@ class EpsilonMixin:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds ε of every site (its mean, where it is per channel) and λ of a blend to the training logs."""
+        """Adds ε of every site (its mean, where it is per channel), λ of a blend and a tracked density to the logs."""
         if "loss" in logs:
             if self.blend is not None:
                 logs["blend"] = self.blend.weight
@@ -93,6 +101,8 @@ class EpsilonMixin:
             if means:
                 logs["epsilon_mean"] = sum(means.values()) / len(means)
                 logs.update({PER_SITE + path: value for path, value in means.items()})
+            if self.activation_args.density_update_steps and (density := density_means(self.model)) is not None:
+                logs["density/center"], logs["density/width"] = density
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -179,7 +189,10 @@ def restore_float32(model: Any) -> None:
 
 
 def _peft_config(recipe: Recipe, model: str) -> Any:
-    """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path."""
+    """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path.
+
+    So is a density that is tracked: the reference of DPO, the model without its adapter, keeps the one it had.
+    """
     config: Any = get_peft_config(recipe.model)
     if config is None:
         return None
@@ -188,7 +201,8 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
             model, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
         )
     )
-    if found is not None and found["activation"] == "crrelu" and recipe.activation.epsilon_learning_rate > 0:
+    learns = recipe.activation.epsilon_learning_rate > 0 or recipe.activation.density_update_steps > 0
+    if found is not None and found["activation"] == "crrelu" and learns:
         paths = [site["path"] for site in found["sites"]]
         config.modules_to_save = [*(config.modules_to_save or []), *paths]
     return config

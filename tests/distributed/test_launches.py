@@ -112,6 +112,23 @@ def test_a_fitted_density_in_bfloat16(workshop, configuration):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("configuration", DISTRIBUTION)
+def test_a_density_that_is_tracked(workshop, configuration):
+    """The moments are those of all processes' tokens; the running ones survive a resume between two updates."""
+    cases = ["sft-full", "sft-lora", "dpo-full"]
+    density = {"density": "fitted", "calibration_tokens": 256, "density_update_steps": 3, "density_momentum": 0.5}
+    run_both(workshop, configuration, cases, **density)
+    for case in cases:
+        check(workshop, configuration, case, 1e-5)
+        ours, one = (
+            [entry["density/width"] for entry in record(workshop, name)["history"] if "loss" in entry]
+            for name in (case, f"{case}-one")
+        )
+        assert ours == pytest.approx(one, abs=1e-5)
+        assert len(set(ours)) == 2
+
+
+@pytest.mark.slow
 def test_bfloat16_weights_without_autocast(workshop):
     """FSDP2 wants one dtype a unit: ε in float32 among bfloat16 weights becomes a unit of its own."""
     run_both(workshop, "fsdp2", CASES, dtype="bfloat16")
