@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--output_dir", help="directory for eafo_rank.json; without it, nothing is written")
     add("--activations", nargs="+", metavar="NAME", help="default: twelve common ones, and six corrected ones")
+    add("--epsilon", type=float, default=0.01, help="size of the corrections in NAME+eafo (default: 0.01, as CRReLU)")
     add("--untrained", action="store_true", help="also in an untrained model of the same config")
     add("--finetuned", metavar="MODEL", help="also in a fine-tuned checkpoint of the model")
     add(
@@ -39,6 +41,8 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     output_dir = check(args)
+    if not math.isfinite(args.epsilon):
+        raise InputError(f"--epsilon must be a finite number, not {args.epsilon}")
     from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.eafo.models import predict, rank
     from crrelu_llm.environment import environment
@@ -51,7 +55,7 @@ def run(argv: list[str]) -> int:
         "data": args.data,
         "samples": args.samples,
         "seed": args.seed,
-        "epsilon": rank.EPSILON,
+        "epsilon": args.epsilon,
         "command": shlex.join(["crrelu", "eafo", "rank", *argv]),
         "environment": environment(),
     }
@@ -96,7 +100,7 @@ def _measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     found = []
     for state, path, loaded in models:
         sites = preactivations.measure(loaded, blocks, args.samples, args.seed, f"Pre-activations ({state})")
-        found.append({"state": state, "model": path, **rank.rank(sites, names)})
+        found.append({"state": state, "model": path, **rank.rank(sites, names, args.epsilon)})
     return {"model": args.model, "tokens": blocks.numel(), "models": found}
 
 
@@ -108,7 +112,7 @@ def _text(document: dict[str, Any]) -> str:
         "Means over the sites, in nats ± the error of drawing the samples. entropy is −∞ where an activation is flat; "
         "standardised is at unit\nvariance; rounded, at unit variance and a resolution of 0.05, is what ranks, least "
         "entropy first. distance is from the model's own\nactivation, relative to its variance. "
-        f"+eafo: ε = {document['epsilon']:g} times the activation's own correction for the site's density."
+        f"+eafo: plus {document['epsilon']:g} times the activation's own correction for the site's density."
     )
     if document["prediction"]:
         lines += ["", *_prediction(document["prediction"])]
@@ -137,8 +141,8 @@ def _table(model: dict[str, Any]) -> list[str]:
 
 def _prediction(found: dict[str, Any]) -> list[str]:
     lines = [
-        f"loss after fine-tuning ({found['directory']}, calibration {found['calibration']}): {len(found['arms'])} arms, "
-        f"{len(found['seeds'])} seeds; rank correlation with {found['confidence']:.0%} interval and p-value",
+        f"loss after fine-tuning ({found['directory']}, calibration {found['calibration']}): {len(found['arms'])} "
+        f"arms, {len(found['seeds'])} seeds; rank correlation with {found['confidence']:.0%} interval and p-value",
         f"{'predictor':16} {'arms':>4}  {'Spearman':>36}  {'Kendall':>36}",
     ]
     for entry in found["predictors"]:

@@ -29,10 +29,10 @@ def fit(sites: list[Preactivations]) -> list[dict[str, Any]]:
         pre-activations, all channels together; `channels`: `between` (deviation of the channels' means) and `within`
         (root mean square of the channels' deviations), with between² + within² = std²; `positive`: the probability
         above 0; `entropy`, `negentropy` of the smooth density in nats; `center`, `width` of the normal's correction;
-        `agreement`: of the smooth density's own correction with the normal's (`fitted`) and with that of N(0, 1), plain
-        CRReLU's (`standard`), each on `positive` x and on the `whole` line: the correlation weighted by the density,
-        not centred because ε multiplies and does not shift; None where the density has no mass there; `curves`: `x`,
-        `density`, `normal`, `correction`, `normal_correction` for a picture.
+        `agreement`: of the smooth density's own correction with the normal's (`fitted`) and with that of N(0, 1),
+        plain CRReLU's (`standard`), each on `positive` x and on the `whole` line: the correlation weighted by the
+        density, not centred because ε multiplies and does not shift, None where the density has no mass; `curves`:
+        `x`, `density`, `normal`, `correction`, `normal_correction` for a picture.
 
     Raises:
         InputError: Too few samples, or samples that do not vary.

@@ -59,7 +59,7 @@ def load(model: str, data: str, tokens: int, **loading: Any) -> tuple[Any, Tenso
 
 
 def untrained(model: Any, seed: int = 0) -> Any:
-    """A model of the same class and config with the weights that its family starts training from, drawn with `seed`."""
+    """A model of the same class and config with the weights that its family starts from, drawn with `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model)(model.config).eval()
@@ -180,10 +180,8 @@ class _Reservoir:
         total = values.numel()
         bar = float(self.keys.max()) if self.keys.size == self.size else 1.0
         count = int(self.random.binomial(total, bar))
-        if bar == 1.0:
-            place = np.arange(total)
-        else:
-            place = self.random.choice(total, count, replace=False, shuffle=False)
+        every = bar == 1.0
+        place = np.arange(total) if every else self.random.choice(total, count, replace=False, shuffle=False)
         keys = np.concatenate([self.keys, self.random.uniform(0, bar, place.size)])
         drawn = values[torch.as_tensor(place, device=values.device)].cpu().numpy()
         found = np.concatenate([self.values, drawn])

@@ -25,8 +25,8 @@ def read_losses(directory: Path) -> dict[str, Any]:
 
     Returns:
         `directory`; `calibration`: the level of every arm, or None where the recipe does not say; `seeds`;
-        `arms`: each `arm`, `activation`, `losses` (one a seed, in the order of `seeds`); `left_out`: arms that were not
-        swapped, or have runs that are not done.
+        `arms`: each `arm`, `activation`, `losses` (one a seed, in the order of `seeds`); `left_out`: arms that were
+        not swapped, or have runs that are not done.
 
     Raises:
         InputError: No comparison, too few finished arms, a grid, or arms that are calibrated differently.
@@ -71,9 +71,9 @@ def predict(means: list[dict[str, Any]], comparison: dict[str, Any], seed: int =
 
     Returns:
         The comparison with `predictors`, one for each of `PREDICTORS`: `n` arms (those where it is finite), and
-        `spearman`, `kendall`: `value`, `low`, `high`, `p_value`; None where fewer than `MIN_ARMS` are finite. EAFO says
-        that they are above 0 for the entropies. `distance` is the control: how far the activation is from the one that
-        the model was trained with.
+        `spearman`, `kendall`: `value`, `low`, `high`, `p_value`; None where fewer than `MIN_ARMS` are finite. EAFO
+        says that they are above 0 for the entropies. `distance` is the control: how far the activation is from the one
+        that the model was trained with.
     """
     by_name = {entry["activation"]: entry for entry in means}
     arms = [arm | {key: by_name[arm["activation"]][key] for key in PREDICTORS} for arm in comparison["arms"]]

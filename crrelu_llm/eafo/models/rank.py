@@ -14,8 +14,6 @@ from crrelu_llm.eafo.models.preactivations import Preactivations
 from crrelu_llm.errors import InputError
 
 DOCUMENT = "eafo_rank.json"
-EPSILON = 0.1
-"""Size of the corrections here: ε of a CRReLU whose bump has the same height, ε·σ·e^(−1/2)."""
 SUFFIX = "+eafo"
 CORRECTED = tuple(f"{name}{SUFFIX}" for name in ("relu", "leaky_relu", "elu", "silu", "gelu", "softplus"))
 ACTIVATIONS = (
@@ -28,18 +26,19 @@ _PARTS = 10
 Function = Callable[[Array], Array]
 
 
-def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS) -> dict[str, Any]:
+def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS, epsilon: float = 0.01) -> dict[str, Any]:
     """Measures and ranks activations on the pre-activations of a model.
 
     Args:
         sites: From `preactivations.measure`.
         names: Activations of `eafo.activations` or of transformers' ACT2FN, or one of `CORRECTED`: the activation plus
-            `EPSILON` times its own correction for the site's smooth density, in the direction that lowers the entropy.
+            its own correction for the site's smooth density, where ε > 0 lowers the entropy to first order.
+        epsilon: Size of the correction: ε of the CRReLU whose bump has the same height, ε·σ·e^(−1/2).
 
     Returns:
-        `sites`: `path`, `original` and `activations`, each with `activation`; `entropy` (nats; None for −∞) with its
+        `sites`: `path`, `original` and `activations`, each with `activation`; `entropy` (nats; −∞ with atoms) with its
         `standard_error` and `bias`; `standardised` (at unit variance) and `negentropy`, which do not depend on scale;
-        `at_resolution` with `at_resolution_error`, finite for atoms too: what ranks; `atoms`: the probability of single
+        `at_resolution` with `at_resolution_error`, finite for atoms too: what ranks; `atoms`: the share of repeated
         values; `std`; `distance`: mean squared difference from the original activation's output over that output's
         variance, None where the original is no named activation. `means`: the same over the sites, and `rank`, 1 for
         the least `at_resolution`. The errors are of drawing the samples, not of choosing the text.
@@ -55,7 +54,7 @@ def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS) -> dic
         entries = []
         for name in names:
             if density is not None and name in bases:
-                output = corrected(bases[name], density, site)
+                output = corrected(bases[name], density, site, epsilon)
             else:
                 output = functions[name](site.samples)
             entries.append({"activation": name} | _measured(output, name, site) | _distance(output, original))
@@ -73,7 +72,7 @@ def check_names(names: Sequence[str]) -> tuple[dict[str, Function], dict[str, ac
     return plain, {name: _base(name) for name in names if name.endswith(SUFFIX)}
 
 
-def corrected(base: activations.Activation, density: Density, site: Preactivations) -> Array:
+def corrected(base: activations.Activation, density: Density, site: Preactivations, epsilon: float) -> Array:
     """f + ε·c at a site's samples, c scaled to the height of CRReLU's bump of the site's width.
 
     Where f is flat c is extended by p′, as CRReLU extends ReLU's; where f takes a value twice (GELU, SiLU at x < 0)
@@ -89,7 +88,7 @@ def corrected(base: activations.Activation, density: Density, site: Preactivatio
     height = float(np.abs(direction).max())
     if not height > 0:
         raise InputError(f"{base.name}{SUFFIX} at {site.path}: the correction is 0 at every sample; leave it out")
-    return base.value(x) + EPSILON * site.std * math.exp(-0.5) / height * direction
+    return base.value(x) + epsilon * site.std * math.exp(-0.5) / height * direction
 
 
 def _base(name: str) -> activations.Activation:
