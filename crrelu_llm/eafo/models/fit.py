@@ -40,9 +40,24 @@ def fit(sites: list[Preactivations]) -> list[dict[str, Any]]:
     return [_fit(site) for site in sites]
 
 
+def of_a_normal(samples: int, seed: int = 0) -> float:
+    """The agreement, on the whole line, of so many samples of N(0, 1) with N(0, 1): what the noise of p′ leaves of 1.
+
+    Args:
+        samples: How many, at least `density.MIN_SAMPLES`.
+        seed: Of the draw.
+    """
+    x = np.random.default_rng(seed).standard_normal(samples)
+    zero = np.zeros(1)
+    site = Preactivations("normal", "", samples, 0.0, 1.0, 0.0, 0.0, zero, zero + 1, x)
+    agreement = _agreement(smooth(site, for_derivative=True), density.normal())["whole"]
+    assert agreement is not None
+    return agreement
+
+
 def _fit(site: Preactivations) -> dict[str, Any]:
-    found, fitted = smooth(site), density.normal(site.mean, site.std)
-    h = entropy.of_density(found)
+    rough, found, fitted = smooth(site), smooth(site, for_derivative=True), density.normal(site.mean, site.std)
+    h = entropy.of_density(rough)
     within = math.sqrt(float(np.mean(site.channel_stds**2)))
     return {
         "path": site.path,
@@ -55,11 +70,11 @@ def _fit(site: Preactivations) -> dict[str, Any]:
         "channels": {"between": float(site.channel_means.std()), "within": within},
         "positive": float(np.mean(site.samples > 0)),
         "entropy": h,
-        "negentropy": entropy.OF_A_NORMAL + math.log(found.std) - h,
+        "negentropy": entropy.OF_A_NORMAL + math.log(rough.std) - h,
         "center": site.mean,
         "width": site.std,
         "agreement": {"fitted": _agreement(found, fitted), "standard": _agreement(found, density.normal())},
-        "curves": _curves(found, fitted),
+        "curves": _curves(rough, found, fitted),
     }
 
 
@@ -77,11 +92,11 @@ def _correlation(found: Density, other: Density, x: Array) -> float | None:
     return float(np.sum(weight * one * two)) / norm if norm > 0 else None
 
 
-def _curves(found: Density, fitted: Density) -> dict[str, list[float]]:
+def _curves(rough: Density, found: Density, fitted: Density) -> dict[str, list[float]]:
     x = np.linspace(found.mean - 4 * found.std, found.mean + 4 * found.std, _CURVE_POINTS)
     return {
         "x": x.tolist(),
-        "density": found.pdf(x).tolist(),
+        "density": rough.pdf(x).tolist(),
         "normal": fitted.pdf(x).tolist(),
         "correction": found.derivative(x).tolist(),
         "normal_correction": fitted.derivative(x).tolist(),

@@ -50,7 +50,7 @@ def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS, epsilo
     found = []
     for site in sites:
         original = _original(site)
-        density = smooth(site) if bases else None
+        density = smooth(site, for_derivative=True) if bases else None
         entries = []
         for name in names:
             if density is not None and name in bases:
