@@ -7,16 +7,19 @@ from eafo.models.test_predict import ARMS, write_comparison
 
 from crrelu_llm.cli import main as command_line
 
-FEW = ("--tokens", "128", "--samples", "500")
+
+@pytest.fixture
+def few(text_file):
+    return ("--data", text_file, "--tokens", "128", "--samples", "500")
 
 
 def eafo(*argv):
     return command_line.main(["eafo", *map(str, argv)])
 
 
-def test_fit_writes_its_document_and_a_picture(tmp_path, capsys):
+def test_fit_writes_its_document_and_a_picture(few, tmp_path, capsys):
     directory = tmp_path / "out"
-    assert eafo("fit", "builtin:nano", *FEW, "--output_dir", directory, "--plot") == 0
+    assert eafo("fit", "builtin:nano", *few, "--output_dir", directory, "--plot") == 0
     printed = capsys.readouterr()
     assert [path.name for path in sorted(directory.iterdir())] == ["eafo_fit.json", "eafo_fit.png"]
     document = json.loads((directory / "eafo_fit.json").read_text())
@@ -28,10 +31,10 @@ def test_fit_writes_its_document_and_a_picture(tmp_path, capsys):
     assert "crrelu patch builtin:nano --density fitted" in printed.err
 
 
-def test_rank_side_by_side(tmp_path, capsys):
+def test_rank_side_by_side(few, tmp_path, capsys):
     names = ("relu", "gelu", "crrelu", "silu+eafo")
     more = ("--untrained", "--finetuned", "builtin:nano", "--activations", *names)
-    assert eafo("rank", "builtin:nano", *FEW, *more, "--output_dir", tmp_path, "--plot", "--json") == 0
+    assert eafo("rank", "builtin:nano", *few, *more, "--output_dir", tmp_path, "--plot", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "eafo_rank.json").read_text())
     assert (tmp_path / "eafo_rank.png").stat().st_size > 1000
@@ -43,9 +46,9 @@ def test_rank_side_by_side(tmp_path, capsys):
     assert pretrained["means"][0]["entropy"] is None  # −∞
 
 
-def test_rank_against_the_losses_of_a_comparison(tmp_path, capsys):
+def test_rank_against_the_losses_of_a_comparison(few, tmp_path, capsys):
     directory = write_comparison(tmp_path / "losses")
-    assert eafo("rank", "builtin:nano", *FEW, "--losses", directory, "--activations", "relu",
+    assert eafo("rank", "builtin:nano", *few, "--losses", directory, "--activations", "relu",
                 "--output_dir", tmp_path / "out", "--plot") == 0  # fmt: skip
     out = capsys.readouterr().out
     assert f"({directory}, calibration none): 5 arms, 2 seeds" in out
@@ -68,9 +71,9 @@ def test_rank_against_the_losses_of_a_comparison(tmp_path, capsys):
         (("fit", "builtin:nano", "--tokens", "64", "--samples", "7", "--output_dir", "here"), "7 a site are too few"),
     ],
 )
-def test_wrong_input_is_one_line(argv, words, tmp_path, monkeypatch, capsys):
+def test_wrong_input_is_one_line(argv, words, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert eafo(*argv) == 2
+    assert eafo(*argv, "--data", text_file) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("crrelu eafo: ") and printed.err.count("\n") == 1

@@ -47,7 +47,7 @@ def test_a_normal_site_is_told_by_two_moments(normal):
     p, q = density.normal(MEAN, STD), density.normal()
     weight, one, two = p.pdf(x), p.derivative(x), q.derivative(x)
     expected = (weight * one * two).sum() / math.sqrt((weight * one**2).sum() * (weight * two**2).sum())
-    assert found["agreement"]["standard"]["whole"] == pytest.approx(expected, abs=0.02)
+    assert found["agreement"]["standard"]["whole"] == pytest.approx(expected, abs=0.04)
 
 
 def test_two_bumps_are_not_told_by_two_moments():
