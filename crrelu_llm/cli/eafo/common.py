@@ -1,0 +1,41 @@
+"""What the commands that run a model have in common: their options, and the check of where they write."""
+
+import argparse
+import os
+from pathlib import Path
+
+from crrelu_llm.errors import InputError
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and the text that it runs over."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    add("--data", default="builtin:docstrings", help="text: hub name, local file or directory, builtin:docstrings")
+    add("--tokens", type=int, default=8192, help="tokens of it to run over (default: 8192)")
+    add("--samples", type=int, default=20_000, help="pre-activations of a site to keep (default: 20000)")
+    add("--seed", type=int, default=0, help="of the sampling and of the untrained model (default: 0)")
+    add("--trust_remote_code", action="store_true", help="allow the model's own code to run")
+    add("--plot", action="store_true", help="also draw a picture in the output directory")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def check(args: argparse.Namespace) -> Path | None:
+    """The output directory; refuses before the work, not after it.
+
+    Raises:
+        InputError: A directory that cannot be written to, a picture without one, or too small a number.
+    """
+    if args.tokens < 1:
+        raise InputError(f"--tokens must be 1 or more, not {args.tokens}")
+    if args.seed < 0:
+        raise InputError(f"--seed must be 0 or more, not {args.seed}")
+    if args.output_dir is None:
+        if args.plot:
+            raise InputError("--plot draws into a directory; give --output_dir too")
+        return None
+    path = Path(args.output_dir).resolve()
+    existing = next(entry for entry in (path, *path.parents) if entry.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{path}: cannot write there; choose another --output_dir")
+    return path

@@ -1,0 +1,152 @@
+"""Whether the entropy of an activation predicts its loss after fine-tuning: rank correlation over the arms of a
+comparison, with an interval and a test."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crrelu_llm.comparison.results import HEADLINE, build_report
+from crrelu_llm.eafo.density import Array
+from crrelu_llm.errors import InputError
+
+MIN_ARMS = 4
+"""With fewer, no order of the arms is rare enough to mean anything: 3 arms have 6 orders."""
+PREDICTORS = ("at_resolution", "standardised", "entropy", "distance")
+_RESAMPLES = 2000
+_CONFIDENCE = 0.95
+
+
+def read_losses(directory: Path) -> dict[str, Any]:
+    """The losses of a finished comparison whose arms are activations.
+
+    Args:
+        directory: The output directory of `crrelu compare`.
+
+    Returns:
+        `directory`; `calibration`: the level of every arm, or None where the recipe does not say; `seeds`;
+        `arms`: each `arm`, `activation`, `losses` (one a seed, in the order of `seeds`); `left_out`: arms that were
+        not swapped, or have runs that are not done.
+
+    Raises:
+        InputError: No comparison, too few finished arms, a grid, or arms that are calibrated differently.
+    """
+    report = build_report(directory)
+    arms, left_out = [], []
+    seeds: list[int] = sorted({run["seed"] for arm in report["arms"] for run in arm["runs"]})
+    levels = {}
+    for arm in report["arms"]:
+        runs = {run["seed"]: run for run in arm["runs"]}
+        if any(run["grid"] for run in arm["runs"]):
+            raise InputError(
+                f"{directory}: a comparison over a grid; give one without, so that arms differ in one way"
+            )
+        if arm["activation"] == "native":
+            left_out.append({"arm": arm["arm"], "reason": "not swapped"})
+        elif set(runs) != set(seeds) or any(HEADLINE not in run["metrics"] for run in runs.values()):
+            left_out.append({"arm": arm["arm"], "reason": "runs that are not finished"})
+        else:
+            losses = [float(runs[seed]["metrics"][HEADLINE]) for seed in seeds]
+            arms.append({"arm": arm["arm"], "activation": arm["activation"], "losses": losses})
+            levels[arm["arm"]] = arm["options"].get("calibration", report["recipe"].get("calibration"))
+    if len(arms) < MIN_ARMS:
+        raise InputError(
+            f"{directory}: {len(arms)} arms with finished runs of a swapped activation, and a rank correlation needs "
+            f"{MIN_ARMS}; compare more, as recipes/eafo/rank.yaml says"
+        )
+    if len(set(levels.values())) > 1:
+        found = ", ".join(f"{arm} {level}" for arm, level in levels.items())
+        raise InputError(f"{directory}: the arms are calibrated differently ({found}); compare them at one level")
+    level = next(iter(levels.values()))
+    return {"directory": str(directory), "calibration": level, "seeds": seeds, "arms": arms, "left_out": left_out}
+
+
+def predict(means: list[dict[str, Any]], comparison: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Correlates what was measured before the training with the loss after it.
+
+    Args:
+        means: Of `rank.rank`, one entry for every activation of the comparison.
+        comparison: From `read_losses`.
+        seed: Of the resampling.
+
+    Returns:
+        The comparison with `predictors`, one for each of `PREDICTORS`: `n` arms (those where it is finite), and
+        `spearman`, `kendall`: `value`, `low`, `high`, `p_value`; None where fewer than `MIN_ARMS` are finite. EAFO
+        says that they are above 0 for the entropies. `distance` is the control: how far the activation is from the one
+        that the model was trained with.
+    """
+    by_name = {entry["activation"]: entry for entry in means}
+    arms = [arm | {key: by_name[arm["activation"]][key] for key in PREDICTORS} for arm in comparison["arms"]]
+    losses = np.array([arm["losses"] for arm in arms])
+    found = []
+    for key in PREDICTORS:
+        values = np.array([np.nan if arm[key] is None else arm[key] for arm in arms], dtype=np.float64)
+        kept = np.isfinite(values)
+        entry: dict[str, Any] = {"predictor": key, "n": int(kept.sum()), "spearman": None, "kendall": None}
+        if entry["n"] >= MIN_ARMS and np.ptp(values[kept]) > 0:
+            entry |= correlate(values[kept], losses[kept], seed)
+        found.append(entry)
+    return comparison | {"arms": arms, "confidence": _CONFIDENCE, "predictors": found}
+
+
+def correlate(values: Array, losses: Array, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Spearman's and Kendall's rank correlation of a number of each arm with its mean loss.
+
+    The interval is a percentile bootstrap that draws arms and, the same for all of them, seeds. The p-value of
+    Spearman's is that of a permutation of the arms, two-sided (exact up to 8 arms), of Kendall's scipy's, exact where
+    nothing is tied.
+
+    Args:
+        values: `(arms,)`.
+        losses: `(arms, seeds)`.
+        seed: Of the resampling.
+    """
+    from scipy import stats
+
+    mean = losses.mean(axis=1)
+    ranks = stats.rankdata(values)
+
+    def statistic(x: Array, axis: int = -1) -> Array:
+        return _pearson(x, np.broadcast_to(stats.rankdata(mean), x.shape))
+
+    test = stats.permutation_test(
+        (ranks,), statistic, permutation_type="pairings", vectorized=True, n_resamples=50_000, batch=5000, rng=seed
+    )
+    tau = stats.kendalltau(values, mean)
+    intervals = _bootstrap(values, losses, seed)
+    return {
+        "spearman": {"value": float(test.statistic), **intervals["spearman"], "p_value": float(test.pvalue)},
+        "kendall": {"value": float(tau.statistic), **intervals["kendall"], "p_value": float(tau.pvalue)},
+    }
+
+
+def _bootstrap(values: Array, losses: Array, seed: int) -> dict[str, dict[str, float]]:
+    from scipy import stats
+
+    random = np.random.default_rng(seed)
+    arms = random.integers(values.size, size=(_RESAMPLES, values.size))
+    seeds = random.integers(losses.shape[1], size=(_RESAMPLES, losses.shape[1]))
+    x = values[arms]
+    y = losses[arms[:, :, None], seeds[:, None, :]].mean(axis=2)
+    found = {
+        "spearman": _pearson(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)),
+        "kendall": _tau(x, y),
+    }
+    tails = [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]
+    # A draw of one arm alone has no correlation.
+    return {
+        key: dict(zip(("low", "high"), np.nanquantile(r, tails).tolist(), strict=True)) for key, r in found.items()
+    }
+
+
+def _pearson(x: Array, y: Array) -> Array:
+    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sum(x * y, axis=-1) / np.sqrt(np.sum(x * x, axis=-1) * np.sum(y * y, axis=-1))
+
+
+def _tau(x: Array, y: Array) -> Array:
+    """Kendall's τ-b of each row."""
+    one, two = (np.sign(z[:, :, None] - z[:, None, :]).reshape(len(z), -1) for z in (x, y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sum(one * two, axis=1) / np.sqrt(np.sum(one * one, axis=1) * np.sum(two * two, axis=1))
