@@ -26,8 +26,9 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--config", required=True, help="the recipe")
-    add("--values", nargs="+", type=float, default=list(_DEFAULT), metavar="V",
-        help=f"start values of ε (default: {' '.join(f'{value:g}' for value in _DEFAULT)})")  # fmt: skip
+    default = " ".join(f"{value:g}" for value in _DEFAULT)
+    text = f"start values of ε; small ones written out, as -0.001 (default: {default})"
+    add("--values", nargs="+", type=float, default=list(_DEFAULT), metavar="V", help=text)
     add("--seeds", nargs="+", type=int, default=[0], help="one run of every arm for each (default: 0)")
     add("--output_dir", required=True, help="directory of the study")
     add("--keep_models", action="store_true", help="also keep the trained models")

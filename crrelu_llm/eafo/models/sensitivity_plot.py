@@ -61,7 +61,8 @@ def _losses(axis: Any, document: dict[str, Any]) -> None:
             for key in ("epsilon_init", "after", "after_low", "after_high")
         )
         style: dict[str, Any] = {"marker": _MARKS[way], "ms": 4, "color": _COLOURS[way]}
-        axis.errorbar(x, y, [y - low, high - y], lw=1.3, **style, label=_LABELS.get(way, way))
+        if done:
+            axis.errorbar(x, y, [y - low, high - y], lw=1.3, **style, label=_LABELS.get(way, way))
         failed = [case["epsilon_init"] for case in cases if case["failed"]]
         if failed:  # at the upper edge, as they have no loss
             place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
@@ -84,6 +85,8 @@ def _zoom(axis: Any, document: dict[str, Any]) -> None:
 def _ends(axis: Any, document: dict[str, Any]) -> None:
     for way in (LEARNED_LAYER, LEARNED_CHANNEL):
         cases = [case for case in document["cases"] if case["way"] == way and case["epsilon_end"] is not None]
+        if not cases:
+            continue
         x = [case["epsilon_init"] for case in cases]
         moved, low, high = (
             np.array([case[key] - case["epsilon_init"] for case in cases])
@@ -94,7 +97,8 @@ def _ends(axis: Any, document: dict[str, Any]) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.set(xlabel="ε at the start", ylabel="ε at the end − at the start")
     axis.set_title("mean over sites; the bar runs from the lowest to the highest site", fontsize=7.5, loc="left")
-    axis.legend(frameon=False, fontsize=7.5)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=7.5)
 
 
 def _shapes(axis: Any, document: dict[str, Any]) -> None:
