@@ -10,6 +10,9 @@ from crrelu_llm import kernels
 from crrelu_llm.errors import InputError
 from crrelu_llm.kernels.recompute import note
 
+# The buffers of a fitted one.
+MOMENTS = ("center", "width")
+
 
 def _check(x: torch.Tensor, epsilon: torch.Tensor) -> None:
     for name, value in (("x", x), ("epsilon", epsilon)):
@@ -142,7 +145,7 @@ class CRReLU(nn.Module):
         self.epsilon_init = epsilon_init
         # 1-D also for a single ε: FSDP2 and ZeRO refuse 0-dimensional parameters.
         self.epsilon = nn.Parameter(torch.empty(num_channels or 1, dtype=torch.float32, device=device))
-        for name in ("center", "width"):
+        for name in MOMENTS:
             # .float(): while ZeRO-3 builds a model, torch.empty gives its dtype, whatever is asked for.
             self.register_buffer(name, torch.empty(1, dtype=torch.float32, device=device).float() if fitted else None)
         self.center: torch.Tensor | None
@@ -165,7 +168,7 @@ class CRReLU(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.bfloat16()`, … do to it; the moments go along to the device, but stay float32."""
-        before = {"center": self.center, "width": self.width}
+        before = {name: getattr(self, name) for name in MOMENTS}
         super()._apply(fn, recurse)
         for name, value in before.items():
             if value is not None and getattr(self, name).dtype.itemsize < value.dtype.itemsize:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate import accelerator as accelerate_accelerator
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import MOMENTS, CRReLU
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.training.launch import PROCESSES_ASKED
 from crrelu_llm.training.optimizer import epsilon_modules
@@ -140,6 +142,35 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     if len(dtypes) > 1 and epsilon_modules(model):
         names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
         plugin.transformer_cls_names_to_wrap = list({*names, CRReLU.__name__})
+
+
+def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
+    """Accelerate's `fsdp2_prepare_model`, for models that have a centre and a width too; every process must call it.
+
+    It takes all that a state dict holds for sharded parameters. Buffers outside the state dict it keeps, but each
+    process its own, and only the main one of a host may have read the checkpoint.
+    """
+    fitted = [module for module in model.modules() if isinstance(module, CRReLU) and module.fitted]
+    for module in fitted:
+        for name in MOMENTS:
+            setattr(module, name, broadcast(getattr(module, name).to(accelerator.device)))
+        module._non_persistent_buffers_set.update(MOMENTS)
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        for module in fitted:
+            module._non_persistent_buffers_set.difference_update(MOMENTS)
+
+
+@contextlib.contextmanager
+def sharding_with_buffers() -> Iterator[None]:
+    """Makes Accelerate shard models under FSDP2 by `shard_fsdp2` within it."""
+    original = accelerate_accelerator.fsdp2_prepare_model
+    accelerate_accelerator.fsdp2_prepare_model = shard_fsdp2
+    try:
+        yield
+    finally:
+        accelerate_accelerator.fsdp2_prepare_model = original
 
 
 @contextlib.contextmanager

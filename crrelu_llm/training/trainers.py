@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer import dpo_trainer
@@ -20,7 +19,14 @@ from crrelu_llm.training.callbacks import PER_SITE, quieten
 from crrelu_llm.training.density import DensityCallback, density_means, warn_of_refit
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
-from crrelu_llm.training.processes import check_launch, prepare_fsdp2, refuse_sharded_weights, whole_values
+from crrelu_llm.training.processes import (
+    check_launch,
+    prepare_fsdp2,
+    refuse_sharded_weights,
+    shard_fsdp2,
+    sharding_with_buffers,
+    whole_values,
+)
 from crrelu_llm.training.saving import SavingMixin
 
 
@@ -68,7 +74,8 @@ class EpsilonMixin:
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with FSDP2's units and dtypes set for ε and for the loss."""
         prepare_fsdp2(self.accelerator, self.model)
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        with sharding_with_buffers():
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own optimiser, with ε moved into a group of its own."""
@@ -220,7 +227,7 @@ def _prepared_references() -> Iterator[None]:
         model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
         prepare_fsdp2(accelerator, model)
         if accelerator.is_fsdp2:
-            model = fsdp2_prepare_model(accelerator, model)
+            model = shard_fsdp2(accelerator, model)
         return original(model, accelerator)  # leaves what is sharded as it is
 
     dpo_trainer.prepare_fsdp = prepare

@@ -145,6 +145,12 @@ def test_a_cast_leaves_the_moments_float32():
     assert ours(model.to("meta"))[0].center.is_meta
 
 
+def test_moments_are_float32_also_where_a_library_makes_new_tensors_bfloat16(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).bfloat16())  # as ZeRO-3 does
+    assert {tensor.dtype for tensor in CRReLU(fitted=True).buffers()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("name", "start"), [("center", 0.0), ("width", 1.0), ("epsilon", 0.05)])
 def test_what_a_checkpoint_lacks_starts_anew_and_is_said(name, start, tmp_path, caplog):
     model, _ = fitted(epsilon_init=0.05)

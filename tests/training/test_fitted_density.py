@@ -1,5 +1,8 @@
 """Training a model whose centres and widths are fitted: they stay what they are, float32, and are saved with ε."""
 
+from types import SimpleNamespace
+
+import accelerate.accelerator
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -7,9 +10,10 @@ from runs import LORA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from crrelu_llm import PatchConfig
+from crrelu_llm import CRReLU, PatchConfig
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
+from crrelu_llm.training import processes
 from crrelu_llm.training.arguments import ActivationArguments
 from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.prepare import starting_checkpoint
@@ -109,3 +113,22 @@ def test_a_checkpoint_of_another_density_is_refused(workshop, options, text_file
     with pytest.raises(InputError, match="already patched with density: fitted; set density to that") as caught:
         starting_checkpoint(fitted, PatchConfig(), workshop.folder / "again")
     assert "\n" not in str(caught.value)
+
+
+def test_fsdp2_is_given_parameters_alone_and_the_main_process_its_moments(monkeypatch):
+    """Accelerate takes whatever is in the state dict for a sharded parameter (tests/distributed runs it)."""
+    model, seen = CRReLU(fitted=True), []
+
+    def prepare(accelerator, model):
+        seen.append(sorted(model.state_dict()))
+        return model
+
+    monkeypatch.setattr(processes, "fsdp2_prepare_model", prepare)
+    monkeypatch.setattr(processes, "broadcast", lambda value: value + 2)  # what the main process has
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    with processes.sharding_with_buffers():
+        assert accelerate.accelerator.fsdp2_prepare_model(accelerator, model) is model
+    assert accelerate.accelerator.fsdp2_prepare_model is not processes.shard_fsdp2
+    assert seen == [["epsilon"]]
+    assert sorted(model.state_dict()) == ["center", "epsilon", "width"]
+    assert (model.center.item(), model.width.item()) == (2.0, 3.0)
