@@ -7,7 +7,7 @@ from typing import Any
 FIT_PLOT, RANK_PLOT, LOSS_PLOT = "eafo_fit.png", "eafo_rank.png", "eafo_losses.png"
 _OURS, _OTHERS, _THIRD = "#1f6f8b", "#c4472b", "#b8b8b8"
 _MOST = 4  # layers in a picture: more are not readable side by side
-_STYLE = {"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}
+_STYLE: dict[Any, Any] = {"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}
 
 
 def plot_fit(document: dict[str, Any], path: Path) -> None:
