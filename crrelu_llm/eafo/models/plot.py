@@ -7,7 +7,7 @@ from typing import Any
 FIT_PLOT, RANK_PLOT, LOSS_PLOT = "eafo_fit.png", "eafo_rank.png", "eafo_losses.png"
 _OURS, _OTHERS, _THIRD = "#1f6f8b", "#c4472b", "#b8b8b8"
 _MOST = 4  # layers in a picture: more are not readable side by side
-_STYLE = {"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}
+_STYLE: dict[Any, Any] = {"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}
 
 
 def plot_fit(document: dict[str, Any], path: Path) -> None:
@@ -32,13 +32,13 @@ def plot_fit(document: dict[str, Any], path: Path) -> None:
                 axis = axes[row, column]
                 axis.axvline(0, color=_THIRD, lw=0.8)
                 axis.plot(curves["x"], curves[own], color=_OURS, label="smooth density")
-                axis.plot(curves["x"], curves[normal], "--", color=_OTHERS, label=f"N({site['mean']:.2f}, σ²)")
+                axis.plot(curves["x"], curves[normal], "--", color=_OTHERS, label="normal of its μ and σ")
                 axis.spines[["top", "right"]].set_visible(False)
             agreement = site["agreement"]["fitted"]["whole"]
-            axes[0, column].set_title(site["path"], fontsize=7)
+            axes[0, column].set_title(f"{site['path']}\nμ {site['mean']:.2f}, σ {site['std']:.2f}", fontsize=7)
             axes[1, column].set_title(f"agreement {agreement:.3f}" if agreement is not None else "", fontsize=7)
             axes[1, column].set_xlabel("pre-activation")
-            axes[0, column].legend(frameon=False, fontsize=6)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         axes[0, 0].set_ylabel("density")
         axes[1, 0].set_ylabel("correction of ReLU, p′")
         figure.suptitle(f"{document['model']}: {document['tokens']} tokens of {document['data']}", fontsize=9)
