@@ -160,14 +160,6 @@ class TestUpdates:
                     assert steps[step][path] == pytest.approx((first, math.sqrt(second - first**2)), rel=1e-6)
                     assert steps[step][path] != steps[step - 1][path]
 
-    def test_off_by_default(self, workshop):
-        recipe, trainer = workshop.trainer("sft", "run", **DENSITY | {"density_update_steps": 0})
-        assert not any(isinstance(found, DensityCallback) for found in trainer.callback_handler.callbacks)
-        start = densities(trainer.model)
-        record = train_and_save(trainer, recipe)
-        assert densities(trainer.model) == start
-        assert not any("density/center" in entry for entry in record["history"])
-
     def test_two_micro_batches_are_one_batch(self, workshop):
         data = workshop.data("sft", train=sft_rows(16, words=12))
         found = []
@@ -238,14 +230,19 @@ class TestResume:
         centers = [value.item() for key, value in first.items() if key.endswith(".center")]
         assert tracked[0][-1] == pytest.approx(sum(centers) / 2, rel=1e-6)
 
-    def test_from_a_run_that_did_not_track(self, workshop):
+    def test_off_by_default_and_from_a_run_that_did_not_track(self, workshop):
         options = DENSITY | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-        workshop.run("sft", "run", **options | {"density_update_steps": 0})
-        checkpoint = workshop.folder / "run" / "checkpoint-1"
+        plain = workshop.run("sft", "run", **options | {"density_update_steps": 0})
+        assert not any("density/center" in entry for entry in plain["history"])
+        patched, checkpoint = workshop.folder / "run" / "patched", workshop.folder / "run" / "checkpoint-1"
+        assert "DensityCallback" not in (checkpoint / "trainer_state.json").read_text()
         workshop.run("sft", "again", **options, resume_from_checkpoint=str(checkpoint))
-        saved = AutoModelForCausalLM.from_pretrained(workshop.folder / "again")
-        start = AutoModelForCausalLM.from_pretrained(checkpoint)
-        assert densities(saved) != densities(start)
+        start, stayed, moved = (
+            densities(AutoModelForCausalLM.from_pretrained(folder))
+            for folder in (patched, workshop.folder / "run", workshop.folder / "again")
+        )
+        assert start == stayed
+        assert all(moved[path] != start[path] for path in SITES)
 
 
 def test_a_refit_before_it_is_warned_of(caplog):
