@@ -21,6 +21,7 @@ COMMANDS = {
     "dpo": ("dpo", "one preference-tuning run (TRL's DPOTrainer) of one activation"),
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
+    "card": ("card", "a Hugging Face model card: ε per layer, calibration, results"),
     "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),
     "eafo": ("eafo", "the entropy method: derive, measure and learn activations"),
     "plan": ("plan", "memory per GPU of a training run, for each Accelerate configuration, from the config alone"),

@@ -30,7 +30,7 @@ def render_html(report: Report) -> str:
 def render_markdown(report: Report) -> str:
     """The report as text."""
     environment = _environment(autoescape=False)
-    environment.filters["md"] = _escape_markdown
+    environment.filters["md"] = escape_markdown
     rendered = environment.get_template("report.md.j2").render(**_contents(report))
     return re.sub(r"\n{3,}", "\n\n", rendered).strip() + "\n"
 
@@ -70,7 +70,7 @@ def _environment(autoescape: bool) -> Environment:
     )
 
 
-def _escape_markdown(value: Any) -> str:
+def escape_markdown(value: Any) -> str:
     """Text that Markdown takes literally, also within a table."""
     escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", text.one_line(value))
     return html.escape(escaped, quote=False)

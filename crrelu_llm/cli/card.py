@@ -1,0 +1,68 @@
+"""`crrelu card`: a Hugging Face model card of a patched checkpoint."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.cli.parser import Parser
+from crrelu_llm.errors import InputError
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="crrelu card",
+        description="Write the model card (README.md) of a patched checkpoint: ε of every layer, how it was "
+        "calibrated and trained, and the results of a comparison or an evaluation, in the metadata too.",
+        epilog="example: crrelu card smollm2-crrelu --report comparison --arm crrelu:calibration=refit",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="output_dir of `crrelu patch`, `sft` or `dpo`")
+    add("--report", metavar="D", help="output_dir of `crrelu compare` or `eval`, whose results go into the card")
+    add("--arm", help="the arm of the report that this checkpoint is (default: its only CRReLU arm)")
+    add("--output", metavar="FILE", help="default: README.md in the checkpoint")
+    add("--overwrite", action="store_true", help="replace a card that is there")
+    add("--push_to_hub", action="store_true", help="also upload the card; needs --hub_model_id")
+    add("--hub_model_id", metavar="NAME", help="the repository on the Hub")
+    add("--hub_token", metavar="TOKEN", help="default: the one that `hf auth login` has stored")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args = _parser().parse_args(argv)
+    if args.push_to_hub and not args.hub_model_id:
+        raise InputError("--push_to_hub needs --hub_model_id, the repository to push to")
+    checkpoint = Path(args.checkpoint)
+    if not checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: no such directory; give the output_dir of `crrelu patch`, `sft` or `dpo`")
+    path = Path(args.output) if args.output else checkpoint / "README.md"
+    if path.exists() and not args.overwrite:
+        raise InputError(f"{path} is there already; add --overwrite to replace it, or choose another --output")
+    from crrelu_llm.comparison.card import card
+
+    text = card(checkpoint, _report(args.report), args.arm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+    print(f"saved to {path}", file=sys.stderr)
+    if args.push_to_hub:
+        from huggingface_hub import ModelCard
+
+        print(ModelCard(text).push_to_hub(args.hub_model_id, token=args.hub_token))
+    return 0
+
+
+def _report(name: str | None) -> dict[str, Any] | None:
+    if name is None:
+        return None
+    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--report {path}: cannot be read ({error}); give a directory with a report.json") from None
+    if not isinstance(found, dict) or not isinstance(found.get("arms"), list):
+        raise InputError(f"--report {path}: no report of crrelu_llm (it has no arms)")
+    return found

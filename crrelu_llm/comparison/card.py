@@ -1,0 +1,220 @@
+"""A Hugging Face model card of a patched checkpoint: ε per layer, how it was calibrated, what it was measured at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.comparison.report.render import escape_markdown
+from crrelu_llm.comparison.report.text import number
+from crrelu_llm.errors import InputError
+
+FILE = "README.md"
+PAPER = "arXiv 2405.12954"
+
+
+def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None = None) -> str:
+    """Writes the card of a checkpoint as Markdown with metadata that the Hub reads.
+
+    Args:
+        checkpoint: Directory of a patched checkpoint, as `crrelu patch`, `sft` or `dpo` write it, or of a LoRA adapter
+            of one.
+        report: What report.json of a comparison or an evaluation holds; its metrics go into the card's metadata.
+        arm: The arm of the report that this checkpoint is; may be left out where there is one CRReLU arm.
+
+    Raises:
+        InputError: The directory holds no patched checkpoint, or the report has no such arm, or none that finished.
+    """
+    from huggingface_hub import ModelCardData
+
+    section, sites = _patched(checkpoint)
+    patch = _read(checkpoint / "patch_report.json") or _read(checkpoint / "patched" / "patch_report.json") or {}
+    run = _read(checkpoint / "run.json") or {}
+    entry = None if report is None else _find(report, arm)
+    base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
+    data = ModelCardData(
+        library_name="peft" if (checkpoint / "adapter_config.json").is_file() else "transformers",
+        pipeline_tag="text-generation",
+        # The Hub links base models by their names there; a path on somebody's disk is none.
+        base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
+        tags=["crrelu", section["activation"], *([run["kind"]] if run else [])],
+        datasets=_hub_names(report, run) or None,
+        model_name=checkpoint.resolve().name if entry is not None else None,
+        eval_results=None if report is None or entry is None else _results(report, entry),
+    )
+    parts = [_introduction(checkpoint, section, base), _use(checkpoint), _table(section, sites, patch)]
+    parts += [_calibration(patch)] if patch else []
+    parts += [_training(run)] if run else []
+    parts += [_evaluation(report, entry)] if report is not None and entry is not None else []
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The section of the config, and ε of every site from the weights."""
+    from safetensors import safe_open
+
+    adapter = _read(checkpoint / "adapter_config.json")
+    home = checkpoint if adapter is None else Path(adapter.get("base_model_name_or_path") or "")
+    section = (_read(home / "config.json") or {}).get("crrelu")
+    if not isinstance(section, dict):
+        raise InputError(
+            f"{checkpoint}: no checkpoint that crrelu_llm patched (config.json there has no crrelu section); give the "
+            "output_dir of `crrelu patch`, `sft` or `dpo`"
+        )
+    epsilon: dict[str, list[float]] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if name.endswith(".epsilon"):
+                    path = name.removeprefix("base_model.model.").removesuffix(".epsilon")
+                    epsilon[path] = weights.get_tensor(name).flatten().tolist()
+    return section, epsilon
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}); write it again, or remove it") from None
+    return found if isinstance(found, dict) else None
+
+
+def _find(report: dict[str, Any], name: str | None) -> dict[str, Any]:
+    done = [arm for arm in report["arms"] if any(run["status"] == "done" for run in arm["runs"])]
+    if name is None:
+        done = [arm for arm in done if arm["activation"] == "crrelu"]
+        if len(done) != 1:
+            found = ", ".join(arm["arm"] for arm in report["arms"])
+            raise InputError(f"--arm: the report has {len(done)} finished CRReLU arms; say which of {found} this is")
+    chosen = [arm for arm in done if name is None or arm["arm"] == name]
+    if not chosen:
+        found = ", ".join(arm["arm"] for arm in done) or "none"
+        raise InputError(f"--arm {name}: no such arm with a finished run in the report; there are {found}")
+    return chosen[0]
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith(("builtin:", ".", "/")) and not Path(name).exists()
+
+
+def _hub_names(report: dict[str, Any] | None, run: dict[str, Any]) -> list[str]:
+    names = [entry["name"] for entry in (report or {}).get("data", [])]
+    names.append((run.get("recipe") or {}).get("dataset_name") or "")
+    return sorted({name for name in names if name.count("/") == 1 and _is_hub_name(name)})
+
+
+def _results(report: dict[str, Any], arm: dict[str, Any]) -> list[Any]:
+    """The arm's metrics as the Hub's metadata has them: means over the finished runs."""
+    from huggingface_hub import EvalResult
+
+    data = (report.get("data") or [{"name": "unknown"}])[-1]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data["name"],
+            dataset_name=" ".join(filter(None, (data["name"], data.get("split")))),
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=round(value, 6),
+        )
+        for name, value in _means(arm).items()
+    ]
+
+
+def _means(arm: dict[str, Any]) -> dict[str, float]:
+    done = [run["metrics"] for run in arm["runs"] if run["status"] == "done"]
+    names = [name for name in done[0] if all(isinstance(run.get(name), int | float) for run in done)]
+    return {name: sum(run[name] for run in done) / len(done) for name in names}
+
+
+def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
+    per = "one ε per channel" if section["epsilon_per"] == "channel" else "one ε per layer"
+    originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
+    formula = "`max(0, x) + ε·x·exp(−x²/2)`"
+    if section.get("density") == "fitted":
+        formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
+    what = f"CRReLU, {formula} ({PAPER}), {per}" if section["activation"] == "crrelu" else section["activation"]
+    source = f" of {_code(base)}" if base else ""
+    return (
+        f"# {escape_markdown(checkpoint.resolve().name)}\n\n"
+        f"The activation of the {len(section['sites'])} MLPs{source} "
+        f"({originals}) was swapped for {what} with `crrelu_llm`."
+    )
+
+
+def _use(checkpoint: Path) -> str:
+    return (
+        "## Use\n\n```python\nimport crrelu_llm  # teaches transformers to load the patched activation\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{checkpoint.resolve().name}")\n```'
+    )
+
+
+def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict[str, Any]) -> str:
+    known = {site["path"]: site for site in patch.get("sites", [])}
+    rows = [
+        "## The layers",
+        "",
+        "| layer | original | ε: mean | least | most | scale | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for site in section["sites"]:
+        values, found = epsilon.get(site["path"], []), known.get(site["path"], {})
+        three = (sum(values) / len(values), min(values), max(values)) if values else (None, None, None)
+        cells = [*three, found.get("scale_mean"), found.get("relative_error")]
+        texts = ["" if value is None else f"{value:.4g}" for value in cells]
+        rows.append(f"| {_code(site['path'])} | {_code(site['original'])} | " + " | ".join(texts) + " |")
+    rows += [
+        "",
+        "Scale: mean factor folded into the weights. Error: of the MLP's output right after the patch, relative.",
+    ]
+    return "\n".join(rows)
+
+
+def _calibration(patch: dict[str, Any]) -> str:
+    options = patch.get("options", {})
+    lines = ["## Calibration", "", *(f"- {escape_markdown(key)}: {_code(value)}" for key, value in options.items())]
+    found = patch.get("perplexity")
+    if found:
+        naive = "" if found.get("after_naive") is None else f", {number(found['after_naive'])} after a plain swap"
+        lines.append(
+            f"- perplexity on {found['tokens']} tokens of {_code(Path(str(found['data'])).name)}: "
+            f"{number(found['before'])} before, {number(found['after'])} after{naive}"
+        )
+    return "\n".join(lines)
+
+
+def _training(run: dict[str, Any]) -> str:
+    recipe = run.get("recipe") or {}
+    keys = (
+        "learning_rate",
+        "epsilon_learning_rate",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "beta",
+        "seed",
+    )
+    told = [f"- {key}: {_code(recipe[key])}" for key in keys if recipe.get(key) is not None]
+    return "\n".join(["## Training", "", f"{run['kind'].upper()} with TRL, {run.get('steps')} steps.", "", *told])
+
+
+def _evaluation(report: dict[str, Any], arm: dict[str, Any]) -> str:
+    count = sum(run["status"] == "done" for run in arm["runs"])
+    lines = [
+        "## Evaluation",
+        "",
+        escape_markdown(str(report.get("verdict", ""))),
+        "",
+        f"Means over {count} run(s) of the arm {_code(arm['arm'])}:",
+        "",
+    ]
+    lines += ["| metric | value |", "|---|---|"]
+    lines += [f"| {escape_markdown(name)} | {number(value)} |" for name, value in _means(arm).items()]
+    lines += ["", "```bash", str(report.get("command", "")).replace("```", ""), "```"]
+    return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"

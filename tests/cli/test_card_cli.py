@@ -1,0 +1,78 @@
+"""`crrelu card` through the command line."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from crrelu_llm.cli.main import main
+
+
+def _run(seed, **metrics):
+    return {"seed": seed, "status": "done", "metrics": metrics}
+
+
+@pytest.fixture
+def checkpoint(tiny_llama_checkpoint, tmp_path):
+    path = tmp_path / "tiny | crrelu"
+    argv = ["patch", str(tiny_llama_checkpoint), "--output_dir", str(path), "--calibration", "none"]
+    assert main([*argv, "--epsilon_init", "0.25", "--perplexity_data", "none"]) == 0
+    return path
+
+
+@pytest.fixture
+def report(tmp_path):
+    arms = [
+        {"arm": "native", "activation": "silu", "runs": [_run(0, loss=2.0)]},
+        {"arm": "crrelu", "activation": "crrelu", "runs": [_run(0, loss=1.0), _run(1, loss=2.0, extra=None)]},
+    ]
+    path = tmp_path / "comparison" / "report.json"
+    path.parent.mkdir()
+    data = [{"name": "someone/news", "split": "test", "rows": 3, "sha256": "0"}]
+    path.write_text(
+        json.dumps({"arms": arms, "data": data, "verdict": "lower | by <b>0.5", "command": "crrelu compare"})
+    )
+    return path.parent
+
+
+def test_the_card_says_what_was_done_and_measured(checkpoint, report, capsys):
+    assert main(["card", str(checkpoint), "--report", str(report)]) == 0
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.library_name == "transformers" and "crrelu" in card.data.tags
+    assert card.data.datasets == ["someone/news"] and card.data.base_model is None
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("loss", 1.5, "someone/news test")
+    assert "| `model.layers.1.mlp.act_fn` | `silu` | 0.25 | 0.25 | 0.25 |" in card.text
+    assert "calibration: `none`" in card.text
+    assert "lower \\| by &lt;b&gt;0.5" in card.text and "<b>" not in card.text
+
+
+def test_a_card_that_is_there_is_kept(checkpoint, capsys):
+    assert main(["card", str(checkpoint)]) == 0
+    before = (checkpoint / "README.md").read_text()
+    assert main(["card", str(checkpoint)]) == 2
+    assert "is there already; add --overwrite" in capsys.readouterr().err
+    assert main(["card", str(checkpoint), "--overwrite"]) == 0
+    assert (checkpoint / "README.md").read_text() == before
+
+
+def test_wrong_input_is_one_line_and_status_2(checkpoint, report, tiny_llama_checkpoint, capsys):
+    for argv, message in (
+        ([str(tiny_llama_checkpoint)], "no checkpoint that crrelu_llm patched"),
+        ([str(checkpoint / "nowhere")], "no such directory"),
+        ([str(checkpoint), "--report", str(checkpoint)], "cannot be read"),
+        ([str(checkpoint), "--report", str(report), "--arm", "gelu"], "there are native, crrelu"),
+        ([str(checkpoint), "--push_to_hub"], "needs --hub_model_id"),
+    ):
+        capsys.readouterr()
+        assert main(["card", *argv]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and message in lines[0]
+    assert not (checkpoint / "README.md").exists()
+
+
+def test_push_uploads_the_card(checkpoint, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, name, token=None: pushed.update({name: str(self)}))
+    assert main(["card", str(checkpoint), "--push_to_hub", "--hub_model_id", "me/tiny"]) == 0
+    assert pushed["me/tiny"] == (checkpoint / "README.md").read_text()
