@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lm_eval import simple_evaluate
+import torch
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from crrelu_llm.data import load_dataset, sha256
@@ -17,6 +19,7 @@ from crrelu_llm.evaluation.lm import EvaluationLM, quiet
 from crrelu_llm.evaluation.measured import Measured, linearised, spread_over_groups
 from crrelu_llm.evaluation.suites import TaskSpec, import_functions
 
+_SEED = 1234  # lm-eval's, of the choice of examples
 _SHOWN = 600  # characters of a prompt or an answer that are kept to look at
 
 
@@ -38,11 +41,10 @@ class HarnessTask:
         """
         self.name = spec.name
         self._chat = chat
-        self._manager = manager
         with quiet():
-            self._object = _local(spec, data_dir) if spec.config is not None else _own(spec, manager)
-            found = manager.load([self._object])
-        self._tasks: dict[str, Any] = found["tasks"]
+            task = _local(spec, data_dir) if spec.config is not None else _own(spec, manager)
+            self._loaded = manager.load([task])
+        self._tasks: dict[str, Any] = self._loaded["tasks"]
         self._group_key = (spec.config or {}).get("metadata", {}).get("group_by")
         documents = {name: _documents(task, spec) for name, task in self._tasks.items()}
         self._samples = self._sample(documents, limit) if limit is not None else None
@@ -69,11 +71,18 @@ class HarnessTask:
 
     def run(self, lm: EvaluationLM) -> Measured:
         """Evaluates a model."""
+        # lm-eval's simple_evaluate does the same, and besides asks pip and the machine about themselves each time.
+        random.seed(0)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        for task in self._tasks.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_SEED)
         with quiet():
-            found = simple_evaluate(
-                model=lm,
-                tasks=[self._object],
-                task_manager=self._manager,
+            found = evaluate(
+                lm=lm,
+                task_dict=self._loaded,
                 samples=self._samples,
                 bootstrap_iters=0,
                 apply_chat_template=self._chat,
