@@ -239,7 +239,7 @@ def _settings(
             model: {task: result_name(model, task, key) for task, key in own.items()} for model, own in keys.items()
         },
         "data": [entry for task in tasks for entry in task.data],
-        "environment": environment() | {"versions": environment()["versions"] | {"lm_eval": version("lm_eval")}},
+        "environment": environment(),
         "failures": {},
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
