@@ -79,7 +79,7 @@ class HarnessTask:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
-        with quiet():
+        with quiet() as cuts:
             found = evaluate(
                 lm=lm,
                 task_dict=self._loaded,
@@ -88,7 +88,10 @@ class HarnessTask:
                 apply_chat_template=self._chat,
                 fewshot_as_multiturn=self._chat,
             )
-        return self._measured(found)
+        measured = self._measured(found)
+        if cuts.count:
+            measured.notes.append(f"{cuts.count} requests are longer than the model's context and lost their start")
+        return measured
 
     def _measured(self, found: Any) -> Measured:
         several = len(self._tasks) > 1
@@ -165,6 +168,7 @@ def _own(spec: TaskSpec, manager: Any) -> Any:
 
 def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
     config = import_functions(spec.config, spec.name)
+    _require_nltk((config.get("metadata") or {}).get("nltk"), spec.name)
     files = {split: str(data_path(path, data_dir)) for split, path in _data_files(spec).items()}
 
     def read(**_: Any) -> dict[str, Any]:
@@ -177,6 +181,22 @@ def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
         raise
     except Exception as error:  # jinja2 and lm-eval raise errors of many kinds
         raise InputError(_no_column(spec, error)) from error
+
+
+def _require_nltk(resource: str | None, task: str) -> None:
+    """A score that needs nltk's data asks for it when everything has been generated: too late."""
+    if resource is None:
+        return
+    import nltk
+
+    try:
+        nltk.data.find(resource)
+    except LookupError as error:
+        name = resource.rpartition("/")[2]
+        raise InputError(
+            f"the task {task} needs nltk's {name}: `python -m nltk.downloader {name}` with a network, or leave "
+            "the task out with --tasks"
+        ) from error
 
 
 def data_path(path: str, data_dir: Path | None) -> Path:

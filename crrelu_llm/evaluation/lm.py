@@ -85,15 +85,34 @@ def build(model: Any, tokenizer: Any, batch_size: int | str, device: torch.devic
         )
 
 
+class _Cuts(logging.Handler):
+    """Counts the requests that lm-eval says it cut to the model's context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "runcating" in record.getMessage()
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, what lm-eval prints goes to stderr, and its hints about how it was called nowhere."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[_Cuts]:
+    """Within it, what lm-eval prints goes to stderr, and its hints about how it was called nowhere.
+
+    Yields:
+        What counts the requests that were cut, in `count`.
+    """
+    logger, cuts = logging.getLogger("lm_eval"), _Cuts()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(cuts)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lm_eval")
-            yield
+            yield cuts
     finally:
+        logger.removeHandler(cuts)
         logger.setLevel(level)
+        logger.propagate = propagate

@@ -136,6 +136,27 @@ def test_data_without_a_column_is_refused(data_dir):
         prepared("blimp", data_dir)
 
 
+def test_long_requests_are_cut_and_it_is_said(data_dir, tiny_checkpoint):
+    rows = arc(2)
+    rows[1]["question"] *= 40
+    write(data_dir / "arc-easy" / "test.jsonl.gz", rows)
+    found = prepared("arc_easy", data_dir).run(language_model(tiny_checkpoint))
+    assert found.notes == ["4 requests are longer than the model's context and lost their start"]
+
+
+def test_data_of_nltk_is_asked_for_first(data_dir, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda name: False)  # lm-eval tries when ifeval is imported
+    write(
+        data_dir / "ifeval" / "input_data.jsonl.gz",
+        [{"key": 1, "prompt": "say", "instruction_id_list": [], "kwargs": []}],
+    )
+    with pytest.raises(InputError, match=r"nltk's punkt_tab: `python -m nltk\.downloader punkt_tab`"):
+        prepared("ifeval", data_dir)
+
+
 def test_pages_of_wikitext():
     from datasets import Dataset
 
