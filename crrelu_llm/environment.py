@@ -7,7 +7,7 @@ from typing import Any
 
 _PACKAGES = (
     "crrelu_llm", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
-    "deepspeed", "liger_kernel",
+    "deepspeed", "liger_kernel", "lm_eval",
 )  # fmt: skip
 
 

@@ -200,12 +200,12 @@ def test_every_package_is_listed_for_the_wheel():
         for path in (ROOT / "crrelu_llm").rglob("*.py")
         if "__pycache__" not in path.parts
     }
-    assert packages | {"crrelu_llm.recipes"} == set(project["tool"]["setuptools"]["packages"])
+    assert packages | {"crrelu_llm.eval", "crrelu_llm.recipes"} == set(project["tool"]["setuptools"]["packages"])
 
 
-def test_an_installed_wheel_has_the_recipes(tmp_path):
+def test_an_installed_wheel_has_the_recipes_and_suites(tmp_path):
     source = tmp_path / "source"  # setuptools writes beside the sources
-    for folder in ("crrelu_llm", "recipes"):
+    for folder in ("crrelu_llm", "eval", "recipes"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
@@ -217,9 +217,11 @@ def test_an_installed_wheel_has_the_recipes(tmp_path):
     installed = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*")}
     data = [path for path in RECIPES.rglob("*") if path.suffix in {".yaml", ".md", ".py"}]
     data += [path for path in (ROOT / "crrelu_llm").rglob("*") if {"assets", "templates"} & set(path.parts)]
+    data += [path for folder in ("suites", "tasks") for path in (ROOT / "eval" / folder).iterdir()]
     expected = {path.relative_to(ROOT).as_posix() for path in data if path.is_file()}
     assert {path if path.startswith("crrelu_llm/") else f"crrelu_llm/{path}" for path in expected} <= installed
     assert "crrelu_llm/py.typed" in installed
+    assert not any(path.startswith("crrelu_llm/eval/results") for path in installed)
     assert {path.split("/")[0] for path in installed} == {"crrelu_llm", "crrelu_llm-0.1.0.dist-info"}
     script = "import sys; sys.path.insert(0, 'site'); import crrelu_llm.recipes_path as r; print(r.recipes_dir())"
     printed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)

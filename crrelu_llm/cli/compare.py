@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
@@ -92,10 +93,12 @@ def _launched(argv: list[str], config: str) -> int | None:
 
 
 def write(output_dir: Path) -> str:
-    """Builds the report of a comparison from its files and writes it; returns its verdict and where it is."""
+    """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict."""
+    from crrelu_llm.comparison import evaluation, results
     from crrelu_llm.comparison.report import write_report
-    from crrelu_llm.comparison.results import build_report
+    from crrelu_llm.evaluation.results import SETTINGS
 
-    report = build_report(output_dir)
+    source: Any = evaluation if (output_dir / SETTINGS).is_file() else results
+    report = source.build_report(output_dir)
     write_report(report, output_dir)
     return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"

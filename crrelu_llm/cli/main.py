@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": ("sft", "one supervised fine-tuning run (TRL's SFTTrainer) of one activation"),
     "dpo": ("dpo", "one preference-tuning run (TRL's DPOTrainer) of one activation"),
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
+    "eval": ("eval", "any checkpoints side by side on benchmarks, preference pairs or text, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
     "card": ("card", "a Hugging Face model card: ε per layer, calibration, results"),
     "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),

@@ -1,4 +1,4 @@
-"""`crrelu report`: rebuilds the report of a comparison from what is on disk."""
+"""`crrelu report`: rebuilds the report of a comparison or an evaluation from what is on disk."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu report",
-        description="Rebuild report.html, report.md and report.json of a comparison from its files.",
+        description="Rebuild report.html, report.md and report.json of a comparison or an evaluation from its files.",
         epilog="example: crrelu report comparison",
     )
-    parser.add_argument("directory", metavar="D", help="output_dir of a comparison")
+    parser.add_argument("directory", metavar="D", help="output_dir of `crrelu compare` or `crrelu eval`")
     parser.add_argument("--json", action="store_true", help="print report.json too")
     args = parser.parse_args(argv)
     from crrelu_llm.cli.compare import write

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity of a model, and the metrics of a trained run with a value for every item."""
+"""Evaluation: metrics of a trained run or of any checkpoint, with a value for every item; suites of tasks."""

@@ -62,4 +62,6 @@ def items_word(report: Report) -> str:
     """What an evaluation item is called."""
     if report.get("trainer") == "dpo":
         return "preference pairs"
+    if report.get("trainer") == "eval":
+        return "items"
     return "blocks of text" if (report.get("recipe") or {}).get("eval_packing") else "documents"

@@ -7,10 +7,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import tables, text
+from crrelu_llm.comparison.report import evaluation, tables, text
 from crrelu_llm.comparison.report.contents import Report, items_word
 from crrelu_llm.comparison.report.plots import arm_key, pictures
 from crrelu_llm.comparison.report.verdict import draw_verdict, notes
+
+_OVER_SEEDS = "Mean ± standard deviation over the seeds that finished; peak memory is the largest of them."
+_OVER_ITEMS = (
+    "In brackets, the 95 % bootstrap interval over the items of the task, of a metric that is a mean of them."
+)
 
 
 def render_html(report: Report) -> str:
@@ -38,14 +43,16 @@ def render_markdown(report: Report) -> str:
 def _contents(report: Report) -> dict[str, Any]:
     environment = dict(report.get("environment") or {})
     versions = environment.pop("versions", None)
+    evaluated = evaluation.is_evaluation(report)
     confidences = {entry["confidence"] for entry in report.get("comparisons", [])}
     return {
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
         "verdict": draw_verdict(report),
-        "notes": notes(report),
-        "overview": tables.overview(report),
-        "results": tables.results(report),
+        "notes": (evaluation.notes if evaluated else notes)(report),
+        "overview": (evaluation if evaluated else tables).overview(report),
+        "results": (evaluation if evaluated else tables).results(report),
+        "results_hint": _OVER_ITEMS if evaluated else _OVER_SEEDS,
         "swaps": tables.swaps(report),
         "comparisons": tables.comparisons(report),
         "failures": tables.failures(report),

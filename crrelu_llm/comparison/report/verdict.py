@@ -35,6 +35,10 @@ def verdict_sentence(report: Report) -> str:
 
 def draw_verdict(report: Report) -> Verdict:
     """The verdict with what it is about; see `verdict_sentence`."""
+    if report.get("trainer") == "eval":
+        from crrelu_llm.comparison.report.evaluation import draw
+
+        return draw(report)
     baseline = str(report.get("baseline"))
     metric = (report.get("headline") or {}).get("metric", "loss")
     label = describe(report, metric)["label"]

@@ -1,0 +1,128 @@
+"""`crrelu eval`: any checkpoints side by side on a suite of tasks, with paired statistics and a report."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from crrelu_llm.cli.parser import Parser
+from crrelu_llm.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="crrelu eval",
+        description="Evaluate checkpoints on lm-evaluation-harness's tasks, on the same tasks from local files, on "
+        "preference pairs or on text, and compare them item by item. Results are kept for each model and task: the "
+        "same command goes on where it was stopped.",
+        epilog="example: crrelu eval --models native=HuggingFaceTB/SmolLM2-135M-Instruct crrelu=patched --suite local "
+        "--data_dir data --output_dir evaluation",
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=MODEL",
+        help="hub name, directory (also of an adapter), .gguf file or builtin:nano, and what to call it")  # fmt: skip
+    add("--suite", required=True, metavar="S", help="standard, local, preference, language-modelling, or a YAML file")
+    add("--data_dir", metavar="D", help="where the data files of local tasks are (see eval/README.md)")
+    add("--data", nargs="+", metavar="FILE", help="data of the suites preference and language-modelling")
+    add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
+    add("--limit", type=_count, metavar="N", help="at most N items of each task, spread over its groups")
+    add("--baseline", metavar="NAME", help="the model to compare with (default: gelu, native, or the first)")
+    add("--reference", metavar="NAME", help="the model that rewards of preference pairs are measured against")
+    add("--beta", type=float, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
+    add("--output_dir", required=True, metavar="D", help="where results and report.{html,md,json} go")
+    add("--batch_size", type=_batch_size, default="auto", metavar="N", help="rows of a batch (default: auto)")
+    add("--apply_chat_template", action="store_true", help="write prompts in the model's chat template")
+    add("--dtype", choices=DTYPES, default="float32", help="what models are loaded in (default: float32)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    add("--json", action="store_true", help="print report.json instead of the verdict")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command."""
+    args = _parser().parse_args(argv)
+    if args.data_dir is not None and not Path(args.data_dir).is_dir():
+        raise InputError(f"--data_dir {args.data_dir}: no such directory")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir}: a file is there; give a directory")
+    if (output_dir / "comparison.json").is_file():
+        raise InputError(f"--output_dir {output_dir} holds a comparison; give another directory")
+    from crrelu_llm.evaluation.suites import read_suite
+
+    specs = read_suite(args.suite, args.tasks, args.data)
+    names = _names(args)
+    _require_lm_eval()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # one line a task says enough in a log
+    from crrelu_llm.cli.compare import write
+    from crrelu_llm.cli.quiet import quieten_libraries
+
+    quieten_libraries()
+    from crrelu_llm.evaluation.models import parse_models
+    from crrelu_llm.evaluation.run import Evaluation, run_evaluation, say_alone
+
+    say_alone()
+    failures = run_evaluation(
+        Evaluation(
+            models=parse_models(args.models),
+            specs=specs,
+            output_dir=output_dir,
+            baseline=args.baseline or next((name for name in ("gelu", "native") if name in names), names[0]),
+            reference=args.reference,
+            beta=args.beta,
+            suite=args.suite if Path(args.suite).suffix == "" else Path(args.suite).stem,
+            data_dir=None if args.data_dir is None else Path(args.data_dir),
+            limit=args.limit,
+            chat=args.apply_chat_template,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            device=_device(args.device),
+            command=shlex.join(["crrelu", "eval", *argv]),
+        )
+    )
+    verdict = write(output_dir)
+    print((output_dir / "report.json").read_text() if args.json else verdict)
+    for model, tasks in failures.items():
+        print(f"crrelu eval: {model} failed on {', '.join(tasks)}; the other results are kept", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """The models' names, the baseline and the reference among them."""
+    from crrelu_llm.evaluation.models import parse_models
+
+    names = [model.name for model in parse_models(args.models)]
+    for option in ("baseline", "reference"):
+        name = getattr(args, option)
+        if name is not None and name not in names:
+            raise InputError(f"--{option} {name} is none of the models: {' '.join(names)}")
+    return names
+
+
+def _require_lm_eval() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise InputError("crrelu eval needs lm-evaluation-harness: pip install 'crrelu_llm[eval]'")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU; take --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _count(text)

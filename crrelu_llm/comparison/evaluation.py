@@ -1,0 +1,178 @@
+"""From the files of an evaluation to the report: models as arms, paired comparisons over the items of each task."""
+
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.comparison.statistics import adjust, compare_metric
+from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
+from crrelu_llm.evaluation.preference import against_reference
+from crrelu_llm.evaluation.results import read_result, read_settings
+from crrelu_llm.evaluation.run import MODEL
+
+# Beside the results as a control, not compared: it is the same for every model.
+_REFERENCES = ("longer_answer_accuracy",)
+
+
+def build_report(directory: Path) -> dict[str, Any]:
+    """The report of an evaluation, from what is on disk; tasks that failed or are missing are named as such.
+
+    A metric is called `task/metric`. An arm is a model, with one run.
+
+    Raises:
+        InputError: The directory holds no evaluation.
+    """
+    settings = read_settings(directory)
+    results = {model: _results(directory, model, settings) for model in settings["models"]}
+    if settings["reference"] is not None:
+        _add_rewards(results, settings)
+    metrics = _describe(results, settings)
+    return {
+        "schema_version": 1,
+        "title": f"{settings['suite']}: {' against '.join(settings['models'])}",
+        "command": settings["command"],
+        "created": settings["created"],
+        "trainer": "eval",
+        "recipe": {key: settings[key] for key in ("suite", "limit", "chat_template", "dtype", "batch_size")}
+        | {"models": settings["models"], "tasks": settings["tasks"]}
+        | ({"reference": settings["reference"], "beta": settings["beta"]} if settings["reference"] else {}),
+        "environment": settings["environment"],
+        "arms": [_arm(directory, model, results[model], settings) for model in settings["models"]],
+        "comparisons": _comparisons(results, metrics, settings),
+        "data": settings["data"],
+        "baseline": settings["baseline"],
+        "headline": {"metrics": _primaries(results, settings)},
+        "metrics": metrics,
+        "notes": _notes(results, settings),
+    }
+
+
+def _results(directory: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Results by task, as far as they are there."""
+    failed = settings["failures"].get(model, {})
+    names = settings["results"][model]
+    found = {task: read_result(directory / names[task]) for task in settings["tasks"] if task not in failed}
+    return {task: result for task, result in found.items() if result is not None}
+
+
+def _add_rewards(results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Rewards against the reference model, in each result of pairs but its own, whose rewards are 0."""
+    base = results[settings["reference"]]
+    for model, tasks in results.items():
+        for task, result in tasks.items():
+            if model != settings["reference"] and "logp_accuracy" in result["items"] and task in base:
+                rewards = against_reference(result, base[task], settings["beta"]).as_dict()
+                for part in ("metrics", "items", "intervals"):
+                    result[part] = rewards[part] | result[part]
+
+
+def _describe(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Label, direction and format of every metric, tasks in their order."""
+    described = {}
+    for task in settings["tasks"]:
+        for tasks in results.values():
+            result = tasks.get(task) or {"metrics": {}}
+            for metric in result["metrics"]:
+                base, comma, variant = metric.partition(",")
+                label, better, pattern = KNOWN.get(base, (base.replace("_", " "), True, "{:.4f}"))
+                described[f"{task}/{metric}"] = {
+                    "label": f"{task}: {label}" + (f" ({variant})" if comma else ""),
+                    "higher_is_better": result["higher_is_better"].get(metric, better),
+                    "format": pattern,
+                    "reference": base in _REFERENCES,
+                }
+    return described
+
+
+def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    about = read_result(directory / settings["results"][model][MODEL]) or {}
+    failed = settings["failures"].get(model, {})
+    missing = [task for task in settings["tasks"] if task not in tasks and task not in failed]
+    errors = [f"{task}: {error}" for task, error in failed.items()] + [f"{task}: not run yet" for task in missing]
+    values = {
+        part: {f"{task}/{metric}": value for task, result in tasks.items() for metric, value in result[part].items()}
+        for part in ("metrics", "intervals")
+    }
+    run = {
+        "seed": 0,
+        "status": "failed" if errors else "done",
+        "error": "; ".join(errors) or None,
+        **values,
+        "groups": {task: result["groups"] for task, result in tasks.items() if result["groups"]},
+        "items": {task: len(result["examples"]) for task, result in tasks.items()},
+        "seconds": {task: result["seconds"] for task, result in tasks.items()},
+        "train_seconds": None,
+        "tokens_per_second": None,
+        "peak_memory_bytes": None,
+        "epsilon": about.get("epsilon", {}),
+    }
+    return {
+        "arm": model,
+        "activation": about.get("activation", "unknown"),
+        "model": settings["models"][model],
+        "parameters": about.get("parameters"),
+        "runs": [run],
+    }
+
+
+def _comparisons(results: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    baseline = settings["baseline"]
+    found = []
+    for candidate in (model for model in results if model != baseline):
+        alike = settings["tokenizers"][candidate] == settings["tokenizers"][baseline]
+        for name, about in metrics.items():
+            task, _, metric = name.partition("/")
+            sides = [results[model].get(task) or {} for model in (baseline, candidate)]
+            if about["reference"] or not all(metric in side.get("items", {}) for side in sides):
+                continue
+            if metric in sides[0]["per_token"] and not alike:
+                continue
+            columns = [side["items"][metric] for side in sides]
+            binary = all(value in (0, 1) for column in columns for value in column)
+            found.append(
+                compare_metric(
+                    name,
+                    about["higher_is_better"],
+                    columns[0],
+                    columns[1],
+                    "item",
+                    binary,
+                    baseline_name=baseline,
+                    candidate_name=candidate,
+                )
+            )
+    return adjust(found)
+
+
+def _primaries(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """The metric of each task that the verdict looks at."""
+    chosen = {}
+    for task in settings["tasks"]:
+        # A reward that only some models have (the reference has none) cannot be compared with the baseline's.
+        sides = [tasks[task]["items"] for tasks in results.values() if task in tasks]
+        shared = set.intersection(*(set(items) for items in sides)) - set(_REFERENCES) if sides else set()
+        names = [name for name in PRIMARY if name in shared] or sorted(shared)
+        if names:
+            chosen[task] = f"{task}/{names[0]}"
+    return chosen
+
+
+def _notes(results: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    notes = [
+        f"{model}, {task}: {note}."
+        for model, tasks in results.items()
+        for task, result in tasks.items()
+        for note in result["notes"]
+    ]
+    other = [
+        model
+        for model, tokenizer in settings["tokenizers"].items()
+        if tokenizer != settings["tokenizers"][settings["baseline"]]
+    ]
+    if other:
+        notes.append(
+            f"The tokenizer of {', '.join(other)} is not that of {settings['baseline']}: perplexity and loss per "
+            "token are shown but not compared between them; bits per byte and accuracies are."
+        )
+    if settings["limit"] is not None:
+        notes.append(f"At most {settings['limit']} items of each task were evaluated.")
+    return notes

@@ -1,0 +1,162 @@
+"""The models of an evaluation: `name=path`, what identifies their files, loading them with or without an adapter."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import checkpoint, section
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model and what it is called: in results, as a directory, with `--baseline`.
+
+    Attributes:
+        name: Its name.
+        path: Hub name, directory of a checkpoint or of an adapter, `.gguf` file, or `builtin:nano`.
+    """
+
+    name: str
+    path: str
+
+    @property
+    def base(self) -> str:
+        """The model under an adapter; of anything else its own path.
+
+        Raises:
+            InputError: The adapter does not say.
+        """
+        found = _adapter(self.path)
+        if found is None:
+            return self.path
+        base = found.get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"{self.path}: {_ADAPTER} does not name the model that the adapter belongs to")
+        return str(base)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a directory that holds an adapter."""
+        return _adapter(self.path) is not None
+
+
+def parse_models(texts: list[str]) -> list[NamedModel]:
+    """Parses `name=path`; without a name, a model is called by the last part of its path.
+
+    Raises:
+        InputError: No path, a name that is no directory name, or the same name twice.
+    """
+    models = []
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text.removeprefix("builtin:")).name.removesuffix(".gguf"), text
+        if not path or not name or "/" in name or name.startswith("."):
+            raise InputError(f"--models {text}: write name=path, such as native=models/base; no slash in the name")
+        models.append(NamedModel(name, path))
+    names = [model.name for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"--models: two models are called {twice}; name them: {twice}=… other={twice}…")
+    return models
+
+
+def identity(model: NamedModel) -> dict[str, Any]:
+    """What decides a model's numbers: its files' names, sizes and times, or the hub's commit.
+
+    Raises:
+        InputError: A model that does not exist.
+    """
+    if model.is_adapter:
+        return {"adapter": _files(Path(model.path)), "base": identity(NamedModel(model.name, model.base))}
+    source = checkpoint.resolve(model.path)
+    path = Path(source)
+    if path.exists():
+        return {"files": _files(path)}
+    commit = getattr(checkpoint.load_config(source), "_commit_hash", None)
+    return {"hub": source, "commit": commit}
+
+
+def load_tokenizer(model: NamedModel) -> Any:
+    """Its tokenizer: an adapter's own where it has one, else that of the model under it."""
+    own = model.is_adapter and (Path(model.path) / "tokenizer_config.json").is_file()
+    if not own:
+        return checkpoint.load_tokenizer(model.base)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does to text; two that are equal cut every text alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Padding and truncation are settings of a call, not of the tokenizer.
+    content = (
+        json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend else tokenizer.get_vocab()
+    )
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load(model: NamedModel, dtype: str = "float32") -> Any:
+    """A model in evaluation mode, its adapter on it.
+
+    Args:
+        dtype: Name of the torch dtype to load in; `"auto"` takes the checkpoint's.
+
+    Raises:
+        InputError: It cannot be loaded, or the adapter does not fit the model.
+    """
+    import torch
+
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    loaded = checkpoint.load_model(model.base, dtype=kind)
+    if model.is_adapter:
+        from peft import PeftModel
+
+        try:
+            loaded = PeftModel.from_pretrained(loaded, model.path)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{model.path}: this adapter cannot be put on {model.base}: {reason}") from error
+    return loaded.eval()
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """A loaded model's activation, parameters, and the mean of ε at each of its CRReLU sites."""
+    from crrelu_llm.activation import CRReLU
+
+    found = section.read(model.config)
+    native = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation_function", None)
+    return {
+        "activation": found["activation"] if found else str(native or "native"),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "epsilon": {
+            name.removeprefix("base_model.model."): module.epsilon.detach().float().mean().item()
+            for name, module in model.named_modules()
+            if isinstance(module, CRReLU)
+        },
+    }
+
+
+def _adapter(path: str) -> dict[str, Any] | None:
+    file = Path(path).expanduser() / _ADAPTER
+    if path.startswith("builtin:") or not file.is_file() or (file.parent / "config.json").is_file():
+        return None
+    return json.loads(file.read_text())
+
+
+def _files(path: Path) -> list[list[Any]]:
+    suffixes = {".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model", ".txt"}
+    reports = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json"}
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.is_file() and file.suffix in suffixes and file.name not in reports]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

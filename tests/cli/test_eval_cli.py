@@ -1,0 +1,259 @@
+"""`crrelu eval` as a user runs it: the report, going on after an interruption, adapters, wrong input in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from crash import Children
+from safetensors.torch import load_file, save_file
+from suite_data import arc, pairs, sentence, write, write_all
+from transformers import AutoModelForCausalLM
+
+from crrelu_llm.cli import main as command_line
+from crrelu_llm.evaluation import run as runner
+
+TASKS = ["arc_easy", "blimp", "hh_harmless"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder with data for five tasks, and a data cache of its own; no pictures, which take seconds."""
+    import datasets
+
+    from crrelu_llm.comparison.report import render
+
+    monkeypatch.setattr(render, "pictures", lambda *args: [])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_all(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def patched(tiny_checkpoint, tmp_path_factory):
+    """The tiny GPT-2 with CRReLU."""
+    target = tmp_path_factory.mktemp("patched") / "crrelu"
+    argv = ["patch", str(tiny_checkpoint), "--calibration", "none", "--output_dir", str(target)]
+    assert command_line.main(argv) == 0
+    return target
+
+
+def options(place, *models, tasks=TASKS, out="out"):
+    return [
+        "eval", "--models", *models, "--suite", "local", "--data_dir", str(place / "data"), "--tasks", *tasks,
+        "--output_dir", str(place / out), "--batch_size", "4", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def report(place, out="out"):
+    return json.loads((place / out / "report.json").read_text())
+
+
+def numbers(place, out="out"):
+    """A report without the times and what names its directory."""
+    found = report(place, out)
+    for arm in found["arms"]:
+        arm["runs"][0].pop("seconds")
+    return {key: found[key] for key in ("arms", "comparisons", "data", "metrics", "verdict", "notes")}
+
+
+def refused(capsys, *argv):
+    """The one line on stderr of wrong input."""
+    capsys.readouterr()
+    assert command_line.main([str(word) for word in argv]) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("eval: ")]
+    assert printed.out == "" and len(lines) == 1, printed
+    return lines[0]
+
+
+def test_two_models_side_by_side(place, tiny_checkpoint, patched, capsys, monkeypatch):
+    from crrelu_llm.comparison.report import plots, render
+
+    monkeypatch.setattr(render, "pictures", plots.pictures)
+    argv = options(place, f"native={tiny_checkpoint}", f"crrelu={patched}")
+    assert command_line.main(argv) == 0
+    assert "report: " in capsys.readouterr().out
+    found = report(place)
+    assert [arm["arm"] for arm in found["arms"]] == ["native", "crrelu"]
+    assert [arm["activation"] for arm in found["arms"]] == ["gelu_new", "crrelu"]
+    run = found["arms"][1]["runs"][0]
+    assert run["status"] == "done" and len(run["epsilon"]) == 2
+    assert set(run["items"].items()) == {("arc_easy", 6), ("blimp", 12), ("hh_harmless", 6)}
+    assert {"arc_easy/acc", "arc_easy/acc_norm", "blimp/acc", "hh_harmless/logp_accuracy"} <= set(run["metrics"])
+    entry = next(entry for entry in found["comparisons"] if entry["metric"] == "hh_harmless/logp_margin")
+    assert (entry["unit"], entry["n"], entry["baseline"], entry["candidate"]) == ("item", 6, "native", "crrelu")
+    values = [arm["runs"][0]["metrics"]["hh_harmless/logp_margin"] for arm in found["arms"]]
+    assert entry["difference"] == pytest.approx(values[1] - values[0]) != 0
+    assert not any("longer_answer" in entry["metric"] for entry in found["comparisons"])
+    assert (found["data"][0]["name"], found["data"][0]["rows"]) == ("blimp/blimp.jsonl.gz", 12)
+    assert found["verdict"].startswith("Of 3 tasks, crrelu is")
+    for name in ("report.md", "report.html"):
+        text = (place / "out" / name).read_text()
+        assert found["verdict"] in text and "arc_easy: accuracy" in text
+    assert 'role="img"' in (place / "out" / "report.html").read_text()
+
+
+def test_an_interrupted_evaluation_goes_on(place, tiny_checkpoint, patched, capsys, monkeypatch):
+    models = (f"native={tiny_checkpoint}", f"crrelu={patched}")
+    tasks = ["arc_easy", "hh_harmless"]
+    assert command_line.main(options(place, *models, tasks=tasks, out="whole")) == 0
+    original, calls = runner._one_task, []
+
+    def interrupted(task, *rest):
+        calls.append(task.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(task, *rest)
+
+    monkeypatch.setattr(runner, "_one_task", interrupted)
+    argv = options(place, *models, tasks=tasks)
+    assert command_line.main(argv) == 130
+    assert "finished tasks are kept" in capsys.readouterr().err
+    assert not (place / "out" / "report.json").exists()
+    assert command_line.main(argv) == 0
+    assert len(calls) == 3 + 2  # two are kept, the third was interrupted
+    assert capsys.readouterr().err.count(": kept") == 2
+    assert numbers(place) == numbers(place, "whole")
+    (place / "out" / "report.json").unlink()
+    assert command_line.main(["report", str(place / "out")]) == 0
+    assert numbers(place) == numbers(place, "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write_number", [3, 5, 7, 9])
+def test_a_killed_evaluation_goes_on(place, tiny_checkpoint, patched, tmp_path_factory, write_number):
+    children = Children(tmp_path_factory.mktemp("children"))
+    models = (f"native={tiny_checkpoint}", f"crrelu={patched}")
+    assert children.run(options(place, *models, out="whole"))[0] == 0
+    assert children.run(options(place, *models), kill_at=write_number)[0] == -9
+    code, _, _, log = children.run(options(place, *models))
+    assert code == 0, log
+    assert numbers(place) == numbers(place, "whole")
+    assert not list((place / "out").rglob("*.tmp"))
+
+
+def test_other_data_and_other_settings(place, tiny_checkpoint, capsys):
+    argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
+    assert command_line.main(argv) == 0
+    first = report(place)
+    write(place / "data" / "arc-easy" / "test.jsonl.gz", arc(5))
+    assert command_line.main([*argv, "--limit", "2"]) == 0
+    said = "arc_easy: a result on disk is of other settings of the task and another data version; it is kept"
+    assert said in capsys.readouterr().err
+    assert report(place)["arms"][0]["runs"][0]["items"] == {"arc_easy": 2}
+    assert report(place)["data"][0]["sha256"] != first["data"][0]["sha256"]
+    write(place / "data" / "arc-easy" / "test.jsonl.gz", arc())
+    assert command_line.main(argv) == 0  # nothing was lost
+    assert "arc_easy: kept" in capsys.readouterr().err
+    assert report(place)["arms"] == first["arms"]
+
+
+def test_an_adapter_beside_its_model(place, tiny_checkpoint, patched, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(patched), LoraConfig(init_lora_weights=False))
+    adapted.save_pretrained(place / "adapter")
+    models = (f"crrelu={patched}", f"tuned={place / 'adapter'}")
+    argv = [*options(place, *models, tasks=["hh_harmless"]), "--reference", "crrelu", "--beta", "0.5"]
+    assert command_line.main(argv) == 0
+    base, tuned = (arm["runs"][0] for arm in report(place)["arms"])
+    assert len(tuned["epsilon"]) == 2 and tuned["metrics"]["hh_harmless/preference_loss"] > 0
+    assert "hh_harmless/preference_loss" not in base["metrics"]
+    key = "hh_harmless/logp_margin"
+    wanted = 0.5 * (tuned["metrics"][key] - base["metrics"][key])
+    assert tuned["metrics"]["hh_harmless/reward_margin"] == pytest.approx(wanted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(place / "merged")
+    for file in tiny_checkpoint.glob("tokenizer*"):
+        shutil.copy(file, place / "merged")
+    assert command_line.main(options(place, f"merged={place / 'merged'}", tasks=["hh_harmless"], out="other")) == 0
+    assert report(place, "other")["arms"][0]["runs"][0]["metrics"][key] == pytest.approx(
+        tuned["metrics"][key], abs=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_any_preference_file_and_any_text(place, tiny_checkpoint, text_file):
+    write(place / "mine.jsonl.gz", pairs(4))
+    common = ["--models", f"a={tiny_checkpoint}", "--batch_size", "4", "--device", "cpu", "--apply_chat_template"]
+    argv = ["eval", *common, "--suite", "preference", "--data", place / "mine.jsonl.gz", "--output_dir", place / "p"]
+    assert command_line.main([str(word) for word in argv]) == 0
+    assert "mine/logp_accuracy" in report(place, "p")["arms"][0]["runs"][0]["metrics"]
+    argv = ["eval", *common, "--suite", "language-modelling", "--data", text_file, "--limit", "2"]
+    assert command_line.main([str(word) for word in [*argv, "--output_dir", place / "t"]]) == 0
+    run = report(place, "t")["arms"][0]["runs"][0]
+    low, high = run["intervals"]["topics/perplexity"]
+    assert low < run["metrics"]["topics/perplexity"] < high
+
+
+def test_other_tokenizers_are_compared_by_byte_only(place, tiny_checkpoint, capsys):
+    text = write(place / "short.jsonl.gz", [{"text": sentence(number, 9)} for number in range(3)])
+    models = ["--models", f"native={tiny_checkpoint}", "nano=builtin:nano", "--batch_size", "4", "--device", "cpu"]
+    argv = ["eval", *models, "--suite", "language-modelling", "--data", str(text)]
+    assert command_line.main([*argv, "--output_dir", str(place / "t")]) == 0
+    found = report(place, "t")
+    assert {entry["metric"] for entry in found["comparisons"]} == {"short/bits_per_byte"}
+    assert any("tokenizer of nano" in note for note in found["notes"])
+    wrong = [*options(place, f"a={tiny_checkpoint}", "b=builtin:nano"), "--reference", "a"]
+    assert "b has another tokenizer" in refused(capsys, *wrong)
+
+
+def test_a_model_that_gives_nan_fails_alone(place, tiny_checkpoint, capsys):
+    broken = place / "broken"
+    shutil.copytree(tiny_checkpoint, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert command_line.main(options(place, f"native={tiny_checkpoint}", f"broken={broken}", tasks=["blimp"])) == 1
+    printed = capsys.readouterr()
+    assert "broken failed on blimp; the other results are kept" in printed.err
+    assert "cannot be decided, because" in printed.out
+    runs = [arm["runs"][0] for arm in report(place)["arms"]]
+    assert [run["status"] for run in runs] == ["done", "failed"]
+    assert "not a number" in runs[1]["error"]
+    assert report(place)["comparisons"] == []
+
+
+def test_the_other_processes_of_a_launch_leave_it_to_the_first(place, tiny_checkpoint, monkeypatch, capsys):
+    argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert command_line.main(argv) == 0
+    assert not (place / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert command_line.main(argv) == 0
+    assert "2 processes were started; the first one evaluates alone" in capsys.readouterr().err
+    assert report(place)["arms"][0]["runs"][0]["status"] == "done"
+
+
+def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_path, capsys):
+    good = options(place, f"native={tiny_checkpoint}")
+    other = options(place, "gone=./nowhere")
+    assert "no such directory" in refused(capsys, *other)
+    assert "--baseline gelu is none of the models: native" in refused(capsys, *good, "--baseline", "gelu")
+    assert "--reference x is none" in refused(capsys, *good, "--reference", "x")
+    assert "no such task" in refused(capsys, *good[:-4], "--tasks", "pica")
+    assert "no such suite" in refused(capsys, "eval", "--models", "a=b", "--suite", "x", "--output_dir", "o")
+    assert "--models /x/: write name=path" in refused(capsys, *options(place, "a/b=/x/")).replace("a/b=", "")
+    assert "two models are called a" in refused(capsys, *options(place, "a=x", "a=y"))
+    assert "not a whole number" in refused(capsys, *good, "--limit", "0")
+    assert "no such directory" in refused(capsys, *good, "--data_dir", "gone")
+    (place / "data" / "blimp" / "blimp.jsonl.gz").unlink()
+    line = refused(capsys, *good)
+    assert "no blimp/blimp.jsonl.gz, needed by blimp" in line and "--tasks" in line
+    adapter = place / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "does not name the model" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
+    assert not (place / "out").exists()
+
+
+def test_a_tokenizer_without_a_chat_template(place, tiny_checkpoint, capsys):
+    plain = place / "plain"
+    shutil.copytree(tiny_checkpoint, plain)
+    (plain / "chat_template.jinja").unlink()
+    argv = options(place, f"plain={plain}", tasks=["arc_easy"])
+    assert "plain" in refused(capsys, *argv, "--apply_chat_template")

@@ -1,0 +1,173 @@
+"""lm-eval's tasks: equal to plain lm-eval to the last digit, whatever the batch; data that does not fit is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from suite_data import arc, by_hand, language_model, write, write_all
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.documents import truthful_share, wikitext_pages
+from crrelu_llm.evaluation.harness import HarnessTask, manager_for
+from crrelu_llm.evaluation.suites import read_suite
+
+PLAIN = {
+    "output_type": "multiple_choice",
+    "dataset_path": "json",
+    "test_split": "test",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices.text}}",
+    "doc_to_target": "{{choices.label.index(answerKey)}}",
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+}
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    """A data_dir with five small tasks, and a data cache of its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_all(tmp_path / "data")
+
+
+def prepared(name, data_dir, limit=None, chat=False):
+    (spec,) = read_suite("local", [name])
+    return HarnessTask(spec, data_dir, limit, chat, manager_for([spec]))
+
+
+def plainly(data_dir, tmp_path, checkpoint, **options):
+    """The same questions through lm-eval alone: a task file in a folder, HFLM, simple_evaluate."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    files = {"data_files": {"test": str(data_dir / "arc-easy" / "test.jsonl.gz")}}
+    (folder / "plain.yaml").write_text(yaml.safe_dump(PLAIN | {"task": "plain", "dataset_kwargs": files}))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=4),
+        tasks=["plain"],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_it_equals_plain_lm_eval_to_the_last_digit(data_dir, tmp_path, tiny_llama_checkpoint, chat):
+    theirs = plainly(data_dir, tmp_path, tiny_llama_checkpoint, apply_chat_template=chat, fewshot_as_multiturn=chat)
+    ours = prepared("arc_easy", data_dir, chat=chat).run(language_model(tiny_llama_checkpoint))
+    samples = theirs["samples"]["plain"]
+    for metric in ("acc", "acc_norm"):
+        assert ours.metrics[metric] == theirs["results"]["plain"][f"{metric},none"]
+        assert ours.items[metric] == [sample[metric] for sample in samples]
+    assert [example["responses"] for example in ours.examples] == [
+        [response[0][0] for response in sample["resps"]] for sample in samples
+    ]
+    assert ("<|user|>" in ours.examples[0]["prompt"]) == chat
+
+
+@pytest.mark.parametrize("fixture", ["tiny_checkpoint", "tiny_llama_checkpoint"])
+@pytest.mark.parametrize("name", ["arc_easy", "wikitext"])
+def test_batches_and_padding_do_not_matter(data_dir, request, fixture, name):
+    checkpoint = request.getfixturevalue(fixture)
+    task = prepared(name, data_dir)
+    results = [task.run(language_model(checkpoint, size)) for size in (1, 7, "auto")]
+    for other in results[1:]:
+        for first, second in zip(results[0].examples, other.examples, strict=True):
+            np.testing.assert_allclose(second["responses"], first["responses"], rtol=0, atol=1e-5)
+            assert second["prompt"] == first["prompt"]
+
+
+def test_the_likelihood_of_an_answer_by_hand(data_dir, tiny_llama_checkpoint, tokenizer):
+    found = prepared("arc_easy", data_dir, limit=2).run(language_model(tiny_llama_checkpoint))
+    assert len(found.examples) == 2
+    for row, example in zip(arc(), found.examples, strict=False):
+        context = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+        for text, response in zip(row["choices"]["text"], example["responses"], strict=True):
+            whole = tokenizer(f"Question: {row['question']}\nAnswer: {text}")["input_ids"]
+            assert response == pytest.approx(by_hand(tiny_llama_checkpoint, whole, len(context)), abs=1e-4)
+
+
+def test_items_of_perplexities(data_dir, tiny_checkpoint):
+    lm = language_model(tiny_checkpoint)
+    lambada = prepared("lambada_openai", data_dir).run(lm)
+    assert math.exp(np.mean(lambada.items["loss"])) == pytest.approx(lambada.metrics["perplexity"])
+    low, high = lambada.intervals["perplexity"]
+    assert low < lambada.metrics["perplexity"] < high
+    wikitext = prepared("wikitext", data_dir).run(lm)
+    assert len(wikitext.items["bits_per_byte"]) == 3
+    assert np.mean(wikitext.items["bits_per_byte"]) == pytest.approx(wikitext.metrics["bits_per_byte"], rel=1e-12)
+    assert 2 ** wikitext.metrics["bits_per_byte"] == pytest.approx(wikitext.metrics["byte_perplexity"])
+    assert not wikitext.higher_is_better["bits_per_byte"]
+    assert "word_perplexity" not in wikitext.items
+
+
+def test_a_limit_is_spread_over_groups(data_dir, tiny_checkpoint):
+    task = prepared("blimp", data_dir, limit=5)
+    assert task.rows == 5 and task.data[0]["rows"] == 12
+    found = task.run(language_model(tiny_checkpoint))
+    assert [example["group"][-1] for example in found.examples] == ["0", "0", "1", "1", "2"]
+    assert [example["id"] for example in found.examples] == [0, 1, 4, 5, 8]
+    assert set(found.groups) == {"paradigm_0", "paradigm_1", "paradigm_2"}
+    means = [found.groups[f"paradigm_{group}"]["acc"] for group in (0, 0, 1, 1, 2)]
+    assert np.mean(means) == pytest.approx(found.metrics["acc"])
+
+
+def test_what_decides_a_result_does_not_name_the_place(data_dir, tmp_path):
+    task = prepared("blimp", data_dir)
+    assert str(tmp_path) not in str(task.config) + str(task.data)
+    other = write_all(tmp_path / "elsewhere")
+    assert (prepared("blimp", other).config, prepared("blimp", other).data) == (task.config, task.data)
+    assert prepared("blimp", data_dir, limit=3).config != task.config
+
+
+def test_data_without_a_column_is_refused(data_dir):
+    write(data_dir / "arc-easy" / "test.jsonl.gz", [{"question": "why", "choices": {"text": ["a"], "label": ["A"]}}])
+    with pytest.raises(InputError, match=r"arc_easy cannot use arc-easy/test.jsonl.gz.*answerKey") as caught:
+        prepared("arc_easy", data_dir)
+    assert "\n" not in str(caught.value)
+    write(data_dir / "blimp" / "blimp.jsonl.gz", [{"sentence_good": "a", "sentence_bad": "b"}])
+    with pytest.raises(InputError, match="uid"):
+        prepared("blimp", data_dir)
+
+
+def test_long_requests_are_cut_and_it_is_said(data_dir, tiny_checkpoint):
+    rows = arc(2)
+    rows[1]["question"] *= 40
+    write(data_dir / "arc-easy" / "test.jsonl.gz", rows)
+    found = prepared("arc_easy", data_dir).run(language_model(tiny_checkpoint))
+    assert found.notes == ["4 requests are longer than the model's context and lost their start"]
+
+
+def test_data_of_nltk_is_asked_for_first(data_dir, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda name: False)  # lm-eval tries when ifeval is imported
+    write(
+        data_dir / "ifeval" / "input_data.jsonl.gz",
+        [{"key": 1, "prompt": "say", "instruction_id_list": [], "kwargs": []}],
+    )
+    with pytest.raises(InputError, match=r"nltk's punkt_tab: `python -m nltk\.downloader punkt_tab`"):
+        prepared("ifeval", data_dir)
+
+
+def test_pages_of_wikitext():
+    from datasets import Dataset
+
+    lines = ["", " = One = ", "", " text = here ", " = = Part = = ", " more ", " = Two words = ", " last "]
+    pages = wikitext_pages(Dataset.from_dict({"text": lines}))["page"]
+    assert len(pages) == 3 - 1 and pages[0].startswith(" = One = \n") and "Part" in pages[0]
+    assert pages[1] == " = Two words = \n last \n"
+
+
+def test_the_share_of_true_answers():
+    doc = {"mc2_targets": {"labels": [1, 0, 1]}}
+    results = [(math.log(0.2), False), (math.log(0.3), False), (math.log(0.1), True)]
+    assert truthful_share(doc, results)["acc"] == pytest.approx(0.5)
+    assert truthful_share(doc, [(value - 5000, flag) for value, flag in results])["acc"] == pytest.approx(0.5)
