@@ -60,8 +60,9 @@ class Activation:
             second = torch.zeros_like(point)
             if first.requires_grad:
                 found = torch.autograd.grad(first.sum(), point, allow_unused=True)[0]
-                second = second if found is None else found
-        return first.detach().numpy(), second.detach().numpy()
+                # A sum, because autograd's zeros may be without storage.
+                second = second if found is None else second + found
+        return (torch.zeros_like(first) + first).detach().numpy(), second.detach().numpy()
 
 
 def custom(function: Callable[[Any], Any], name: str = "custom", kinks: tuple[float, ...] = ()) -> Activation:
@@ -77,7 +78,16 @@ def custom(function: Callable[[Any], Any], name: str = "custom", kinks: tuple[fl
     """
     activation = Activation(name, function, kinks)
     x = np.linspace(-10, 10, 40001) + 1e-7  # beside the points where functions like to bend
-    value, slope = activation.value(x), activation.derivative(x)
+    try:
+        value, slope = activation.value(x), activation.derivative(x)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a function of the user may raise
+        why = str(error).partition("\n")[0]
+        raise InputError(
+            f"activation {name} cannot be computed ({type(error).__name__}: {why}); give a function of a float64 "
+            "torch tensor, made of torch operations that change nothing in place."
+        ) from error
     if value.shape != x.shape:
         raise InputError(f"activation {name} gives shape {value.shape} for {x.shape}; it must be elementwise.")
     if not (np.isfinite(value).all() and np.isfinite(slope).all()):
@@ -92,6 +102,11 @@ def custom(function: Callable[[Any], Any], name: str = "custom", kinks: tuple[fl
 
 def crrelu(epsilon: float, center: float = 0.0, width: float = 1.0) -> Activation:
     """relu(x) + ε·(x − center)·exp(−(x − center)²/(2·width²))."""
+
+    if not (np.isfinite([epsilon, center, width]).all() and width > 0):
+        raise InputError(
+            f"activation crrelu({epsilon:g},{center:g},{width:g}): give finite numbers, and a width above 0."
+        )
 
     def function(x: Any) -> Any:
         z = x - center
@@ -188,6 +203,8 @@ def named(text: str) -> Activation:
         try:
             parameters = [float(part) for part in rest.removesuffix(")").split(",")] if rest else [0.01]
             return crrelu(*parameters)
+        except InputError:
+            raise
         except (TypeError, ValueError):
             raise InputError(f"activation {text!r} cannot be read; write crrelu(epsilon) or crrelu(ε,μ,σ).") from None
     if text.strip() not in _REGISTRY:

@@ -21,7 +21,10 @@ from crrelu_llm.errors import InputError
 _FLAT = 1e-12
 # Formulas of more operations stay as they come: sympy's simplifier takes minutes for GELU × Student's t.
 _SMALL = 30
+_LONG = 1000
 _UNBOUNDED = 1e6
+# What lies beyond is left out of integrals; one that changes much when more is left out does not exist.
+_TAIL, _INNER_TAIL = 1e-12, 1e-5
 # Of differences of the correction, in standard deviations of the density.
 _STEP = 1e-5
 
@@ -105,14 +108,21 @@ class Correction:
         return ok
 
     def rate(self) -> float:
-        """−∫η² dx = −∫c²/f′ dt over where the theory applies: dH/dε at ε = 0 with boundary values held, in nats.
+        """−∫c²/f′ dt over where the theory applies: dH/dε at ε = 0 with boundary values held, in nats.
 
-        What the moved boundary values add is `boundary_rate`. Infinite where the integral does not exist.
+        Where f rises that is −∫η² dx; where it falls, −c is the direction that lowers the entropy. What the moved
+        boundary values add is `boundary_rate`. ±∞ where the integral does not exist, which is seen by the tails of
+        the density having a share in it.
         """
+        whole, inner = self._rate_within(_TAIL), self._rate_within(_INNER_TAIL)
+        exists = abs(whole) < _UNBOUNDED and abs(whole - inner) <= 0.02 * abs(inner) + 1e-9
+        return whole if exists else float(np.copysign(np.inf, whole))
+
+    def _rate_within(self, tail: float) -> float:
         total = 0.0
-        for a, b in self._stretches():
-            total -= integral(lambda t: self.forward(t) ** 2 / np.abs(self.activation.derivative(t)), np.array([a, b]))
-        return total if abs(total) < _UNBOUNDED else -np.inf
+        for a, b in self._stretches(tail):
+            total -= integral(lambda t: self.forward(t) ** 2 / self.activation.derivative(t), np.array([a, b]))
+        return total
 
     def boundary_rate(self) -> float:
         """What the theory leaves out: p·c/f′ at the ends of the stretches where it applies, in nats.
@@ -128,10 +138,11 @@ class Correction:
             total += float(at_ends[1] - at_ends[0])
         return total if abs(total) < _UNBOUNDED else float(np.copysign(np.inf, total))
 
-    def _stretches(self) -> list[tuple[float, float]]:
+    def _stretches(self, tail: float = _TAIL) -> list[tuple[float, float]]:
         """Where the theory applies, cut at the kinks."""
-        low, high = self.density.within()
-        points = np.unique([low, *(end for entry in self.excluded for end in (entry.low, entry.high)), high])
+        low, high = self.density.within(tail)
+        ends = (end for entry in self.excluded for end in (entry.low, entry.high))
+        points = np.unique([low, *(end for end in ends if low < end < high), high])
         return [(a, b) for a, b in pairwise(points.tolist()) if self.applies((a + b) / 2)]
 
     @cached_property
@@ -143,7 +154,8 @@ class Correction:
         p = self.density.expression(t)
         if p is None or self.activation.pieces is None:
             return ()
-        return tuple(_formula(*piece, p, t) for piece in self.activation.pieces(t))
+        short = _Shorthand()
+        return tuple(_formula(low, high, f, p, t, short) for low, high, f in self.activation.pieces(t))
 
     @property
     def latex(self) -> str:
@@ -151,7 +163,7 @@ class Correction:
         import sympy
 
         lines = [
-            rf"{_latex_or_none(sympy, found.forward)} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
+            rf"{_latex_or_none(sympy, shown(found.forward))} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
             for found in self.formulas
         ]
         if not lines:
@@ -159,13 +171,45 @@ class Correction:
         return r"c(t) = \begin{cases} " + r" \\ ".join(lines) + r" \end{cases}"
 
 
+def shown(formula: Any) -> Any:
+    """A formula to be read: its floats with six digits; None stays None."""
+    import sympy
+
+    if formula is None:
+        return None
+    return formula.xreplace({number: sympy.Float(number, 6) for number in formula.atoms(sympy.Float)})
+
+
 def _latex_or_none(sympy: Any, formula: Any) -> str:
     return r"\text{none, } f' = 0" if formula is None else sympy.latex(formula)
 
 
-def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
+class _Shorthand:
+    """Letters for numbers of many digits, with which sympy's simplifier takes minutes."""
+
+    def __init__(self) -> None:
+        self.letters: dict[Any, Any] = {}
+
+    def shorten(self, expression: Any) -> Any:
+        """The expression with a positive letter for the size of each long number."""
+        import sympy
+
+        long = {number for number in expression.atoms(sympy.Rational) if max(abs(number.p), number.q) > _LONG}
+        for number in long:
+            self.letters.setdefault(abs(number), sympy.Dummy(positive=True))
+        return expression.xreplace({number: sympy.sign(number) * self.letters[abs(number)] for number in long})
+
+    def restore(self, expression: Any) -> Any:
+        """The expression with its numbers, as floats."""
+        import sympy
+
+        return expression.subs({letter: sympy.Float(number, 17) for number, letter in self.letters.items()})
+
+
+def _formula(low: Any, high: Any, f: Any, p: Any, t: Any, short: _Shorthand) -> Formula:
     import sympy
 
+    f, p = short.shorten(f), short.shorten(p)
     # On one side of 0, |t| and sign(t) are known.
     sign = {"positive": True} if low == 0 else {"negative": True} if high == 0 else {}
     known = sympy.Symbol("t", real=True, **sign)
@@ -180,7 +224,9 @@ def _formula(low: Any, high: Any, f: Any, p: Any, t: Any) -> Formula:
     if factor.could_extract_minus_sign():
         direction = -direction
     plain = {known: sympy.Symbol("t", real=True)}
-    return Formula(low, high, forward.subs(plain), direction.subs(plain), _inverse_form(f, p, t))
+    inverse = _inverse_form(f, p, t)
+    found = (forward.subs(plain), direction.subs(plain), inverse)
+    return Formula(low, high, *(None if entry is None else short.restore(entry) for entry in found))
 
 
 def _shortest(expression: Any) -> Any:
@@ -253,7 +299,7 @@ class Corrected:
 
     def derivative(self, x: Any) -> Array:
         """f′(x) + ε·c′(x), c′ by central differences."""
-        x, step = np.asarray(x, dtype=np.float64), _STEP * self.correction.density.std
+        x, step = np.asarray(x, dtype=np.float64), _STEP * self.correction.density.spread
         bend = (self.correction.extended(x + step) - self.correction.extended(x - step)) / (2 * step)
         return self.correction.activation.derivative(x) + self.epsilon * bend
 
@@ -263,7 +309,8 @@ def corrected(correction: Correction, epsilon: float) -> Corrected:
 
     Args:
         correction: From `correct`.
-        epsilon: Above 0 it lowers the entropy of the output, to first order, where the theory applies.
+        epsilon: Above 0 it lowers E log|f′|, to first order and with boundary values held, where f rises and the
+            theory applies. Where f was flat it no longer is, so that ReLU's entropy of −∞ is left for any ε ≠ 0.
 
     Raises:
         InputError: The correction has a pole (f′ passes through 0 where f is not flat), so that f + ε·c has one.

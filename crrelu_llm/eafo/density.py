@@ -21,6 +21,7 @@ MIN_SAMPLES = 100
 _BINS_PER_BANDWIDTH = 5
 # So much probability may lie beyond the points that searches and quadratures look at, on each side.
 _TAIL = 1e-12
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,28 @@ class Density:
     def quantile(self, q: Any) -> Array:
         """The x below which the probability is q, for 0 < q < 1."""
         q = np.asarray(q, dtype=np.float64)
-        return self._quantile(q) if self._quantile is not None else _bisect(self.cdf, q, self.support, self.mean)
+        return (
+            self._quantile(q)
+            if self._quantile is not None
+            else _bisect(self.cdf, q, self.support, self.mean if np.isfinite(self.mean) else 0.0)
+        )
 
     def expression(self, symbol: Any) -> Any:
         """p as a sympy expression of a real symbol; None where there is no formula (samples, functions)."""
         return None if self._expression is None else self._expression(symbol)
+
+    @property
+    def center(self) -> float:
+        """The mean, or the median where there is no mean: where pictures and searches begin."""
+        return self.mean if np.isfinite(self.mean) else float(self.quantile(0.5))
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation, or where it is infinite the distance of the quartiles over that of N(0, 1)."""
+        if np.isfinite(self.std):
+            return self.std
+        low, high = self.quantile([0.25, 0.75]).tolist()
+        return (high - low) / 1.349
 
     def within(self, tail: float = _TAIL) -> tuple[float, float]:
         """The interval that leaves out `tail` of the probability on each side: where quadratures look."""
@@ -122,6 +140,8 @@ def _check(name: str, loc: float, scale: float, more: tuple[float, ...] = ()) ->
         raise InputError(f"density {name}: its parameters must be finite numbers, not {(*more, loc, scale)}.")
     if min((scale, *more)) <= 0:
         raise InputError(f"density {name}: scale and degrees of freedom must be above 0, not {(*more, scale)}.")
+    if not 1e-6 * max(abs(loc), 1e-24) < scale < _LARGEST:
+        raise InputError(f"density {name}: float64 does not resolve a scale of {scale:g} around {loc:g}.")
 
 
 def _exact(value: float) -> Any:
@@ -221,7 +241,10 @@ def mixture(components: Sequence[Density], weights: Sequence[float]) -> Density:
         )
     parts = [(part, weight) for part, weight in zip(components, weights, strict=True) if weight > 0]
     mean = sum(weight * part.mean for part, weight in parts)
+    if not np.isfinite(mean):
+        mean = np.nan
     second = sum(weight * (part.std**2 + part.mean**2) for part, weight in parts)
+    variance = second - mean**2
 
     def total(name: str) -> Function:
         return lambda x: np.sum([weight * getattr(part, name)(x) for part, weight in parts], axis=0)
@@ -236,7 +259,7 @@ def mixture(components: Sequence[Density], weights: Sequence[float]) -> Density:
         " + ".join(f"{weight:g}*{part.name}" for part, weight in parts),
         (min(part.support[0] for part, _ in parts), max(part.support[1] for part, _ in parts)),
         mean,
-        float(np.sqrt(second - mean**2)),
+        float(np.sqrt(variance)) if np.isfinite(variance) else np.inf,
         total("pdf"),
         total("derivative"),
         total("cdf"),
@@ -257,13 +280,15 @@ def from_samples(samples: Any, bandwidth: float | None = None, name: str = "samp
     Raises:
         InputError: Too few samples, values that are not finite, samples that do not vary, or a bandwidth ≤ 0.
     """
-    values = np.asarray(samples, dtype=np.float64).ravel()
+    values = numbers(samples, f"density of {name}")
     if values.size < MIN_SAMPLES:
         raise InputError(f"density of {name}: {values.size} samples are too few; give at least {MIN_SAMPLES}.")
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
         raise InputError(f"density of {name}: {count} of {values.size} samples are NaN or infinite; leave them out.")
     std = float(values.std())
+    if np.abs(values).max() > _LARGEST:
+        raise InputError(f"density of {name}: a sample is {np.abs(values).max():g}, beyond what can be squared.")
     if std <= 1e-12 * abs(float(values.mean())) or std == 0:
         raise InputError(f"density of {name}: all {values.size} samples are {values[0]:g}, a constant has no density.")
     if bandwidth is None:
@@ -272,10 +297,22 @@ def from_samples(samples: Any, bandwidth: float | None = None, name: str = "samp
     if not bandwidth > 0:
         raise InputError(f"density of {name}: a bandwidth of {bandwidth:g} is not above 0.")
     # Equal bins, each replaced by the mean of what is in it; empty ones do not count.
-    place = np.floor((values - values.min()) * (_BINS_PER_BANDWIDTH / bandwidth)).astype(np.int64)
+    place = np.floor((values - values.min()) * (_BINS_PER_BANDWIDTH / bandwidth))
     _, place, counts = np.unique(place, return_inverse=True, return_counts=True)
     centers = np.bincount(place, values) / counts
     return _kernels(name, centers, counts / values.size, bandwidth, (float(values.mean()), std))
+
+
+def numbers(samples: Any, what: str) -> Array:
+    """Samples as a flat float64 array.
+
+    Raises:
+        InputError: They are no real numbers.
+    """
+    values = np.asarray(samples)
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"{what}: the samples are of type {values.dtype}; give real numbers.")
+    return values.astype(np.float64).ravel()
 
 
 def _kernels(name: str, centers: Array, weights: Array, width: float, moments: tuple[float, float]) -> Density:
@@ -325,9 +362,14 @@ def from_function(pdf: Function, low: float, high: float, name: str = "function"
 
     if not low < high:
         raise InputError(f"density {name}: the interval from {low:g} to {high:g} is empty; give low < high.")
-    left, right = max(low, -50.0), min(high, 50.0)
-    grid = np.linspace(left, right, 20001)
-    values = at(grid)
+    grid = np.concatenate([np.linspace(-50, 50, 20001), *(sign * np.geomspace(50, 1e6, 20001) for sign in (-1, 1))])
+    grid = np.sort(grid[(grid >= low) & (grid <= high)])
+    if not grid.size:
+        grid = np.linspace(low, high, 20001)
+    try:
+        values = at(grid)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"density {name} takes no float64 array ({error}); wrap it: numpy.vectorize(pdf).") from None
     if not np.isfinite(values).all():
         where = grid[~np.isfinite(values)][0]
         raise InputError(f"density {name}: it is not finite at {where:g}; a density is a finite number there.")
@@ -346,8 +388,16 @@ def from_function(pdf: Function, low: float, high: float, name: str = "function"
             raise InputError(f"density {name}: its integral from {low:g} to {high:g} does not exist.") from None
     if not abs(mass - 1) < 1e-6:
         raise InputError(f"density {name}: it integrates to {mass:g}; divide it by that: a density integrates to 1.")
-    mean = moment(1)
-    return _tabulated(name, at, (low, high), mean, float(np.sqrt(max(moment(2) - mean**2, 0.0))), moment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            mean = moment(1)
+            std = float(np.sqrt(max(moment(2) - mean**2, 0.0)))
+        except Warning:
+            raise InputError(
+                f"density {name}: its mean or its variance does not exist; EAFO needs both here."
+            ) from None
+    return _tabulated(name, at, (low, high), mean, std, moment)
 
 
 def _tabulated(
@@ -365,7 +415,12 @@ def _tabulated(
     step = std * 1e-4
 
     def derivative(x: Array) -> Array:
-        # Fourth order, one-sided points clipped into the support.
+        # Fourth order; at the ends of the support its slope just inside, not the jump to 0.
+        inside = (x >= support[0]) & (x <= support[1])
+        x = np.clip(x, support[0] + 2 * step, support[1] - 2 * step)
+        return np.where(inside, differences(x), 0.0)
+
+    def differences(x: Array) -> Array:
         return (8 * (pdf(x + step) - pdf(x - step)) - (pdf(x + 2 * step) - pdf(x - 2 * step))) / (12 * step)
 
     return Density(name, support, mean, std, pdf, derivative, lambda x: np.clip(table(np.clip(x, low, high)), 0, 1))

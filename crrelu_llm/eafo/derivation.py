@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.eafo.correction import Correction, Formula
+from crrelu_llm.eafo.correction import Correction, Formula, corrected, shown
+from crrelu_llm.errors import InputError
 
 # Where the correction is tabulated, in standard deviations from the mean.
 _POINTS = (-3.0, -2.0, -1.5, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -18,7 +19,8 @@ class Extension:
     Attributes:
         bump: The sympy expression that ε multiplies, its sign chosen so that it begins with a plus.
         name: `CRReLU` where relu + ε·bump is that, with the centre and width it takes; else None.
-        sign: The sign of ε along which the entropy falls.
+        sign: The sign of ε along which E log|f′| falls where the theory applies, moved boundary values included; 0
+            where that rate does not exist.
     """
 
     bump: Any
@@ -35,21 +37,26 @@ def extension(correction: Correction) -> Extension | None:
         return None
     if len(correction.formulas) == 1 and correction.activation.kinks == ():
         return None  # smooth: it holds on the whole line as it is
+    try:
+        corrected(correction, 0.0)
+    except InputError:
+        return None  # it has a pole
     sign = -1 if found[0].could_extract_minus_sign() else 1
-    return Extension(sign * found[0], _crrelu(correction, found[0]), sign)
+    total = correction.rate() + correction.boundary_rate()
+    falls = int(-np.sign(total)) * sign if np.isfinite(total) else 0
+    return Extension(sign * found[0], _crrelu(correction), falls)
 
 
-def _crrelu(correction: Correction, direction: Any) -> str | None:
-    import sympy
-
-    if correction.activation.name != "relu" or not np.isfinite(correction.density.std):
+def _crrelu(correction: Correction) -> str | None:
+    """CRReLU's name where relu's correction is that of a normal density: the score of no other one is a line."""
+    density = correction.density
+    if correction.activation.name != "relu" or not np.isfinite(density.std):
         return None
-    t = sympy.Symbol("t", real=True)
-    mean, std = (sympy.nsimplify(value, rational=True) for value in (correction.density.mean, correction.density.std))
-    ratio = sympy.simplify(direction / ((t - mean) * sympy.exp(-((t - mean) ** 2) / (2 * std**2))))
-    if ratio.free_symbols:
+    t = density.mean + density.std * np.linspace(-4, 4, 33)
+    if not np.allclose(density.log_derivative(t), (density.mean - t) / density.std**2, rtol=1e-9, atol=1e-12):
         return None
-    return "CRReLU" if (mean, std) == (0, 1) else f"CRReLU with centre {mean} and width {std}"
+    standard = (density.mean, density.std) == (0, 1)
+    return "CRReLU" if standard else f"CRReLU with centre {density.mean:g} and width {density.std:g}"
 
 
 def document(correction: Correction) -> dict[str, Any]:
@@ -66,8 +73,7 @@ def document(correction: Correction) -> dict[str, Any]:
     t = sympy.Symbol("t", real=True)
     density = correction.density
     formula, step = density.expression(t), extension(correction)
-    center, width = (value if np.isfinite(value) else other for value, other in ((density.mean, 0), (density.std, 1)))
-    points = center + width * np.array(_POINTS)
+    points = density.center + density.spread * np.array(_POINTS)
     rows = (points, correction.activation.value(points), correction.forward(points), correction.applies(points))
     return {
         "activation": correction.activation.name,
@@ -76,7 +82,12 @@ def document(correction: Correction) -> dict[str, Any]:
         "pieces": [_piece(found) for found in correction.formulas],
         "latex": correction.latex or None,
         "extension": step
-        and {"bump": str(step.bump), "name": step.name, "sign": step.sign, "latex": sympy.latex(step.bump)},
+        and {
+            "bump": str(shown(step.bump)),
+            "name": step.name,
+            "sign": step.sign,
+            "latex": sympy.latex(shown(step.bump)),
+        },
         "excluded": [
             {"low": _round(entry.low), "high": _round(entry.high), "reason": entry.reason}
             for entry in correction.excluded
@@ -92,7 +103,7 @@ def document(correction: Correction) -> dict[str, Any]:
 
 def _piece(formula: Formula) -> dict[str, Any]:
     def text(value: Any) -> str | None:
-        return None if value is None else str(value)
+        return None if value is None else str(shown(value))
 
     return {
         "low": str(formula.low),
@@ -126,9 +137,13 @@ def text(found: dict[str, Any]) -> str:
     if found["extension"]:
         bump, name, sign = (found["extension"][key] for key in ("bump", "name", "sign"))
         lines.append(f"  extended to the whole line with a free ε: f(t) + ε·{bump}" + (f"   = {name}" if name else ""))
-        lines.append(f"    the entropy falls, to first order, for ε {'<' if sign < 0 else '>'} 0")
+        if sign:
+            side = "<" if sign < 0 else ">"
+            lines.append(f"    to first order and where the theory applies, E log|f′| falls for ε {side} 0")
+        if any("f′ = 0" in entry["reason"] and entry["low"] < entry["high"] for entry in found["excluded"]):
+            lines.append("    on the flat stretch f has entropy −∞, which any ε ≠ 0 raises")
     lines.append(
-        f"  entropy        changes by {found['rate']:+.5g}·ε nats along c with the boundary values held, and by "
+        f"  E log|f′|      changes by {found['rate']:+.5g}·ε nats along c with the boundary values held, and by "
         f"{found['boundary_rate']:+.5g}·ε through them"
     )
     for entry in found["excluded"]:

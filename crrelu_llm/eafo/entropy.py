@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from crrelu_llm.eafo.density import MIN_SAMPLES, Array, Density
+from crrelu_llm.eafo.density import MIN_SAMPLES, Array, Density, numbers
 from crrelu_llm.errors import InputError
 
 OF_A_NORMAL = float(0.5 * np.log(2 * np.pi * np.e))
@@ -20,7 +20,8 @@ RESOLUTION = 0.05
 """Default width of the cells that values are rounded to, in standard deviations of the output."""
 # A stretch of less probability counts as no atom: far out, smooth activations underflow to a constant in float64.
 _NEGLIGIBLE = 1e-5
-# From so large a share of the samples on, a value that repeats is an atom and no accident of rounding.
+# From so large a share of the samples on, a value that repeats is an atom; with many samples from fewer on, because √n
+# equal values fill the spacings that the estimate is made of.
 _ATOM_SHARE = 0.01
 _SHIFTS = 8
 
@@ -74,7 +75,8 @@ class Estimate:
     Attributes:
         standard_error: Of `value`, from the spread over disjoint parts of the samples.
         bias: What is expected to be wrong with `value` on average, from how it changes when half the samples are
-            taken; not subtracted. It assumes that the bias falls like n^(−1/2), as it does for spacings of order √n.
+            taken; not subtracted. It assumes that the bias falls like n^(−1/2), as it does for spacings of order √n;
+            for heavy tails (Student's t with 3 degrees of freedom and less) it is too small.
         n: Number of samples.
         method: The estimator that scipy chose for this number of samples.
     """
@@ -145,7 +147,7 @@ def from_samples(samples: Any, resolution: float = RESOLUTION) -> Estimate:
     """
     from scipy.stats import differential_entropy
 
-    values = np.asarray(samples, dtype=np.float64).ravel()
+    values = numbers(samples, "entropy")
     n = values.size
     if n < MIN_SAMPLES:
         raise InputError(f"entropy: {n} samples are too few; give at least {MIN_SAMPLES}.")
@@ -155,7 +157,8 @@ def from_samples(samples: Any, resolution: float = RESOLUTION) -> Estimate:
     if std <= 1e-12 * abs(float(values.mean())) or std == 0:
         raise InputError(f"entropy: all {n} samples are {values[0]:g}, a constant has no density.")
     kinds, counts = np.unique(values, return_counts=True)
-    atoms = tuple((float(kinds[i]), float(counts[i] / n)) for i in np.flatnonzero(counts >= max(2, _ATOM_SHARE * n)))
+    repeated = np.flatnonzero(counts >= max(5, min(_ATOM_SHARE * n, np.sqrt(n))))
+    atoms = tuple((float(kinds[i]), float(counts[i] / n)) for i in repeated)
     # scipy's own rule for method="auto", said because the result depends on it.
     method = "van es" if n <= 10 else "ebrahimi" if n <= 1000 else "vasicek"
     if atoms:
@@ -291,8 +294,7 @@ def _over_branches(activation: Scalar, density: Density, branches: list[tuple[fl
 
 def _splits(density: Density, breaks: Any, within: tuple[float, float] | None = None) -> Array:
     low, high = within or density.within()
-    width = density.std if np.isfinite(density.std) else 1.0
-    center = density.mean if np.isfinite(density.mean) else 0.0
+    center, width = density.center, density.spread
     marks = [center + sign * k * width for k in (0, 1, 3, 10, 30, 100) for sign in (-1, 1)]
     inside = [mark for mark in (*breaks, *marks) if low < mark < high]
     # Of marks that nearly meet one goes: pieces of no width have no quadrature.

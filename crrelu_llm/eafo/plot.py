@@ -41,9 +41,8 @@ def plot(correction: Correction, values: Sequence[float], path: Path) -> None:
 
 
 def _line(correction: Correction) -> Any:
-    density = correction.density
-    center, width = (value if np.isfinite(value) else other for value, other in ((density.mean, 0), (density.std, 1)))
-    reach = 4 * min(width, 10)
+    center = correction.density.center
+    reach = 4 * min(correction.density.spread, 10)
     return np.linspace(min(center - reach, -1), max(center + reach, 1), 1601)
 
 

@@ -65,6 +65,13 @@ class Wafbc:
     def _derivatives(self, x: Any) -> tuple[Array, Array]:
         return self.derivative(x), self.second(x)
 
+    def pieces(self, symbol: Any) -> list[tuple[Any, Any, Any]]:
+        """The formula on the whole line, as `Activation.pieces` gives it; empty where there is none."""
+        import sympy
+
+        formula = self.expression(symbol)
+        return [] if formula is None else [(-sympy.oo, sympy.oo, formula)]
+
     def expression(self, symbol: Any) -> Any:
         """f as a sympy expression, where the density has one whose integral sympy finds; else None."""
         import sympy

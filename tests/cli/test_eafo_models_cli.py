@@ -68,7 +68,10 @@ def test_rank_against_the_losses_of_a_comparison(few, tmp_path, capsys):
         (("rank", "builtin:nano", "--tokens", "0"), "--tokens must be 1 or more"),
         (("rank", "builtin:nano", "--epsilon", "nan"), "--epsilon must be a finite number"),
         (("rank", "/no/such/model"), "/no/such/model"),
-        (("fit", "builtin:nano", "--tokens", "64", "--samples", "7", "--output_dir", "here"), "7 a site are too few"),
+        (
+            ("fit", "builtin:nano", "--tokens", "64", "--samples", "7", "--output_dir", "here"),
+            "--samples must be 100 or more",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(argv, words, text_file, tmp_path, monkeypatch, capsys):

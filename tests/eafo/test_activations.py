@@ -40,6 +40,8 @@ def test_crrelu_is_the_package_s():
         (lambda x: x.relu() + x.sign(), r"jumps at -\d"),
         (lambda x: x.sqrt(), "not finite at -10"),
         (lambda x: x.sum(), "must be elementwise"),
+        (np.tanh, r"cannot be computed \(RuntimeError"),
+        (lambda x: 1.0, "cannot be computed"),
     ],
 )
 def test_what_has_no_derivative_is_one_line(function, message):
@@ -47,7 +49,7 @@ def test_what_has_no_derivative_is_one_line(function, message):
         activations.custom(function, "mine")
 
 
-@pytest.mark.parametrize("text", ["rrelu", "crrelu(a)", "crrelu(1,2,3,4)", ""])
+@pytest.mark.parametrize("text", ["rrelu", "crrelu(a)", "crrelu(1,2,3,4)", "crrelu(nan)", "crrelu(1,0,0)", ""])
 def test_unknown_names_are_one_line(text):
-    with pytest.raises(InputError, match=r"no activation|cannot be read"):
+    with pytest.raises(InputError, match=r"no activation|cannot be read|finite numbers, and a width above 0"):
         activations.named(text)

@@ -72,7 +72,7 @@ class TestIdentities:
     ("name", "text", "bump", "says"),
     [
         ("relu", "normal", "t*exp(-t**2/2)", "CRReLU"),
-        ("relu", "normal(0.5,2)", "(1-2*t)*exp(-(2*t-1)**2/32)", "CRReLU with centre 1/2 and width 2"),
+        ("relu", "normal(0.5,2)", "(1-2*t)*exp(-(2*t-1)**2/32)", "CRReLU with centre 0.5 and width 2"),
         ("relu", "logistic", None, None),
         ("leaky_relu", "normal", "t*exp(-t**2/2)", None),
         ("relu", "laplace", "exp(-t)", None),
@@ -120,6 +120,32 @@ def test_moving_along_it_lowers_the_entropy_as_fast_as_the_theory_says(name, tex
     up, down = (of_output(corrected(correction, step), correction.density).value for step in (1e-3, -1e-3))
     assert (up - down) / 2e-3 == pytest.approx(correction.rate() + correction.boundary_rate(), rel=1e-4)
     assert correction.rate() < 0
+
+
+def test_where_f_falls_the_rate_has_the_other_sign():
+    rising = correct(activations.custom(lambda x: x + 0.5 * x.tanh()), STANDARD)
+    falling = correct(activations.custom(lambda x: -x - 0.5 * x.tanh()), STANDARD)
+    assert falling.rate() == pytest.approx(-rising.rate())
+    up, down = (of_output(corrected(falling, step), STANDARD).value for step in (1e-3, -1e-3))
+    assert (up - down) / 2e-3 == pytest.approx(falling.rate() + falling.boundary_rate(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "text"), [("relu2", "normal"), ("tanh", "laplace"), ("tanh", "student_t(5)")])
+def test_a_rate_that_does_not_exist_is_infinite(name, text):
+    assert _correct(name, text).rate() == -np.inf
+
+
+def test_at_the_end_of_a_support_the_derivative_is_that_inside():
+    exponential = densities.from_function(lambda x: np.exp(-x), 0, np.inf)
+    np.testing.assert_allclose(exponential.derivative([-1.0, 0.0, 1.0]), [0, -1, -np.exp(-1)], atol=1e-3)
+    assert correct(activations.named("relu"), exponential).rate() == pytest.approx(-0.5, rel=1e-4)
+
+
+def test_the_sign_counts_the_boundary_and_long_numbers_do_not_stall():
+    found = derivation.document(_correct("relu", "normal(-0.8123,1.2345)"))
+    assert found["rate"] < 0 < found["rate"] + found["boundary_rate"]
+    assert found["extension"]["sign"] == 1 and found["extension"]["bump"].startswith("(0.810045*t + 0.657999)")
+    assert found["extension"]["name"] == "CRReLU with centre -0.8123 and width 1.2345"
 
 
 @given(st.floats(-2, 2), st.floats(0.3, 3), st.floats(0.5, 3), st.floats(-2, 2))

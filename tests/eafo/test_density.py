@@ -47,6 +47,12 @@ def test_moments_are_those_of_samples():
     assert mixture.std == pytest.approx(samples.std(), abs=0.02)
 
 
+def test_a_mixture_without_a_mean():
+    density = parsing.density("0.5*student_t(1) + 0.5*normal")
+    assert np.isnan(density.mean) and density.std == np.inf
+    assert density.center == pytest.approx(0, abs=1e-6) and 1 < density.spread < 2
+
+
 def test_a_smooth_density_from_samples_nears_the_true_one():
     samples = np.random.default_rng(0).normal(0.7, 1.5, 50_000)
     smooth, true = densities.from_samples(samples), densities.normal(0.7, 1.5)
@@ -89,6 +95,9 @@ def test_any_function_that_is_a_density():
         (lambda: parsing.density("normal(a)"), "'a' is not a number"),
         (lambda: parsing.density("normal(1,2,3)"), "normal takes from 0 to 2"),
         (lambda: parsing.density("samples:/nowhere/x.npy"), "cannot be read"),
+        (lambda: densities.normal(1e200, 1), "does not resolve"),
+        (lambda: densities.from_samples(["a"] * 200), "give real numbers"),
+        (lambda: densities.from_function(lambda x: 1 / np.pi / (1 + x * x), -np.inf, np.inf), "does not exist; E"),
         (lambda: densities.from_samples(np.zeros(5)), "5 samples are too few; give at least 100"),
         (lambda: densities.from_samples(np.full(500, 2.0)), "all 500 samples are 2, a constant"),
         (lambda: densities.from_samples([*range(200), np.nan]), "1 of 201 samples are NaN"),

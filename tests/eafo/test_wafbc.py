@@ -35,6 +35,12 @@ def test_the_correction_vanishes_there_and_nowhere_near(text):
         np.testing.assert_allclose(one.value(np.array([-1e9, 1e9])), [0, 5], atol=1e-9)
 
 
+def test_the_correction_s_formula_is_0():
+    worst = wafbc.wafbc(densities.normal(), -1, 2)
+    (formula,) = correct(worst, worst.density).formulas
+    assert formula.forward == 0
+
+
 def test_the_formula():
     t = sympy.Symbol("t", real=True)
     found = wafbc.wafbc(densities.normal(), -1, 1).expression(t)

@@ -1,11 +1,8 @@
 """`crrelu eafo …`: the entropy method, one small file a subcommand."""
 
 import importlib
-import os
-from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
 
 # subcommand -> (module in crrelu_llm.cli.eafo, one-line help)
 COMMANDS = {
@@ -32,18 +29,3 @@ def run(argv: list[str]) -> int:
         return module.run(argv[1:]) or 0
     parser.parse_args(argv)
     return 0
-
-
-def output_directory(name: str | None) -> Path | None:
-    """Checks that a directory can be written to, before the work and not after it.
-
-    Raises:
-        InputError: It cannot.
-    """
-    if name is None:
-        return None
-    path = Path(name).resolve()
-    existing = next(entry for entry in (path, *path.parents) if entry.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{path}: cannot write there; choose another --output_dir")
-    return path

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from crrelu_llm.errors import InputError
 
+MIN_SAMPLES = 100  # that of eafo.density, which imports numpy
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL and the text that it runs over."""
@@ -26,6 +28,8 @@ def check(args: argparse.Namespace) -> Path | None:
     Raises:
         InputError: A directory that cannot be written to, a picture without one, or too small a number.
     """
+    if args.samples < MIN_SAMPLES:
+        raise InputError(f"--samples must be {MIN_SAMPLES} or more, not {args.samples}")
     if args.tokens < 1:
         raise InputError(f"--tokens must be 1 or more, not {args.tokens}")
     if args.seed < 0:
@@ -34,8 +38,20 @@ def check(args: argparse.Namespace) -> Path | None:
         if args.plot:
             raise InputError("--plot draws into a directory; give --output_dir too")
         return None
-    path = Path(args.output_dir).resolve()
+    return writable(args.output_dir)
+
+
+def writable(name: str, *files: str, option: str = "--output_dir") -> Path:
+    """Checks that a directory can be written to, and files in it replaced.
+
+    Raises:
+        InputError: It cannot.
+    """
+    path = Path(name).resolve()
     existing = next(entry for entry in (path, *path.parents) if entry.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{path}: cannot write there; choose another --output_dir")
+        raise InputError(f"{path}: cannot write there; choose another {option}")
+    for file in files:
+        if (path / file).is_dir():
+            raise InputError(f"{path / file} is a directory; choose another {option}")
     return path

@@ -1,10 +1,11 @@
 """`crrelu eafo derive`: the correction of an activation for a density, written out."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from crrelu_llm.cli.eafo import output_directory
+from crrelu_llm.cli.eafo.common import writable
 from crrelu_llm.cli.parser import Parser
 
 ALL_DENSITIES = (
@@ -38,7 +39,7 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
-    directory = output_directory(args.output_dir)
+    directory = args.output_dir and writable(args.output_dir, "derivation.json", "derivation.tex")
     from tqdm.auto import tqdm
 
     from crrelu_llm.eafo import activations, derivation, parsing
@@ -72,4 +73,6 @@ def _write_latex(path: Path, documents: list[dict[str, object]]) -> None:
         for found in documents
         if found["latex"]
     ]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text("\n".join(parts), encoding="utf-8")
+    os.replace(scratch, path)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from crrelu_llm.cli.eafo import output_directory
+from crrelu_llm.cli.eafo.common import writable
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
@@ -37,7 +37,9 @@ def run(argv: list[str]) -> int:
     path = Path(args.output)
     if path.suffix not in _FORMATS:
         raise InputError(f"--output {path}: the ending must be one of {' '.join(_FORMATS)}")
-    output_directory(str(path.parent))
+    if not all(abs(value) <= 1e6 for value in args.values):
+        raise InputError(f"--values: finite numbers, not {' '.join(map(str, args.values))}")
+    writable(str(path.parent), path.name, option="--output")
     from crrelu_llm.eafo import activations, parsing
     from crrelu_llm.eafo.correction import correct
     from crrelu_llm.eafo.plot import plot

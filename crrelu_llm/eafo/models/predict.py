@@ -48,6 +48,12 @@ def read_losses(directory: Path) -> dict[str, Any]:
         else:
             losses = [float(runs[seed]["metrics"][HEADLINE]) for seed in seeds]
             arms.append({"arm": arm["arm"], "activation": arm["activation"], "losses": losses})
+            more = {key: value for key, value in arm["options"].items() if not key.startswith("calibration")}
+            if more:
+                raise InputError(
+                    f"{directory}: the arm {arm['arm']} differs from others of its activation in {', '.join(more)}; "
+                    "compare activations, and leave other options to the recipe"
+                )
             levels[arm["arm"]] = arm["options"].get("calibration", report["recipe"].get("calibration"))
     if len(arms) < MIN_ARMS:
         raise InputError(
