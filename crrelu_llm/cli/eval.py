@@ -44,6 +44,8 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; one line a task says enough in a log
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise InputError(f"--data_dir {args.data_dir}: no such directory")
     output_dir = Path(args.output_dir)
@@ -56,8 +58,6 @@ def run(argv: list[str]) -> int:
     specs = read_suite(args.suite, args.tasks, args.data)
     names = _names(args)
     _require_lm_eval()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # one line a task says enough in a log
     from crrelu_llm.cli.compare import write
     from crrelu_llm.cli.quiet import quieten_libraries
 
