@@ -1,6 +1,7 @@
 """From the files of a comparison to the report: arms, runs, paired comparisons."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import numpy as np
 
 from crrelu_llm.comparison.arms import grid_name, number, parse_arm
 from crrelu_llm.comparison.matrix import BEFORE, arm_dir, read_settings
-from crrelu_llm.comparison.statistics import adjust, compare_metric
+from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
 
 HEADLINE = "loss"  # of both trainers: the only metric that every item has a value of and training lowers directly
+UNITS: tuple[Unit, ...] = ("seed", "item", "both")
+# What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
+# point of an accuracy. A reward margin has no scale of its own.
+MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01, "reward_accuracy": 0.01}
 
 
 def build_report(directory: Path) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[s
             for metric, about in metrics.items():
                 if about["reference"]:
                     continue
-                for unit in ("seed", "item"):
+                for unit in UNITS:
                     entry = _compare(metric, about, pairs, unit, baseline, candidate)
                     if entry is not None:
                         found.append(entry | {"grid": {key: number(value) for key, value in point.items()}})
@@ -111,26 +116,46 @@ def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[s
 
 
 def _compare(
-    metric: str, about: dict[str, Any], pairs: list[Any], unit: Any, baseline: str, candidate: str
+    metric: str, about: dict[str, Any], pairs: list[Any], unit: Unit, baseline: str, candidate: str
 ) -> dict[str, Any] | None:
+    columns: list[Any]
     if unit == "seed":
         columns = [[run["metrics"].get(metric, float("nan")) for run in side] for side in zip(*pairs, strict=True)]
     else:
-        if not all(metric in run["items"] for pair in pairs for run in pair):
+        tables = _items(metric, pairs)
+        if tables is None or (unit == "both" and len(pairs) < 2):
             return None
         # An item's value is its mean over the seeds, so that the items of several runs are not counted as more data.
-        columns = [np.mean([run["items"][metric] for run in side], axis=0) for side in zip(*pairs, strict=True)]
-    binary = metric == "reward_accuracy" and unit == "item"
+        columns = tables if unit == "both" else [table.mean(axis=0) for table in tables]
     return compare_metric(
         metric,
         about["higher_is_better"],
         columns[0],
         columns[1],
         unit,
-        binary,
+        metric == "reward_accuracy",
         baseline_name=baseline,
         candidate_name=candidate,
+        margin=_margin(metric, pairs),
     )
+
+
+def _items(metric: str, pairs: list[Any]) -> list[np.ndarray] | None:
+    """The items' values of baseline and candidate, each of shape `(seeds, items)`; None where runs lack them."""
+    if not all(metric in run["items"] for pair in pairs for run in pair):
+        return None
+    if len({len(run["items"][metric]) for pair in pairs for run in pair}) > 1:
+        return None  # not the same evaluation data: the items have no pairs
+    return [np.array([run["items"][metric] for run in side], dtype=float) for side in zip(*pairs, strict=True)]
+
+
+def _margin(metric: str, pairs: list[Any]) -> float | None:
+    margin = MARGINS.get(metric)
+    if metric != "perplexity" or margin is None:
+        return margin
+    values = [pair[0]["metrics"].get(metric) for pair in pairs]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return margin * float(np.mean(finite)) if finite else None
 
 
 def _model_name(settings: dict[str, Any]) -> str:

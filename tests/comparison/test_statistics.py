@@ -13,7 +13,8 @@ from crrelu_llm.comparison.statistics import adjust, compare_metric, smallest_po
 
 FIELDS = {
     "metric", "higher_is_better", "baseline", "candidate", "baseline_mean", "candidate_mean", "difference", "ci_low",
-    "ci_high", "confidence", "p_value", "p_adjusted", "unit", "n", "verdict", "test",
+    "ci_high", "confidence", "p_value", "p_adjusted", "unit", "n", "verdict", "test", "smallest_detectable",
+    "equivalence_margin", "equivalent", "no_worse", "baseline_interval", "candidate_interval",
 }  # fmt: skip
 
 
