@@ -157,13 +157,15 @@ def _check(
 def _blank(
     metric: str, higher_is_better: bool, unit: Unit, shape: tuple[int, ...], confidence: float, margin: float | None
 ) -> dict[str, Any]:
-    unknown = ("difference", "ci_low", "ci_high", "p_value", "p_adjusted", "smallest_detectable", "equivalent")
-    return {
-        **{"metric": metric, "higher_is_better": higher_is_better, "confidence": confidence},
-        **{"unit": unit, "n": shape[-1], "verdict": "undecided", "test": "none", "equivalence_margin": margin},
-        **dict.fromkeys((*unknown, "no_worse", "baseline_interval", "candidate_interval")),
-        **({"n_seeds": shape[0]} if unit == "both" else {}),
+    found = {
+        **{"metric": metric, "higher_is_better": higher_is_better},
+        **dict.fromkeys(("baseline", "candidate", "baseline_mean", "candidate_mean")),
+        **dict.fromkeys(("difference", "ci_low", "ci_high")),
+        **{"confidence": confidence, "p_value": None, "p_adjusted": None, "unit": unit, "n": shape[-1]},
+        **{"verdict": "undecided", "test": "none", "smallest_detectable": None, "equivalence_margin": margin},
+        **dict.fromkeys(("equivalent", "no_worse", "baseline_interval", "candidate_interval")),
     }
+    return found | ({"n_seeds": shape[0]} if unit == "both" else {})
 
 
 def _obstacle(differences: np.ndarray) -> str | None:

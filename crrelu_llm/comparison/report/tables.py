@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe, find_arm, grids, items_word, metrics, runs
+from crrelu_llm.comparison.report.contents import Report, describe, find_arm, grids, metrics, paired_over, runs
+
+_TESTS = {"mcnemar": " (McNemar)", "t": " (t)"}
 
 
 @dataclass
@@ -81,7 +83,9 @@ def comparisons(report: Report) -> Table:
     """The paired differences; the headline metric first, references without a verdict."""
     gridded = grids(report) != [{}]
     columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
-    table = Table([*columns, "difference", "interval", "p", "adjusted p"], words=5 if gridded else 4)
+    table = Table(
+        [*columns, "difference", "interval", "p", "adjusted p", "detectable", "no worse"], words=5 if gridded else 4
+    )
     headline = (report.get("headline") or {}).get("metric")
     for entry in in_order(report.get("comparisons", []), headline):
         description = describe(report, entry["metric"])
@@ -90,19 +94,21 @@ def comparisons(report: Report) -> Table:
         row = [Cell(description["label"]), Cell(entry["candidate"], arm=entry["candidate"])]
         row += [Cell(text.grid_label(entry.get("grid") or {}))] if gridded else []
         row += [
-            Cell(f"{entry['n']} {items_word(report) if entry['unit'] == 'item' else 'seeds'}"),
+            Cell(paired_over(report, entry)),
             Cell(verdict, verdict=verdict),
             Cell(text.signed(entry["difference"], pattern)),
             Cell(text.interval(entry["ci_low"], entry["ci_high"], pattern)),
-            Cell(text.p_value(entry["p_value"]) + (" (McNemar)" if entry.get("test") == "mcnemar" else "")),
+            Cell(text.p_value(entry["p_value"]) + _TESTS.get(str(entry.get("test")), "")),
             Cell(text.p_value(entry["p_adjusted"])),
+            Cell(text.size(entry.get("smallest_detectable"), pattern)),
+            Cell(_margin(entry, pattern)),
         ]
         table.rows.append(row)
     return table
 
 
 def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[str, Any]]:
-    """Comparisons by metric, the headline first; items before seeds for each candidate and grid value."""
+    """Comparisons by metric, the headline first; both, items, seeds for each candidate and grid value."""
     metric_order = list(dict.fromkeys([headline, *(entry["metric"] for entry in entries)]))
     row_order = list(dict.fromkeys(_row(entry) for entry in entries))
     return sorted(
@@ -169,6 +175,14 @@ def arm_slot(report: Report, name: str | None) -> int | None:
         return None
     others = [arm["arm"] for arm in report["arms"] if arm["arm"] != report.get("baseline")]
     return others.index(name) + 1 if name in others else 0
+
+
+def _margin(entry: dict[str, Any], pattern: str) -> str:
+    """What the interval says against the margin: `equivalent`, `no worse` or `not shown`, and the margin."""
+    if entry.get("no_worse") is None or entry.get("equivalence_margin") is None:
+        return text.MISSING
+    says = "equivalent" if entry.get("equivalent") else "yes" if entry["no_worse"] else "not shown"
+    return f"{says} ({text.size(entry['equivalence_margin'], pattern)})"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, str]:
