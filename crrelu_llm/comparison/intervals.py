@@ -53,7 +53,7 @@ def half_width(sources: Sequence[Part], confidence: float) -> float:
     where one source is a handful of seeds.
     """
     tail = (1 - confidence) / 2
-    return math.sqrt(sum(stats.t.isf(tail, part.df) ** 2 * part.variance for part in sources))
+    return math.sqrt(sum(special.stdtrit(part.df, tail) ** 2 * part.variance for part in sources))
 
 
 def p_value(difference: float, sources: Sequence[Part]) -> float:
@@ -79,7 +79,7 @@ def smallest_detectable(sources: Sequence[Part], level: float, power: float = PO
     middles = (np.arange(_GRID) + 0.5) / _GRID
     for part in sources:
         ratios = np.ones(1) if math.isinf(part.df) else stats.chi2.ppf(middles, part.df) / part.df
-        squared = (squared[:, None] + stats.t.isf(level / 2, part.df) ** 2 * part.variance * ratios).ravel()
+        squared = (squared[:, None] + special.stdtrit(part.df, level / 2) ** 2 * part.variance * ratios).ravel()
     widths = np.sqrt(squared)
 
     def missing(true: float) -> float:
