@@ -86,11 +86,11 @@ def _launched(argv: list[str], config: str) -> int | None:
     return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
 
-def write(output_dir: Path) -> str:
+def write(output_dir: Path, margins: dict[str, float] | None = None) -> str:
     """Builds the report of a comparison from its files and writes it; returns its verdict and where it is."""
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.comparison.results import build_report
 
-    report = build_report(output_dir)
+    report = build_report(output_dir, margins)
     write_report(report, output_dir)
     return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"

@@ -10,6 +10,7 @@ import numpy as np
 from crrelu_llm.comparison.arms import grid_name, number, parse_arm
 from crrelu_llm.comparison.matrix import BEFORE, arm_dir, read_settings
 from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
+from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
 
@@ -20,11 +21,15 @@ UNITS: tuple[Unit, ...] = ("seed", "item", "both")
 MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01, "reward_accuracy": 0.01}
 
 
-def build_report(directory: Path) -> dict[str, Any]:
+def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
     """The report of a comparison, from what is on disk: runs that are missing or failed are named as such.
 
+    Args:
+        directory: Where the comparison is.
+        margins: What counts as no difference, by metric, in the metric's unit; of the others, `MARGINS`.
+
     Raises:
-        InputError: The directory holds no comparison.
+        InputError: The directory holds no comparison, or none of a metric that `margins` names.
     """
     from crrelu_llm.evaluation.metrics import METRICS
 
@@ -42,6 +47,10 @@ def build_report(directory: Path) -> dict[str, Any]:
         name: dict(zip(("label", "higher_is_better", "format", "reference"), METRICS[name], strict=True))
         for name in names
     }
+    margins = margins or {}
+    for name in margins.keys() - metrics.keys():
+        known = ", ".join(metrics) or "none yet"
+        raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
     return {
         "schema_version": 1,
         "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
@@ -51,7 +60,7 @@ def build_report(directory: Path) -> dict[str, Any]:
         "recipe": settings["recipe"],
         "environment": finished[0]["environment"] if finished else {},
         "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
-        "comparisons": _comparisons(settings, runs, metrics),
+        "comparisons": compare_runs(settings, runs, metrics, margins),
         "data": settings["data"],
         "baseline": settings["baseline"],
         "headline": {"metric": HEADLINE, "higher_is_better": False},
@@ -91,7 +100,17 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def compare_runs(
+    settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any], margins: dict[str, float]
+) -> list[dict[str, Any]]:
+    """All paired comparisons with the baseline, by seed, by item and by both, corrected for their number.
+
+    Args:
+        settings: The comparison's: `baseline`, `arms`, `seeds`, `points`.
+        runs: What each run left, by arm, name of the grid point and seed. Pairs need both runs finished.
+        metrics: Direction of each metric, and whether it is a reference, which is not compared.
+        margins: What counts as no difference, by metric, in the metric's unit.
+    """
     baseline = settings["baseline"]
     found = []
     for point in settings["points"]:
@@ -109,14 +128,19 @@ def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[s
                 if about["reference"]:
                     continue
                 for unit in UNITS:
-                    entry = _compare(metric, about, pairs, unit, baseline, candidate)
+                    entry = _compare(metric, about, pairs, unit, (baseline, candidate), margins)
                     if entry is not None:
                         found.append(entry | {"grid": {key: number(value) for key, value in point.items()}})
     return adjust(found)
 
 
 def _compare(
-    metric: str, about: dict[str, Any], pairs: list[Any], unit: Unit, baseline: str, candidate: str
+    metric: str,
+    about: dict[str, Any],
+    pairs: list[Any],
+    unit: Unit,
+    names: tuple[str, str],
+    margins: dict[str, float],
 ) -> dict[str, Any] | None:
     columns: list[Any]
     if unit == "seed":
@@ -134,9 +158,9 @@ def _compare(
         columns[1],
         unit,
         metric == "reward_accuracy",
-        baseline_name=baseline,
-        candidate_name=candidate,
-        margin=_margin(metric, pairs),
+        baseline_name=names[0],
+        candidate_name=names[1],
+        margin=margins.get(metric, _margin(metric, pairs)),
     )
 
 
@@ -150,6 +174,7 @@ def _items(metric: str, pairs: list[Any]) -> list[np.ndarray] | None:
 
 
 def _margin(metric: str, pairs: list[Any]) -> float | None:
+    """The margin where the user gave none."""
     margin = MARGINS.get(metric)
     if metric != "perplexity" or margin is None:
         return margin

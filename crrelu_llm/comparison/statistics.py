@@ -1,4 +1,24 @@
-"""Paired statistics for a candidate arm against a baseline arm: intervals, tests, correction, verdict."""
+"""Paired statistics for a candidate arm against a baseline arm: intervals, tests, correction, verdict.
+
+What is paired decides what the answer is about, and how it is found:
+
+- `"item"`: these trained models on other items. The interval is a bootstrap of the mean difference (BCa; percentile
+  where BCa is degenerate, and beyond 2000 pairs). The p-value is that of a two-sided sign-flip permutation test (exact
+  up to 13 pairs, its normal limit beyond 2000), or of McNemar's exact test where all numbers are right/wrong outcomes.
+- `"seed"`: models trained anew, on these items. The interval is Student's, as a bootstrap of a handful of numbers
+  covers far less often than it says; the p-value is that of the permutation test, which assumes nothing of their
+  distribution but symmetry and needs six seeds to go below 0.05.
+- `"both"`: models trained anew, on other items. Interval and p-value are Student's with two sources of error
+  (`intervals.half_width`), and assume that the differences of seeds are about normal.
+
+Fields of an entry beside those that the report's readers know: `test` (`"permutation"`, `"mcnemar"`, `"t"`, `"none"`);
+`smallest_detectable`, the true difference that this test, before any correction for several comparisons, finds with
+probability 0.8 if the spread is as observed (None where it finds none, however large); `equivalent` and `no_worse`,
+whether the interval lies within `equivalence_margin` on both sides, or on the worse one, which is two one-sided tests
+or one, each at half the level; `baseline_interval` and `candidate_interval`, Wilson's, of binary outcomes over items;
+`n_seeds` where `unit` is `"both"`, whose `n` counts the items. `eval/results/2026-11-25-statistics` has measured how
+often the intervals cover and the verdicts are false.
+"""
 
 import math
 import warnings
@@ -50,21 +70,7 @@ def compare_metric(
     candidate_name: str,
     margin: float | None = None,
 ) -> dict[str, Any]:
-    """Compares the paired numbers of two arms.
-
-    What is paired decides what the answer is about, and how it is found:
-
-    - `"item"`: these trained models on other items. The interval is a bootstrap of the mean difference (BCa;
-      percentile where BCa is degenerate, and beyond 2000 pairs). The p-value is that of a two-sided sign-flip
-      permutation test (exact up to 13 pairs, its normal limit beyond 2000), or of McNemar's exact test where `binary`
-      is true and all numbers are 0 or 1.
-    - `"seed"`: models trained anew, on these items. The interval is Student's, as a bootstrap of a handful of
-      numbers covers far less often than it says; the p-value is that of the permutation test, which assumes nothing
-      of their distribution and needs six seeds to go below 0.05.
-    - `"both"`: models trained anew, on other items. Interval and p-value are Student's with two sources of error
-      (`intervals.half_width`).
-
-    `p_adjusted` is `p_value` until `adjust` has seen the other comparisons.
+    """Compares the paired numbers of two arms; the module's docstring says how.
 
     Args:
         metric: Name of the metric.
@@ -81,13 +87,8 @@ def compare_metric(
         margin: The largest difference that counts as none, in the metric's unit; None to ask no such question.
 
     Returns:
-        One entry of `comparisons` in report.json. Beside the fields named in the design: `test` (`"permutation"`,
-        `"mcnemar"`, `"t"` or `"none"`); `smallest_detectable`, the true difference that this test, before any
-        correction for several comparisons, finds with probability 0.8 if the spread is as observed; `equivalent` and
-        `no_worse`, whether the whole interval lies within `equivalence_margin` on both sides, or on the worse one;
-        `baseline_interval` and `candidate_interval`, Wilson's, of binary outcomes over items; `n_seeds` where `unit`
-        is `"both"`, whose `n` counts the items; a `note` where no verdict can be given. What cannot be computed is
-        None.
+        One entry of `comparisons` in report.json. What cannot be computed is None; where no verdict can be given, a
+        `note` says why.
 
     Raises:
         ValueError: If the shapes differ or do not fit `unit`, `confidence` is not between 0 and 1, or `margin` is
@@ -98,24 +99,7 @@ def compare_metric(
     comparison = _blank(metric, higher_is_better, unit, before.shape, confidence, margin)
     comparison |= {"baseline": baseline_name, "candidate": candidate_name}
     comparison |= {"baseline_mean": _mean(before), "candidate_mean": _mean(after)}
-    broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
-    if broken:
-        return comparison | {"note": f"{broken} of {before.size} pairs hold a value that is not a finite number"}
-    differences = _differences(before, after)
-    comparison["difference"] = _mean(differences)
-    if binary and unit == "item" and len(before):
-        comparison["baseline_interval"] = accuracy_interval(before, confidence)
-        comparison["candidate_interval"] = accuracy_interval(after, confidence)
-    note = _obstacle(differences)
-    if note:
-        return comparison | {"note": note}
-    mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
-    comparison |= _evidence(differences, unit, mcnemar, confidence, seed)
-    comparison["p_adjusted"] = comparison["p_value"]
-    sources = parts(differences, mcnemar)
-    comparison["smallest_detectable"] = _smallest_detectable(comparison, sources)
-    comparison |= _equivalence(comparison, sources)
-    return comparison | {"verdict": _verdict(comparison)}
+    return comparison | _compare(comparison, before, after, binary, seed)
 
 
 def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,6 +150,31 @@ def _blank(
         **dict.fromkeys(("equivalent", "no_worse", "baseline_interval", "candidate_interval")),
     }
     return found | ({"n_seeds": shape[0]} if unit == "both" else {})
+
+
+def _compare(
+    comparison: dict[str, Any], before: np.ndarray, after: np.ndarray, binary: bool, seed: int
+) -> dict[str, Any]:
+    """All that depends on both arms."""
+    unit, confidence = comparison["unit"], comparison["confidence"]
+    broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
+    if broken:
+        return {"note": f"{broken} of {before.size} pairs hold a value that is not a finite number"}
+    differences = _differences(before, after)
+    found: dict[str, Any] = {"difference": _mean(differences)}
+    if binary and unit == "item" and len(before):
+        found["baseline_interval"] = accuracy_interval(before, confidence)
+        found["candidate_interval"] = accuracy_interval(after, confidence)
+    note = _obstacle(differences)
+    if note:
+        return found | {"note": note}
+    mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
+    found |= _evidence(differences, unit, mcnemar, confidence, seed)
+    sources = parts(differences, mcnemar)
+    found |= {"p_adjusted": found["p_value"]}
+    found |= {"smallest_detectable": _smallest_detectable(comparison | found, sources)}
+    found |= _equivalence(comparison | found, sources)
+    return found | {"verdict": _verdict(comparison | found)}
 
 
 def _obstacle(differences: np.ndarray) -> str | None:

@@ -8,20 +8,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crrelu_llm.comparison.report import tables, text
-from crrelu_llm.comparison.report.contents import Report, items_word
+from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.plots import arm_key, pictures
 from crrelu_llm.comparison.report.verdict import draw_verdict, notes
-
-_READING = (
-    "Candidate minus baseline, with the {confidence} interval. Rows over {items} × seeds speak of models trained anew "
-    "and other {items}; rows over {items} alone, of these trained models (bootstrap interval); rows over seeds alone, "
-    "of models trained anew on these {items} (Student's interval). p is that of a sign-flip permutation test unless "
-    "marked. The adjusted p is corrected for the number of comparisons (Benjamini-Hochberg). A verdict needs an "
-    "adjusted p below the level and an interval without 0. Detectable: the true difference that such a test, "
-    "uncorrected, finds 4 times in 5 if the spread is as observed; a dash where no difference could be found, however "
-    "large, or nothing varied. No worse: whether the interval rules out that the candidate is worse by more than the "
-    "margin in brackets; equivalent, if it rules out better by more than that too."
-)
 
 
 def render_html(report: Report) -> str:
@@ -49,7 +38,6 @@ def render_markdown(report: Report) -> str:
 def _contents(report: Report) -> dict[str, Any]:
     environment = dict(report.get("environment") or {})
     versions = environment.pop("versions", None)
-    confidences = {entry["confidence"] for entry in report.get("comparisons", [])}
     return {
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
@@ -62,9 +50,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "failures": tables.failures(report),
         "data": tables.data(report),
         "baseline": str(report.get("baseline")),
-        "reading": _READING.format(
-            confidence=f"{max(confidences):.0%}" if confidences else "", items=items_word(report)
-        ),
+        "reading": tables.reading(report),
         "command": str(report.get("command") or ""),
         "versions": tables.settings(versions),
         "machine": tables.settings(environment),

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe, find_arm, grids, metrics, paired_over, runs
+from crrelu_llm.comparison.report.contents import (
+    Report,
+    describe,
+    find_arm,
+    grids,
+    items_word,
+    metrics,
+    paired_over,
+    runs,
+)
 
 _TESTS = {"mcnemar": " (McNemar)", "t": " (t)"}
 
@@ -105,6 +114,34 @@ def comparisons(report: Report) -> Table:
         ]
         table.rows.append(row)
     return table
+
+
+def reading(report: Report) -> str:
+    """How to read the table of differences: only of the kinds of rows that it has."""
+    entries, items = report.get("comparisons", []), items_word(report)
+    units = {entry["unit"] for entry in entries}
+    confidence = f"{max(entry['confidence'] for entry in entries):.0%} " if entries else ""
+    said = {
+        "both": f"Rows over {items} × seeds speak of models trained anew and of other {items} (Student's interval of "
+        "two sources of error).",
+        "item": f"Rows over {items} alone speak of these trained models (bootstrap interval).",
+        "seed": f"Rows over seeds alone speak of models trained anew, on these {items} (Student's interval).",
+    }
+    margins = any(entry.get("equivalence_margin") is not None for entry in entries)
+    return " ".join(
+        [
+            f"Candidate minus baseline, with the {confidence}interval.",
+            *(said[unit] for unit in said if unit in units),
+            "p is that of a sign-flip permutation test unless marked; the adjusted p is corrected for the number of "
+            "comparisons (Benjamini-Hochberg). A verdict needs an adjusted p below the level and an interval without "
+            "0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the spread is as "
+            "observed; a dash where it finds none, however large.",
+            "No worse: whether the interval rules out that the candidate is worse by more than the margin in "
+            "brackets; equivalent, if better by more than that is ruled out too."
+            if margins
+            else "",
+        ]
+    ).strip()
 
 
 def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[str, Any]]:
