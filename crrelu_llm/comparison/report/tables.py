@@ -137,7 +137,7 @@ def reading(report: Report) -> str:
             "0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the spread is as "
             "observed; a dash where it finds none, however large.",
             "No worse: whether the interval rules out that the candidate is worse by more than the margin in "
-            "brackets; equivalent, if better by more than that is ruled out too."
+            "brackets; equivalent, if better by more than that is ruled out too; no, if it is worse by more."
             if margins
             else "",
         ]
@@ -215,11 +215,14 @@ def arm_slot(report: Report, name: str | None) -> int | None:
 
 
 def _margin(entry: dict[str, Any], pattern: str) -> str:
-    """What the interval says against the margin: `equivalent`, `no worse` or `not shown`, and the margin."""
+    """What the interval says against the margin: `equivalent`, `yes`, `not shown` or `no`, and the margin."""
     if entry.get("no_worse") is None or entry.get("equivalence_margin") is None:
         return text.MISSING
+    margin = entry["equivalence_margin"]
     says = "equivalent" if entry.get("equivalent") else "yes" if entry["no_worse"] else "not shown"
-    return f"{says} ({text.size(entry['equivalence_margin'], pattern)})"
+    if entry["verdict"] == "worse" and min(abs(entry["ci_low"]), abs(entry["ci_high"])) >= margin:
+        says = "no"
+    return f"{says} ({text.size(margin, pattern)})"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, str]:

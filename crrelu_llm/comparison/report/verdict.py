@@ -191,7 +191,7 @@ def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:
 def _detectable(comparison: dict[str, Any], pattern: str) -> str:
     smallest, margin = comparison.get("smallest_detectable"), comparison.get("equivalence_margin")
     said = f"; true differences from {text.size(smallest, pattern)} on are found 4 times in 5" if smallest else ""
-    if margin is not None and comparison["verdict"] == "undecided":
+    if margin is not None and comparison["verdict"] == "undecided" and comparison["unit"] != "item":
         if comparison.get("equivalent"):
             said += f"; differences beyond {text.size(margin, pattern)} are ruled out"
         elif comparison.get("no_worse"):
