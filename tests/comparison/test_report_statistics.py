@@ -2,11 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 import synthetic
 
 from crrelu_llm.comparison.report import tables, verdict_sentence
 from crrelu_llm.comparison.report.verdict import notes
+from crrelu_llm.comparison.statistics import compare_metric
 
 
 def test_two_seeds_come_with_a_stronger_warning():
@@ -59,3 +61,14 @@ def test_the_table_is_explained_by_the_rows_it_has():
     reading = tables.reading(report)
     assert "Rows over documents alone" in reading
     assert "× seeds" not in reading and "Rows over seeds" not in reading and "No worse" not in reading
+
+
+def test_seeds_that_are_copies_of_one_another_decide_nothing():
+    report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20)
+    table = np.tile(np.linspace(3, 4, 20), (3, 1))
+    names = {"baseline_name": "gelu", "candidate_name": "crrelu"}
+    row = compare_metric("perplexity", False, table, table * 1.1, "both", **names)
+    report["comparisons"] = [row]
+    assert verdict_sentence(report).endswith(
+        "undecided, because all 3 seeds gave exactly the same differences, so they are not trainings anew."
+    )

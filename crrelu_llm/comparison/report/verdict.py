@@ -152,6 +152,8 @@ def _statement(
 
 
 def _outcome(comparison: dict[str, Any], agree: int, seeds: int) -> tuple[str, str]:
+    if comparison.get("note"):
+        return "undecided", f", because {comparison['note']}"
     if comparison["verdict"] != "undecided" and agree < seeds:
         return "undecided", ", because the seeds disagree"
     if comparison["verdict"] == "undecided" and comparison["unit"] == "seed":
