@@ -72,3 +72,14 @@ def test_seeds_that_are_copies_of_one_another_decide_nothing():
     assert verdict_sentence(report).endswith(
         "undecided, because all 3 seeds gave exactly the same differences, so they are not trainings anew."
     )
+
+
+def test_accuracies_stand_beside_their_intervals():
+    report = synthetic.dpo_report(seeds=1, items=80)
+    (item,) = [c for c in report["comparisons"] if c["unit"] == "item"]
+    table = tables.results(report)
+    place = table.columns.index("reward accuracy [Wilson interval]")
+    low, high = (100 * end for end in item["baseline_interval"])
+    value = 100 * report["arms"][0]["runs"][0]["metrics"]["reward_accuracy"]
+    assert table.rows[0][place].text == f"{value:.1f}% [{low:.1f} to {high:.1f}%]"
+    assert low < value < high

@@ -66,7 +66,12 @@ def results(report: Report) -> Table:
     before = _before_metrics(report)
     columns = ["arm", *(["grid"] if gridded else []), "runs"]
     columns += [f"{described[m]['label']} right after the swap" for m in before]
-    columns += [d["label"] + (" (reference)" if d["reference"] else "") for d in described.values()]
+    wilson = _accuracy_intervals(report)
+    measured = {metric for metric, _, _ in wilson}
+    columns += [
+        d["label"] + (" (reference)" if d["reference"] else "") + (" [Wilson interval]" if metric in measured else "")
+        for metric, d in described.items()
+    ]
     table = Table([*columns, "training time", "tokens/s", "peak memory"], words=2 if gridded else 1)
     for arm in report.get("arms", []):
         for grid in grids(report):
@@ -80,12 +85,25 @@ def results(report: Report) -> Table:
             row += [Cell(text.number(swapped.get(m), described[m]["format"])) for m in before]
             for metric, description in described.items():
                 values = [(run.get("metrics") or {}).get(metric) for run in done]
-                row.append(Cell(text.spread(values, description["format"])))
+                ends = wilson.get((metric, arm["arm"], text.grid_label(grid)), "")
+                row.append(Cell(text.spread(values, description["format"]) + ends))
             row += [Cell(text.duration(_mean(done, "train_seconds")))]
             row += [Cell(text.spread([run.get("tokens_per_second") for run in done], "{:,.0f}"))]
             row += [Cell(text.memory(_largest(done, "peak_memory_bytes")))]
             table.rows.append(row)
     return table
+
+
+def _accuracy_intervals(report: Report) -> dict[tuple[str, str, str], str]:
+    """Wilson's intervals over items in brackets, by metric, arm and grid value."""
+    found = {}
+    for entry in report.get("comparisons", []):
+        for side in ("baseline", "candidate"):
+            if entry.get(f"{side}_interval"):
+                place = (entry["metric"], entry[side], text.grid_label(entry.get("grid") or {}))
+                low, high = entry[f"{side}_interval"]
+                found[place] = f" [{text.ends(low, high, describe(report, entry['metric'])['format'])}]"
+    return found
 
 
 def comparisons(report: Report) -> Table:
