@@ -4,7 +4,6 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
@@ -92,13 +91,17 @@ def _launched(argv: list[str], config: str) -> int | None:
     return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
 
-def write(output_dir: Path) -> str:
+def write(output_dir: Path, margins: dict[str, float] | None = None) -> str:
     """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict."""
     from crrelu_llm.comparison import evaluation, results
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.evaluation.results import SETTINGS
 
-    source: Any = evaluation if (output_dir / SETTINGS).is_file() else results
-    report = source.build_report(output_dir)
+    if (output_dir / SETTINGS).is_file():
+        if margins:
+            raise InputError(f"--margin: {output_dir} is an evaluation; margins are for comparisons")
+        report = evaluation.build_report(output_dir)
+    else:
+        report = results.build_report(output_dir, margins)
     write_report(report, output_dir)
     return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"

@@ -1,5 +1,6 @@
 """`crrelu report`: rebuilds the report of a comparison or an evaluation from what is on disk."""
 
+import argparse
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
@@ -10,14 +11,28 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         prog="crrelu report",
         description="Rebuild report.html, report.md and report.json of a comparison or an evaluation from its files.",
-        epilog="example: crrelu report comparison",
+        epilog="example: crrelu report comparison --margin loss=0.005",
     )
     parser.add_argument("directory", metavar="D", help="output_dir of `crrelu compare` or `crrelu eval`")
+    parser.add_argument("--margin", nargs="+", type=_margin, default=[], metavar="METRIC=VALUE",
+        help="the largest difference that counts as none, for 'no worse' and 'equivalent' (default: 0.01 nats of "
+        "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print report.json too")
     args = parser.parse_args(argv)
     from crrelu_llm.cli.compare import write
 
     directory = Path(args.directory)
-    verdict = write(directory)
+    verdict = write(directory, dict(args.margin))
     print((directory / "report.json").read_text() if args.json else verdict)
     return 0
+
+
+def _margin(text: str) -> tuple[str, float]:
+    metric, _, value = text.partition("=")
+    try:
+        margin = float(value)
+    except ValueError:
+        margin = 0.0
+    if not metric or not 0 < margin < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE with a number above 0, such as loss=0.01")
+    return metric, margin

@@ -1,6 +1,7 @@
 """From the files of a comparison to the report: arms, runs, paired comparisons."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,28 @@ import numpy as np
 
 from crrelu_llm.comparison.arms import grid_name, number, parse_arm
 from crrelu_llm.comparison.matrix import BEFORE, arm_dir, read_settings
-from crrelu_llm.comparison.statistics import adjust, compare_metric
+from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
+from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
 
 HEADLINE = "loss"  # of both trainers: the only metric that every item has a value of and training lowers directly
 NOT_RUN = "not run yet"
+UNITS: tuple[Unit, ...] = ("seed", "item", "both")
+# What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
+# point of an accuracy. A reward margin has no scale of its own.
+MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01, "reward_accuracy": 0.01}
 
 
-def build_report(directory: Path) -> dict[str, Any]:
+def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
     """The report of a comparison, from what is on disk: runs that are missing or failed are named as such.
 
+    Args:
+        directory: Where the comparison is.
+        margins: What counts as no difference, by metric, in the metric's unit; of the others, `MARGINS`.
+
     Raises:
-        InputError: The directory holds no comparison.
+        InputError: The directory holds no comparison, or none of a metric that `margins` names.
     """
     from crrelu_llm.evaluation.metrics import METRICS
 
@@ -38,6 +48,10 @@ def build_report(directory: Path) -> dict[str, Any]:
         name: dict(zip(("label", "higher_is_better", "format", "reference"), METRICS[name], strict=True))
         for name in names
     }
+    margins = margins or {}
+    for name in margins.keys() - metrics.keys():
+        known = ", ".join(metrics) or "none yet"
+        raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
     return {
         "schema_version": 1,
         "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
@@ -47,7 +61,7 @@ def build_report(directory: Path) -> dict[str, Any]:
         "recipe": settings["recipe"],
         "environment": finished[0]["environment"] if finished else {},
         "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
-        "comparisons": _comparisons(settings, runs, metrics),
+        "comparisons": compare_runs(settings, runs, metrics, margins),
         "data": settings["data"],
         "baseline": settings["baseline"],
         "headline": {"metric": HEADLINE, "higher_is_better": False},
@@ -87,7 +101,17 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def compare_runs(
+    settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any], margins: dict[str, float]
+) -> list[dict[str, Any]]:
+    """All paired comparisons with the baseline, by seed, by item and by both, corrected for their number.
+
+    Args:
+        settings: The comparison's: `baseline`, `arms`, `seeds`, `points`.
+        runs: What each run left, by arm, name of the grid point and seed. Pairs need both runs finished.
+        metrics: Direction of each metric, and whether it is a reference, which is not compared.
+        margins: What counts as no difference, by metric, in the metric's unit.
+    """
     baseline = settings["baseline"]
     found = []
     for point in settings["points"]:
@@ -104,36 +128,60 @@ def _comparisons(settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[s
             for metric, about in metrics.items():
                 if about["reference"]:
                     continue
-                for unit in ("seed", "item"):
-                    entry = _compare(metric, about, pairs, unit, baseline, candidate)
+                for unit in UNITS:
+                    entry = _compare(metric, about, pairs, unit, (baseline, candidate), margins)
                     if entry is not None:
                         found.append(entry | {"grid": {key: number(value) for key, value in point.items()}})
     return adjust(found)
 
 
 def _compare(
-    metric: str, about: dict[str, Any], pairs: list[Any], unit: Any, baseline: str, candidate: str
+    metric: str,
+    about: dict[str, Any],
+    pairs: list[Any],
+    unit: Unit,
+    names: tuple[str, str],
+    margins: dict[str, float],
 ) -> dict[str, Any] | None:
+    columns: list[Any]
     if unit == "seed":
         columns = [[run["metrics"].get(metric, float("nan")) for run in side] for side in zip(*pairs, strict=True)]
     else:
-        if not all(metric in run["items"] for pair in pairs for run in pair):
+        tables = _items(metric, pairs)
+        if tables is None or (unit == "both" and len(pairs) < 2):
             return None
         # An item's value is its mean over the seeds, so that the items of several runs are not counted as more data.
-        # Of a run that diverged JSON has no numbers: its None becomes NaN here.
-        sides = zip(*pairs, strict=True)
-        columns = [np.mean([np.array(run["items"][metric], dtype=float) for run in side], axis=0) for side in sides]
-    binary = metric == "reward_accuracy" and unit == "item"
+        columns = tables if unit == "both" else [table.mean(axis=0) for table in tables]
     return compare_metric(
         metric,
         about["higher_is_better"],
         columns[0],
         columns[1],
         unit,
-        binary,
-        baseline_name=baseline,
-        candidate_name=candidate,
+        metric == "reward_accuracy",
+        baseline_name=names[0],
+        candidate_name=names[1],
+        margin=margins.get(metric, _margin(metric, pairs)),
     )
+
+
+def _items(metric: str, pairs: list[Any]) -> list[np.ndarray] | None:
+    """The items' values of baseline and candidate, each of shape `(seeds, items)`; None where runs lack them."""
+    if not all(metric in run["items"] for pair in pairs for run in pair):
+        return None
+    if len({len(run["items"][metric]) for pair in pairs for run in pair}) > 1:
+        return None  # not the same evaluation data: the items have no pairs
+    return [np.array([run["items"][metric] for run in side], dtype=float) for side in zip(*pairs, strict=True)]
+
+
+def _margin(metric: str, pairs: list[Any]) -> float | None:
+    """The margin where the user gave none."""
+    margin = MARGINS.get(metric)
+    if metric != "perplexity" or margin is None:
+        return margin
+    values = [pair[0]["metrics"].get(metric) for pair in pairs]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return margin * float(np.mean(finite)) if finite else None
 
 
 def _model_name(settings: dict[str, Any]) -> str:

@@ -1,4 +1,24 @@
-"""Paired statistics for a candidate arm against a baseline arm: intervals, tests, correction, verdict."""
+"""Paired statistics for a candidate arm against a baseline arm: intervals, tests, correction, verdict.
+
+What is paired decides what the answer is about, and how it is found:
+
+- `"item"`: these trained models on other items. The interval is a bootstrap of the mean difference (BCa; percentile
+  where BCa is degenerate, and beyond 2000 pairs). The p-value is that of a two-sided sign-flip permutation test (exact
+  up to 13 pairs, its normal limit beyond 2000), or of McNemar's exact test where all numbers are right/wrong outcomes.
+- `"seed"`: models trained anew, on these items. The interval is Student's, as a bootstrap of a handful of numbers
+  covers far less often than it says; the p-value is that of the permutation test, which assumes nothing of their
+  distribution but symmetry and needs six seeds to go below 0.05.
+- `"both"`: models trained anew, on other items. Interval and p-value are Student's with two sources of error
+  (`intervals.half_width`), and assume that the differences of seeds are about normal.
+
+Fields of an entry beside those that the report's readers know: `test` (`"permutation"`, `"mcnemar"`, `"t"`, `"none"`);
+`smallest_detectable`, the true difference that this test, before any correction for several comparisons, finds with
+probability 0.8 if the spread is as observed (None where it finds none, however large); `equivalent` and `no_worse`,
+whether the interval lies within `equivalence_margin` on both sides, or on the worse one, which is two one-sided tests
+or one, each at half the level; `baseline_interval` and `candidate_interval`, Wilson's, of binary outcomes over items;
+`n_seeds` where `unit` is `"both"`, whose `n` counts the items. `eval/results/2026-11-25-statistics` has measured how
+often the intervals cover and the verdicts are false.
+"""
 
 import math
 import warnings
@@ -6,8 +26,21 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
+from crrelu_llm.comparison.intervals import (
+    Part,
+    accuracy_interval,
+    attainable_level,
+    fewest_disagreements,
+    half_width,
+    p_value,
+    parts,
+    smallest_detectable,
+)
+
+Unit = Literal["seed", "item", "both"]
 RESAMPLES = 9999
 _MANY = 2000  # beyond: the large-sample forms, as BCa grows as n² and resampled signs take minutes
 _BATCH_NUMBERS = 10_000_000  # numbers held at once while resampling: bounded memory, few batches
@@ -26,79 +59,47 @@ def smallest_possible_p(n: int) -> float:
 def compare_metric(
     metric: str,
     higher_is_better: bool,
-    baseline: Sequence[float],
-    candidate: Sequence[float],
-    unit: Literal["seed", "item"],
+    baseline: ArrayLike,
+    candidate: ArrayLike,
+    unit: Unit,
     binary: bool = False,
     confidence: float = 0.95,
     seed: int = 0,
     *,
     baseline_name: str,
     candidate_name: str,
+    margin: float | None = None,
 ) -> dict[str, Any]:
-    """Compares the paired numbers of two arms.
-
-    The interval is a bootstrap of the mean paired difference (BCa; percentile where BCa is degenerate, and beyond
-    2000 pairs). The p-value is that of a two-sided sign-flip permutation test of the differences (exact up to 13
-    pairs, its normal limit beyond 2000), or of McNemar's exact test where `binary` is true and all numbers are 0 or
-    1. `p_adjusted` is `p_value` until `adjust` has seen the other comparisons.
+    """Compares the paired numbers of two arms; the module's docstring says how.
 
     Args:
         metric: Name of the metric.
         higher_is_better: Whether a larger number is the better one.
-        baseline: The baseline's numbers, shape `(n,)`.
-        candidate: The candidate's numbers, shape `(n,)`, in the order of `baseline`.
-        unit: What a pair is: one number per training `"seed"`, or one per evaluation `"item"` (averaged over seeds).
+        baseline: The baseline's numbers, shape `(n,)`; `(seeds, items)` for `"both"`.
+        candidate: The candidate's numbers, of the same shape and in the order of `baseline`.
+        unit: What a pair is: one number per training `"seed"`, one per evaluation `"item"` (averaged over seeds), or
+            `"both"`: one per seed and item.
         binary: Whether the numbers are right/wrong outcomes.
         confidence: Coverage of the interval; one minus it is the level of the test.
         seed: Seed of the resampling.
         baseline_name: Name of the baseline arm.
         candidate_name: Name of the candidate arm.
+        margin: The largest difference that counts as none, in the metric's unit; None to ask no such question.
 
     Returns:
-        One entry of `comparisons` in report.json, with `test` (`"permutation"`, `"mcnemar"` or `"none"`), and a
-        `note` where no verdict can be given. What cannot be computed is None.
+        One entry of `comparisons` in report.json. What cannot be computed is None; where no verdict can be given, a
+        `note` says why.
 
     Raises:
-        ValueError: If the lengths differ, or `confidence` is not between 0 and 1.
+        ValueError: If the shapes differ or do not fit `unit`, `confidence` is not between 0 and 1, or `margin` is
+            not positive.
     """
     before, after = np.asarray(baseline, dtype=float), np.asarray(candidate, dtype=float)
-    if before.shape != after.shape or before.ndim != 1:
-        raise ValueError(f"{metric}: paired numbers of shapes {before.shape} and {after.shape}; give two equal lists.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}.")
-    comparison: dict[str, Any] = {
-        "metric": metric,
-        "higher_is_better": higher_is_better,
-        "baseline": baseline_name,
-        "candidate": candidate_name,
-        "baseline_mean": _mean(before),
-        "candidate_mean": _mean(after),
-        "difference": None,
-        "ci_low": None,
-        "ci_high": None,
-        "confidence": confidence,
-        "p_value": None,
-        "p_adjusted": None,
-        "unit": unit,
-        "n": len(before),
-        "verdict": "undecided",
-        "test": "none",
-    }
-    broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
-    if broken:
-        return comparison | {"note": f"{broken} of {len(before)} pairs hold a value that is not a finite number"}
-    differences = _differences(before, after)
-    comparison["difference"] = _mean(differences)
-    if len(differences) < 2:
-        return comparison | {"note": f"a paired test needs two pairs or more; there is {len(differences)}"}
-    comparison["ci_low"], comparison["ci_high"] = _interval(differences, confidence, seed)
-    if binary and np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
-        comparison["test"], comparison["p_value"] = "mcnemar", _mcnemar(differences)
-    else:
-        comparison["test"], comparison["p_value"] = "permutation", _permutation(differences, seed)
-    comparison["p_adjusted"] = comparison["p_value"]
-    return comparison | {"verdict": _verdict(comparison)}
+    _check(metric, before, after, unit, confidence, margin)
+    comparison = _blank(metric, higher_is_better, unit, before.shape, confidence, margin)
+    comparison |= {"baseline": baseline_name, "candidate": candidate_name}
+    comparison |= {"baseline_mean": _mean(before), "candidate_mean": _mean(after)}
+    return comparison | _compare(comparison, before, after, binary, seed)
 
 
 def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,6 +124,116 @@ def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for comparison in adjusted:
         comparison["verdict"] = _verdict(comparison)
     return adjusted
+
+
+def _check(
+    metric: str, before: np.ndarray, after: np.ndarray, unit: Unit, confidence: float, margin: float | None
+) -> None:
+    if before.shape != after.shape or before.ndim != (2 if unit == "both" else 1):
+        wanted = "two equal tables (seeds, items)" if unit == "both" else "two equal lists"
+        raise ValueError(f"{metric}: paired numbers of shapes {before.shape} and {after.shape}; give {wanted}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}.")
+    if margin is not None and not 0 < margin < math.inf:
+        raise ValueError(f"{metric}: the margin must be a positive number, not {margin}.")
+
+
+def _blank(
+    metric: str, higher_is_better: bool, unit: Unit, shape: tuple[int, ...], confidence: float, margin: float | None
+) -> dict[str, Any]:
+    found = {
+        **{"metric": metric, "higher_is_better": higher_is_better},
+        **dict.fromkeys(("baseline", "candidate", "baseline_mean", "candidate_mean")),
+        **dict.fromkeys(("difference", "ci_low", "ci_high")),
+        **{"confidence": confidence, "p_value": None, "p_adjusted": None, "unit": unit, "n": shape[-1]},
+        **{"verdict": "undecided", "test": "none", "smallest_detectable": None, "equivalence_margin": margin},
+        **dict.fromkeys(("equivalent", "no_worse", "baseline_interval", "candidate_interval")),
+    }
+    return found | ({"n_seeds": shape[0]} if unit == "both" else {})
+
+
+def _compare(
+    comparison: dict[str, Any], before: np.ndarray, after: np.ndarray, binary: bool, seed: int
+) -> dict[str, Any]:
+    """All that depends on both arms."""
+    unit, confidence = comparison["unit"], comparison["confidence"]
+    broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
+    if broken:
+        return {"note": f"{broken} of {before.size} pairs hold a value that is not a finite number"}
+    differences = _differences(before, after)
+    found: dict[str, Any] = {"difference": _mean(differences)}
+    if binary and unit == "item" and len(before):
+        found["baseline_interval"] = accuracy_interval(before, confidence)
+        found["candidate_interval"] = accuracy_interval(after, confidence)
+    note = _obstacle(differences)
+    if note:
+        return found | {"note": note}
+    mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
+    found |= _evidence(differences, unit, mcnemar, confidence, seed)
+    sources = parts(differences, mcnemar)
+    found |= {"p_adjusted": found["p_value"]}
+    found |= {"smallest_detectable": _smallest_detectable(comparison | found, sources)}
+    found |= _equivalence(comparison | found, sources)
+    return found | {"verdict": _verdict(comparison | found)}
+
+
+def _obstacle(differences: np.ndarray) -> str | None:
+    """Why finite pairs allow no test, or None."""
+    if differences.ndim == 1:
+        n = len(differences)
+        return f"a paired test needs two pairs or more; there is {n}" if n < 2 else None
+    for count, word in zip(differences.shape, ("seed", "item"), strict=True):
+        if count < 2:
+            return f"a test over seeds and items needs two {word}s or more; there is {count}"
+    if differences.any() and (np.ptp(differences, axis=0) == 0).all():
+        return f"all {len(differences)} seeds gave exactly the same differences, so they are not trainings anew"
+    return None
+
+
+def _evidence(differences: np.ndarray, unit: Unit, mcnemar: bool, confidence: float, seed: int) -> dict[str, Any]:
+    """Interval, test and p-value."""
+    mean = float(differences.mean())
+    if unit == "item":
+        low, high = _interval(differences, confidence, seed)
+    else:
+        width = half_width(parts(differences), confidence)
+        low, high = mean - width, mean + width
+    if unit == "both":
+        test, p = "t", p_value(mean, parts(differences))
+    elif mcnemar:
+        test, p = "mcnemar", _mcnemar(differences)
+    else:
+        test, p = "permutation", _permutation(differences, seed)
+    return {"ci_low": low, "ci_high": high, "test": test, "p_value": p}
+
+
+def _smallest_detectable(comparison: dict[str, Any], sources: list[Part]) -> float | None:
+    """None where nothing varied, or no difference, however large, could have been found."""
+    level = _level(comparison)
+    if comparison["test"] == "permutation":
+        level = attainable_level(comparison["n"], level)
+    if not sources or level <= 0:
+        return None
+    found = smallest_detectable(sources, level)
+    if comparison["test"] == "mcnemar":
+        share = fewest_disagreements(comparison["n"], level)
+        return None if share is None else max(found, share)
+    return found
+
+
+def _equivalence(comparison: dict[str, Any], sources: list[Part]) -> dict[str, bool]:
+    """Two one-sided tests, as an interval against a margin; of two intervals (bootstrap, Student) the wider ends."""
+    margin, mean = comparison["equivalence_margin"], comparison["difference"]
+    if margin is None or not sources:
+        return {}
+    width = half_width(sources, comparison["confidence"])
+    low, high = min(comparison["ci_low"], mean - width), max(comparison["ci_high"], mean + width)
+    above, below = low > -margin, high < margin
+    return {"equivalent": above and below, "no_worse": above if comparison["higher_is_better"] else below}
+
+
+def _level(comparison: dict[str, Any]) -> float:
+    return round(1 - comparison["confidence"], 12)  # 1 - 0.95 is a little more than 0.05
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -190,7 +301,6 @@ def _verdict(comparison: dict[str, Any]) -> str:
     p, low, high = comparison["p_adjusted"], comparison["ci_low"], comparison["ci_high"]
     if p is None or low is None or high is None:
         return "undecided"
-    level = round(1 - comparison["confidence"], 12)  # 1 - 0.95 is a little more than 0.05
-    if p >= level or low <= 0 <= high:
+    if p >= _level(comparison) or low <= 0 <= high:
         return "undecided"
     return "better" if (comparison["difference"] > 0) == comparison["higher_is_better"] else "worse"

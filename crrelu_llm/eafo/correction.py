@@ -163,7 +163,7 @@ class Correction:
         import sympy
 
         lines = [
-            rf"{_latex_or_none(sympy, shown(found.forward))} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
+            rf"{_latex_or_none(sympy, found.forward)} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
             for found in self.formulas
         ]
         if not lines:
@@ -181,7 +181,7 @@ def shown(formula: Any) -> Any:
 
 
 def _latex_or_none(sympy: Any, formula: Any) -> str:
-    return r"\text{none, } f' = 0" if formula is None else sympy.latex(formula)
+    return r"\text{none, } f' = 0" if formula is None else sympy.latex(shown(formula))
 
 
 class _Shorthand:

@@ -24,6 +24,7 @@ DPO_METRICS = {
         "reference": True,
     },
 }
+MARGINS = {"loss": 0.01, "perplexity": 1.0, "reward_accuracy": 0.01}
 # arm → (activation, loss after training against GELU's, loss right after the swap, ε before and after)
 ARMS: dict[str, tuple[str, float, float, tuple[float, float] | None]] = {
     "gelu": ("gelu", 0.0, 4.554, None),
@@ -104,6 +105,8 @@ def _compare(
         if metric in items:
             transform = np.exp if metric == "perplexity" else np.asarray
             pairs["item"] = [list(transform(items[metric][arm].mean(axis=0))) for arm in sides]
+            if len(items[metric]["gelu"]) > 1:
+                pairs["both"] = [transform(items[metric][arm]) for arm in sides]
         for unit, (baseline, treated) in pairs.items():
             comparison = compare_metric(
                 metric,
@@ -114,6 +117,7 @@ def _compare(
                 metric == "reward_accuracy",
                 baseline_name="gelu",
                 candidate_name=candidate,
+                margin=MARGINS.get(metric),
             )
             comparisons.append(comparison | {"grid": grid})
     return comparisons

@@ -307,3 +307,14 @@ def test_a_recipe_that_distils_does_so_in_every_arm(workshop, tmp_path):
     for arm in ("native", "crrelu"):
         run = json.loads((tmp_path / "out" / arm / "seed-0" / "run.json").read_text())
         assert all("distill_kl" in entry for entry in run["history"] if "loss" in entry)
+
+
+def test_a_rebuilt_report_takes_the_margin_that_is_given(sft, workshop, capsys):
+    directory = workshop.folder / "margin"
+    shutil.copytree(sft, directory)
+    assert main(["report", str(directory), "--margin", "loss=100", "perplexity=0.5"]) == 0
+    margins = {(entry["metric"], entry["equivalence_margin"]) for entry in read(directory)["comparisons"]}
+    assert margins == {("loss", 100.0), ("perplexity", 0.5), ("token_accuracy", 0.01)}
+    capsys.readouterr()
+    assert main(["report", str(directory), "--margin", "accuracy=0.1"]) == 2
+    assert "--margin accuracy:" in capsys.readouterr().err

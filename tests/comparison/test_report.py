@@ -137,14 +137,15 @@ def test_comparisons_show_the_numbers_of_the_dict(complete, sft):
     _, markdown, _, page = complete
     table = rows(page, "Paired differences")
     assert len(table) == len(sft["comparisons"])
-    assert {row["metric"] for row in table[:6]} == {"perplexity"}, "the headline metric comes first"
+    assert {row["metric"] for row in table[:9]} == {"perplexity"}, "the headline metric comes first"
     for entry in sft["comparisons"]:
-        over = f"{entry['n']} {'documents' if entry['unit'] == 'item' else 'seeds'}"
+        over = {"item": "60 documents", "seed": "3 seeds", "both": "60 documents × 3 seeds"}[entry["unit"]]
         label = sft["metrics"][entry["metric"]]["label"]
         place = (label, entry["candidate"], over)
         (row,) = [r for r in table if (r["metric"], r["candidate"], r["paired over"]) == place]
         assert row["verdict"] == entry["verdict"]
         assert row["adjusted p"] == spelling.p_value(entry["p_adjusted"])
+        assert (row["detectable"] == "–") == (entry["unit"] == "seed"), "3 seeds find nothing by a permutation test"
         if entry["metric"] == "perplexity":
             assert row["difference"] == f"{entry['difference']:+.2f}".replace("-", "−")
             ends = f"{entry['ci_low']:+.2f} to {entry['ci_high']:+.2f}"
@@ -154,10 +155,11 @@ def test_comparisons_show_the_numbers_of_the_dict(complete, sft):
 
 def test_sentence_names_interval_items_and_agreeing_seeds():
     report = synthetic.sft_report(arms=("gelu", "crrelu"), items=60)
-    (entry,) = [c for c in report["comparisons"] if (c["metric"], c["unit"]) == ("perplexity", "item")]
+    (entry,) = [c for c in report["comparisons"] if (c["metric"], c["unit"]) == ("perplexity", "both")]
     assert verdict_sentence(report) == (
         f"After fine-tuning, crrelu's perplexity is {entry['difference']:.2f} higher than gelu's (95% interval "
-        f"{entry['ci_low']:.2f} to {entry['ci_high']:.2f}, paired over 60 documents; 3 of 3 seeds agree): worse."
+        f"{entry['ci_low']:.2f} to {entry['ci_high']:.2f}, paired over 60 documents × 3 seeds; true differences from "
+        f"{entry['smallest_detectable']:.2f} on are found 4 times in 5; 3 of 3 seeds agree): worse."
     )
 
 
@@ -181,7 +183,7 @@ def test_seeds_that_disagree_leave_it_undecided():
 
 def test_loss_by_document_stands_in_for_perplexity():
     report = synthetic.sft_report(arms=("gelu", "crrelu"), items=60)
-    report["comparisons"] = [c for c in report["comparisons"] if (c["metric"], c["unit"]) != ("perplexity", "item")]
+    report["comparisons"] = [c for c in report["comparisons"] if c["metric"] == "loss" or c["unit"] == "seed"]
     means = [np.mean([run["metrics"]["perplexity"] for run in arm["runs"]]) for arm in report["arms"]]
     assert re.search(r"crrelu's loss is 0.07\d\d higher than gelu's", verdict_sentence(report))
     assert f"(perplexity {means[1]:.2f} against {means[0]:.2f}; 95% interval" in verdict_sentence(report)
@@ -276,7 +278,7 @@ def test_a_grid_has_a_row_for_each_value(tmp_path):
     labels = ["beta = 0.05", "beta = 0.1", "beta = 0.3"]
     assert [row["grid"] for row in rows(page, "Results by arm")] == labels * 2
     differences = rows(page, "Paired differences")
-    assert len(differences) == len(report["comparisons"]) == 15
+    assert len(differences) == len(report["comparisons"]) == 18
     assert {row["grid"] for row in differences} == set(labels)
     means = {
         run["grid"]["beta"]: np.mean(

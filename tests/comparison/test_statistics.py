@@ -13,7 +13,8 @@ from crrelu_llm.comparison.statistics import adjust, compare_metric, smallest_po
 
 FIELDS = {
     "metric", "higher_is_better", "baseline", "candidate", "baseline_mean", "candidate_mean", "difference", "ci_low",
-    "ci_high", "confidence", "p_value", "p_adjusted", "unit", "n", "verdict", "test",
+    "ci_high", "confidence", "p_value", "p_adjusted", "unit", "n", "verdict", "test", "smallest_detectable",
+    "equivalence_margin", "equivalent", "no_worse", "baseline_interval", "candidate_interval",
 }  # fmt: skip
 
 
@@ -224,3 +225,82 @@ def test_interval_holds_the_difference_within_the_range_of_the_pairs(values):
     differences = candidate - baseline
     assert differences.min() - 1e-9 <= result["ci_low"] <= result["ci_high"] <= differences.max() + 1e-9
     assert 0 < result["p_value"] <= 1
+
+
+def test_over_seeds_and_items_the_interval_is_at_least_as_wide_as_over_either():
+    rng = np.random.default_rng(6)
+    baseline = rng.normal(size=(3, 40))
+    candidate = baseline + rng.normal(0.5, 0.1, (3, 1)) + rng.normal(0, 0.3, (1, 40))
+    both = compare(baseline, candidate, unit="both")
+    seeds, items = (
+        compare(baseline.mean(axis=a), candidate.mean(axis=a), unit=u) for a, u in ((1, "seed"), (0, "item"))
+    )
+    for row in (seeds, items):
+        assert both["difference"] == pytest.approx(row["difference"])
+        assert both["ci_low"] < row["ci_low"] < row["ci_high"] < both["ci_high"]
+    assert (both["n"], both["n_seeds"], both["test"]) == (40, 3, "t")
+    assert (both["p_value"] < 0.05) == (both["ci_low"] > 0 or both["ci_high"] < 0)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "note"),
+    [
+        (np.zeros((1, 5)), np.ones((1, 5)), "two seeds or more; there is 1"),
+        (np.zeros((3, 1)), np.ones((3, 1)), "two items or more; there is 1"),
+        (np.zeros((3, 4)), np.tile([1.0, 2, 3, 4], (3, 1)), "all 3 seeds gave exactly the same differences"),
+    ],
+)
+def test_what_seeds_and_items_cannot_decide_is_said(baseline, candidate, note):
+    result = compare(baseline, candidate, unit="both")
+    assert note in result["note"]
+    assert (result["verdict"], result["p_value"], result["ci_low"]) == ("undecided", None, None)
+
+
+def test_arms_that_are_the_same_model_are_undecided_not_an_error():
+    result = compare(np.ones((3, 4)), np.ones((3, 4)), unit="both", margin=0.1)
+    assert (result["difference"], result["p_value"], result["verdict"]) == (0.0, 1.0, "undecided")
+    assert (result["smallest_detectable"], result["equivalent"]) == (None, None), "nothing varied, nothing is known"
+
+
+def test_five_seeds_can_show_nothing_by_a_permutation_test_and_six_can():
+    few, enough = (compare(np.zeros(n), np.arange(1.0, n + 1), unit="seed") for n in (5, 6))
+    assert few["smallest_detectable"] is None
+    assert few["verdict"] == "undecided"
+    assert enough["smallest_detectable"] > 0
+    assert enough["verdict"] == "better"
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+@pytest.mark.parametrize(
+    ("mean", "equivalent", "no_worse"), [(0.0, True, True), (0.5, False, True), (-0.5, False, False)]
+)
+def test_equivalence_and_no_worse(mean, equivalent, no_worse, higher_is_better):
+    noise = np.random.default_rng(7).normal(0, 0.1, 100)
+    sign = 1 if higher_is_better else -1
+    result = compare(np.zeros(100), sign * (mean + noise), higher_is_better, margin=0.3)
+    assert (result["equivalent"], result["no_worse"], result["equivalence_margin"]) == (equivalent, no_worse, 0.3)
+
+
+def test_a_few_items_that_all_agree_are_not_called_equivalent():
+    right = np.array([1.0, 0.0, 1.0, 1.0, 0.0] * 4)
+    assert compare(right, right, binary=True, margin=0.02)["equivalent"] is False
+    assert compare(np.tile(right, 1000), np.tile(right, 1000), binary=True, margin=0.02)["equivalent"] is True
+
+
+def test_accuracies_have_wilsons_intervals():
+    result = compare([1] * 7 + [0] * 3, [1] * 9 + [0], binary=True)
+    assert result["baseline_interval"] == pytest.approx([0.3968, 0.8922], abs=1e-4)
+    assert result["candidate_interval"] == pytest.approx([0.5958, 0.9821], abs=1e-4)
+
+
+@pytest.mark.parametrize("margin", [0, -1, math.nan, math.inf])
+def test_a_margin_must_be_positive(margin):
+    with pytest.raises(ValueError, match="margin"):
+        compare([1.0, 2.0], [1.0, 2.0], margin=margin)
+
+
+def test_tables_need_the_unit_both():
+    with pytest.raises(ValueError, match="two equal lists"):
+        compare(np.ones((2, 3)), np.ones((2, 3)))
+    with pytest.raises(ValueError, match="tables"):
+        compare([1.0, 2.0], [1.0, 2.0], unit="both")

@@ -65,3 +65,11 @@ def items_word(report: Report) -> str:
     if report.get("trainer") == "eval":
         return "items"
     return "blocks of text" if (report.get("recipe") or {}).get("eval_packing") else "documents"
+
+
+def paired_over(report: Report, entry: dict[str, Any]) -> str:
+    """What a comparison's pairs are, with their number: `3 seeds`, `60 documents`, `60 documents × 3 seeds`."""
+    if entry["unit"] == "seed":
+        return f"{entry['n']} seed{'s' if entry['n'] != 1 else ''}"
+    items = f"{entry['n']} {items_word(report)}"
+    return f"{items} × {entry['n_seeds']} seeds" if entry["unit"] == "both" else items

@@ -12,7 +12,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from scipy.special import erf
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Grid, Report, describe, find_arm, grids, items_word, runs
+from crrelu_llm.comparison.report.contents import (
+    Grid,
+    Report,
+    describe,
+    find_arm,
+    grids,
+    items_word,
+    paired_over,
+    runs,
+)
 from crrelu_llm.comparison.report.svg import (
     GOOD,
     INK,
@@ -163,21 +172,22 @@ def _forest(report: Report) -> Picture | None:
     shown = [entry for metric in order for entry in panels[metric]]
     units = {entry["unit"] for entry in shown}
     marks = {
-        "item": Key(f"over {items_word(report)}", "--muted", mark="disc"),
+        "both": Key(f"over {items_word(report)} and seeds", "--muted", mark="disc"),
+        "item": Key(f"over {items_word(report)}", "--muted", mark="dot"),
         "seed": Key("over seeds", "--muted", mark="ring"),
     }
     confidence = f"{shown[0]['confidence']:.0%}"
     return Picture(
         "forest",
         f"Paired difference from {report.get('baseline')}",
-        f"Candidate minus baseline with the {confidence} bootstrap interval; the shaded side is better.",
+        f"Candidate minus baseline with the {confidence} interval; the shaded side is better.",
         "; ".join(
-            f"{describe(report, entry['metric'])['label']} of {entry['candidate']} over {entry['unit']}s: "
+            f"{describe(report, entry['metric'])['label']} of {entry['candidate']} over {paired_over(report, entry)}: "
             f"{text.signed(entry['difference'], describe(report, entry['metric'])['format'])}"
             for entry in shown
         ),
         inline_svg(figure, "forest"),
-        [marks[unit] for unit in ("item", "seed") if unit in units],
+        [marks[unit] for unit in marks if unit in units],
     )
 
 
@@ -209,8 +219,9 @@ def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[st
                 ends = [scale * entry["ci_low"], scale * entry["ci_high"]]
                 axes.plot(ends, [-y, -y], color=colour, linewidth=2, solid_capstyle="butt")
                 values += ends
-            face = colour if entry["unit"] == "item" else PAPER
-            axes.plot(difference, -y, "o", color=colour, markerfacecolor=face, markersize=5.5, markeredgewidth=1.5)
+            face = PAPER if entry["unit"] == "seed" else colour
+            size = 3.5 if entry["unit"] == "item" else 5.5
+            axes.plot(difference, -y, "o", color=colour, markerfacecolor=face, markersize=size, markeredgewidth=1.5)
             values.append(difference)
         y += 1.15
     room = 0.06 * (max(values) - min(values) or 1)

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crrelu_llm.comparison.report import evaluation, tables, text
-from crrelu_llm.comparison.report.contents import Report, items_word
+from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.plots import arm_key, pictures
 from crrelu_llm.comparison.report.verdict import draw_verdict, notes
 
@@ -44,7 +44,6 @@ def _contents(report: Report) -> dict[str, Any]:
     environment = dict(report.get("environment") or {})
     versions = environment.pop("versions", None)
     evaluated = evaluation.is_evaluation(report)
-    confidences = {entry["confidence"] for entry in report.get("comparisons", [])}
     return {
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
@@ -58,8 +57,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "failures": tables.failures(report),
         "data": tables.data(report),
         "baseline": str(report.get("baseline")),
-        "items": items_word(report),
-        "confidence": f"{max(confidences):.0%}" if confidences else "",
+        "reading": tables.reading(report),
         "command": str(report.get("command") or ""),
         "versions": tables.settings(versions),
         "machine": tables.settings(environment),

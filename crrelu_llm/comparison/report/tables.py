@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe, find_arm, grids, items_word, metrics, runs
+from crrelu_llm.comparison.report.contents import (
+    Report,
+    describe,
+    find_arm,
+    grids,
+    items_word,
+    metrics,
+    paired_over,
+    runs,
+)
+
+_TESTS = {"mcnemar": " (McNemar)", "t": " (t)"}
 
 
 @dataclass
@@ -55,7 +66,12 @@ def results(report: Report) -> Table:
     before = _before_metrics(report)
     columns = ["arm", *(["grid"] if gridded else []), "runs"]
     columns += [f"{described[m]['label']} right after the swap" for m in before]
-    columns += [d["label"] + (" (reference)" if d["reference"] else "") for d in described.values()]
+    wilson = _accuracy_intervals(report)
+    measured = {metric for metric, _, _ in wilson}
+    columns += [
+        d["label"] + (" (reference)" if d["reference"] else "") + (" [Wilson interval]" if metric in measured else "")
+        for metric, d in described.items()
+    ]
     table = Table([*columns, "training time", "tokens/s", "peak memory"], words=2 if gridded else 1)
     for arm in report.get("arms", []):
         for grid in grids(report):
@@ -69,7 +85,8 @@ def results(report: Report) -> Table:
             row += [Cell(text.number(swapped.get(m), described[m]["format"])) for m in before]
             for metric, description in described.items():
                 values = [(run.get("metrics") or {}).get(metric) for run in done]
-                row.append(Cell(text.spread(values, description["format"])))
+                ends = wilson.get((metric, arm["arm"], text.grid_label(grid)), "")
+                row.append(Cell(text.spread(values, description["format"]) + ends))
             row += [Cell(text.duration(_mean(done, "train_seconds")))]
             row += [Cell(text.spread([run.get("tokens_per_second") for run in done], "{:,.0f}"))]
             row += [Cell(text.memory(_largest(done, "peak_memory_bytes")))]
@@ -77,11 +94,25 @@ def results(report: Report) -> Table:
     return table
 
 
+def _accuracy_intervals(report: Report) -> dict[tuple[str, str, str], str]:
+    """Wilson's intervals over items in brackets, by metric, arm and grid value."""
+    found = {}
+    for entry in report.get("comparisons", []):
+        for side in ("baseline", "candidate"):
+            if entry.get(f"{side}_interval"):
+                place = (entry["metric"], entry[side], text.grid_label(entry.get("grid") or {}))
+                low, high = entry[f"{side}_interval"]
+                found[place] = f" [{text.ends(low, high, describe(report, entry['metric'])['format'])}]"
+    return found
+
+
 def comparisons(report: Report) -> Table:
     """The paired differences; the headline metric first, references without a verdict."""
     gridded = grids(report) != [{}]
     columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
-    table = Table([*columns, "difference", "interval", "p", "adjusted p"], words=5 if gridded else 4)
+    table = Table(
+        [*columns, "difference", "interval", "p", "adjusted p", "detectable", "no worse"], words=5 if gridded else 4
+    )
     headline = (report.get("headline") or {}).get("metric")
     for entry in in_order(report.get("comparisons", []), headline):
         description = describe(report, entry["metric"])
@@ -90,19 +121,49 @@ def comparisons(report: Report) -> Table:
         row = [Cell(description["label"]), Cell(entry["candidate"], arm=entry["candidate"])]
         row += [Cell(text.grid_label(entry.get("grid") or {}))] if gridded else []
         row += [
-            Cell(f"{entry['n']} {items_word(report) if entry['unit'] == 'item' else 'seeds'}"),
+            Cell(paired_over(report, entry)),
             Cell(verdict, verdict=verdict),
             Cell(text.signed(entry["difference"], pattern)),
             Cell(text.interval(entry["ci_low"], entry["ci_high"], pattern)),
-            Cell(text.p_value(entry["p_value"]) + (" (McNemar)" if entry.get("test") == "mcnemar" else "")),
+            Cell(text.p_value(entry["p_value"]) + _TESTS.get(str(entry.get("test")), "")),
             Cell(text.p_value(entry["p_adjusted"])),
+            Cell(text.size(entry.get("smallest_detectable"), pattern)),
+            Cell(_margin(entry, pattern)),
         ]
         table.rows.append(row)
     return table
 
 
+def reading(report: Report) -> str:
+    """How to read the table of differences: only of the kinds of rows that it has."""
+    entries, items = report.get("comparisons", []), items_word(report)
+    units = {entry["unit"] for entry in entries}
+    confidence = f"{max(entry['confidence'] for entry in entries):.0%} " if entries else ""
+    said = {
+        "both": f"Rows over {items} × seeds speak of models trained anew and of other {items} (Student's interval of "
+        "two sources of error).",
+        "item": f"Rows over {items} alone speak of these trained models (bootstrap interval).",
+        "seed": f"Rows over seeds alone speak of models trained anew, on these {items} (Student's interval).",
+    }
+    margins = any(entry.get("equivalence_margin") is not None for entry in entries)
+    return " ".join(
+        [
+            f"Candidate minus baseline, with the {confidence}interval.",
+            *(said[unit] for unit in said if unit in units),
+            "p is that of a sign-flip permutation test unless marked; the adjusted p is corrected for the number of "
+            "comparisons (Benjamini-Hochberg). A verdict needs an adjusted p below the level and an interval without "
+            "0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the spread is as "
+            "observed; a dash where it finds none, however large.",
+            "No worse: whether the interval rules out that the candidate is worse by more than the margin in "
+            "brackets; equivalent, if better by more than that is ruled out too; no, if it is worse by more."
+            if margins
+            else "",
+        ]
+    ).strip()
+
+
 def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[str, Any]]:
-    """Comparisons by metric, the headline first; items before seeds for each candidate and grid value."""
+    """Comparisons by metric, the headline first; both, items, seeds for each candidate and grid value."""
     metric_order = list(dict.fromkeys([headline, *(entry["metric"] for entry in entries)]))
     row_order = list(dict.fromkeys(_row(entry) for entry in entries))
     return sorted(
@@ -169,6 +230,17 @@ def arm_slot(report: Report, name: str | None) -> int | None:
         return None
     others = [arm["arm"] for arm in report["arms"] if arm["arm"] != report.get("baseline")]
     return others.index(name) + 1 if name in others else 0
+
+
+def _margin(entry: dict[str, Any], pattern: str) -> str:
+    """What the interval says against the margin: `equivalent`, `yes`, `not shown` or `no`, and the margin."""
+    if entry.get("no_worse") is None or entry.get("equivalence_margin") is None:
+        return text.MISSING
+    margin = entry["equivalence_margin"]
+    says = "equivalent" if entry.get("equivalent") else "yes" if entry["no_worse"] else "not shown"
+    if entry["verdict"] == "worse" and min(abs(entry["ci_low"]), abs(entry["ci_high"])) >= margin:
+        says = "no"
+    return f"{says} ({text.size(margin, pattern)})"
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, str]:

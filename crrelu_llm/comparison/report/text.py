@@ -46,6 +46,12 @@ def interval(low: float | None, high: float | None, pattern: str) -> str:
     return f"{signed(low, pattern).removesuffix(' points')} to {signed(high, pattern)}"
 
 
+def ends(low: float, high: float, pattern: str) -> str:
+    """The ends of an interval of the metric itself, the unit once."""
+    unit = "%" if pattern.endswith("%}") else ""
+    return f"{number(low, pattern).removesuffix(unit)} to {number(high, pattern)}"
+
+
 def spread(values: Sequence[float | None], pattern: str = "{:.4g}") -> str:
     """Mean ± standard deviation (n − 1) of the values there are."""
     present = [value for value in values if value is not None]

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Grid, Report, by_seed, describe, find_arm, grids, items_word
+from crrelu_llm.comparison.report.contents import (
+    Grid,
+    Report,
+    by_seed,
+    describe,
+    find_arm,
+    grids,
+    items_word,
+    paired_over,
+)
 from crrelu_llm.comparison.statistics import smallest_possible_p
 
 # Perplexity is no mean over documents; where it was not compared by document, its logarithm may have been.
@@ -27,8 +36,8 @@ def verdict_sentence(report: Report) -> str:
     """The verdict of a report in one plain sentence, with its numbers.
 
     It speaks of the best-placed CRReLU arm, at the grid value where the *baseline* does best (the choice that
-    flatters the candidate least), and says "better" or "worse" only if the corrected test over evaluation items says
-    so and every seed agrees.
+    flatters the candidate least), and says "better" or "worse" only if the corrected test over seeds and evaluation
+    items says so and every seed agrees.
     """
     return draw_verdict(report).sentence
 
@@ -103,8 +112,9 @@ def _best_placed(report: Report, base: dict[str, Any], names: list[str], metric:
 
 
 def _comparison(report: Report, name: str, grid: Grid, metric: str) -> tuple[str, dict[str, Any] | None]:
-    """The comparison over items, of the metric or what stands in for it; or else the one over seeds."""
-    for wanted, unit in ((metric, "item"), (_STAND_IN.get(metric), "item"), (metric, "seed")):
+    """The comparison over seeds and items, of the metric or what stands in for it; or else over items; over seeds."""
+    chosen = [(name, unit) for unit in ("both", "item") for name in (metric, _STAND_IN.get(metric))]
+    for wanted, unit in (*chosen, (metric, "seed")):
         for entry in report.get("comparisons", []):
             place = (entry["metric"], entry["unit"], entry["candidate"], entry.get("grid") or {})
             if place == (wanted, unit, name, grid) and entry["baseline"] == report.get("baseline"):
@@ -146,6 +156,8 @@ def _statement(
 
 
 def _outcome(comparison: dict[str, Any], agree: int, seeds: int) -> tuple[str, str]:
+    if comparison.get("note"):
+        return "undecided", f", because {comparison['note']}"
     if comparison["verdict"] != "undecided" and agree < seeds:
         return "undecided", ", because the seeds disagree"
     if comparison["verdict"] == "undecided" and comparison["unit"] == "seed":
@@ -167,8 +179,8 @@ def _perplexities(report: Report, base: dict[str, Any], name: str, grid: Grid, m
 
 
 def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:
-    low, high, n = comparison.get("ci_low"), comparison.get("ci_high"), comparison["n"]
-    over = f"paired over {n} {items_word(report) if comparison['unit'] == 'item' else 'seeds'}"
+    low, high = comparison.get("ci_low"), comparison.get("ci_high")
+    over = f"paired over {paired_over(report, comparison)}"
     if low is None or high is None:
         return over
     if low <= 0 <= high:
@@ -177,9 +189,20 @@ def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:
         near, far = sorted((abs(low), abs(high)))
         ends = f"{text.size(near, pattern).removesuffix(' points')} to {text.size(far, pattern)}"
     adjusted = ""
-    if comparison["verdict"] == "undecided" and comparison["unit"] == "item":
+    if comparison["verdict"] == "undecided" and comparison["unit"] != "seed":
         adjusted = f", adjusted p = {text.p_value(comparison.get('p_adjusted'))}"
-    return f"{comparison['confidence']:.0%} interval {ends}, {over}{adjusted}"
+    return f"{comparison['confidence']:.0%} interval {ends}, {over}{adjusted}{_detectable(comparison, pattern)}"
+
+
+def _detectable(comparison: dict[str, Any], pattern: str) -> str:
+    smallest, margin = comparison.get("smallest_detectable"), comparison.get("equivalence_margin")
+    said = f"; true differences from {text.size(smallest, pattern)} on are found 4 times in 5" if smallest else ""
+    if margin is not None and comparison["verdict"] == "undecided" and comparison["unit"] != "item":
+        if comparison.get("equivalent"):
+            said += f"; differences beyond {text.size(margin, pattern)} are ruled out"
+        elif comparison.get("no_worse"):
+            said += f"; worse by more than {text.size(margin, pattern)} is ruled out"
+    return said
 
 
 def notes(report: Report) -> list[str]:
@@ -192,8 +215,14 @@ def notes(report: Report) -> list[str]:
         if floor >= 1 - confidence:
             found.append(
                 f"With {fewest} seeds no permutation test over seeds can go below p = {text.p_value(floor)}, and no "
-                f"bootstrap interval over them can promise more than {1 - floor:.0%}. The rows over "
-                f"{items_word(report)} are sharper, but speak of these trained models, not of training anew."
+                f"bootstrap interval over them can promise more than {1 - floor:.0%}; the intervals over seeds are "
+                f"Student's instead, and hold only if such differences are about normal. The rows over "
+                f"{items_word(report)} alone are sharper, but speak of these trained models, not of training anew."
+            )
+        if fewest == 2:
+            found.append(
+                "With 2 seeds the spread between trainings is known from one difference: the intervals over seeds "
+                "are some six times as wide as with many seeds, and nothing can be checked of what they assume."
             )
     everything = [run for arm in report.get("arms", []) for run in arm.get("runs", [])]
     failed = sum(1 for run in everything if run.get("status") != "done")
