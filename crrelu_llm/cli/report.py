@@ -1,6 +1,7 @@
 """`crrelu report`: rebuilds the report of a comparison or an evaluation from what is on disk."""
 
 import argparse
+import json
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
@@ -17,13 +18,20 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--margin", nargs="+", type=_margin, default=[], metavar="METRIC=VALUE",
         help="the largest difference that counts as none, for 'no worse' and 'equivalent' (default: 0.01 nats of "
         "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print report.json too")
+    parser.add_argument("--format", choices=("html", "md", "json", "csv"), help="print the report in this format, and "
+        "not the verdict alone; csv: the metrics of every run, one a line")  # fmt: skip
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="as --format json")
     args = parser.parse_args(argv)
     from crrelu_llm.cli.compare import write
 
     directory = Path(args.directory)
     verdict = write(directory, dict(args.margin))
-    print((directory / "report.json").read_text() if args.json else verdict)
+    if args.format == "csv":
+        from crrelu_llm.comparison.report.render import render_csv
+
+        print(render_csv(json.loads((directory / "report.json").read_text(encoding="utf-8"))), end="")
+    else:
+        print((directory / f"report.{args.format}").read_text(encoding="utf-8") if args.format else verdict)
     return 0
 
 

@@ -431,3 +431,24 @@ def test_p_values_and_units_are_spelled_for_readers():
     assert spelling.interval(-0.01, 0.02, "{:.1%}") == "−1.00 to +2.00 points"
     assert [spelling.duration(s) for s in (None, 2.34, 75, 600, 9000)] == ["–", "2.3 s", "75 s", "10.0 min", "2.5 h"]
     assert [spelling.memory(b) for b in (None, 5 * 2**20, 3 * 2**30)] == ["–", "5 MiB", "3.0 GiB"]
+
+
+def test_csv_has_a_line_for_every_metric_of_every_run():
+    import csv
+
+    from crrelu_llm.comparison.report.render import render_csv
+
+    run = {
+        "seed": 0,
+        "status": "done",
+        "grid": {"beta": "1"},
+        "before": {"loss": 2.0},
+        "metrics": {"loss": 1.5, "x": None},
+    }
+    arms = [{"arm": 'a,"b"', "activation": "crrelu", "runs": [run, {"seed": 1, "status": "failed", "metrics": {}}]}]
+    rows = list(csv.reader(render_csv({"arms": arms}).splitlines()))
+    assert rows[1:] == [
+        ['a,"b"', "crrelu", "beta=1", "0", "done", "before", "loss", "2.0"],
+        ['a,"b"', "crrelu", "beta=1", "0", "done", "after", "loss", "1.5"],
+        ['a,"b"', "crrelu", "beta=1", "0", "done", "after", "x", ""],
+    ]

@@ -1,6 +1,8 @@
 """Renders the report's dict through the templates to HTML and Markdown."""
 
+import csv
 import html
+import io
 import re
 from typing import Any
 
@@ -38,6 +40,20 @@ def render_markdown(report: Report) -> str:
     environment.filters["md"] = escape_markdown
     rendered = environment.get_template("report.md.j2").render(**_contents(report))
     return re.sub(r"\n{3,}", "\n\n", rendered).strip() + "\n"
+
+
+def render_csv(report: Report) -> str:
+    """The metrics of every run, one a line, for statistics of the reader's own."""
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(["arm", "activation", "grid", "seed", "status", "when", "metric", "value"])
+    for arm in report.get("arms", []):
+        for run in arm["runs"]:
+            grid = " ".join(f"{key}={value}" for key, value in (run.get("grid") or {}).items())
+            about = [arm["arm"], arm["activation"], grid, run["seed"], run["status"]]
+            for when, metrics in (("before", run.get("before")), ("after", run.get("metrics"))):
+                table.writerows([*about, when, name, value] for name, value in (metrics or {}).items())
+    return lines.getvalue()
 
 
 def _contents(report: Report) -> dict[str, Any]:
