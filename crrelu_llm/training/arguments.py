@@ -152,10 +152,10 @@ class ActivationArguments:
         """
         if self.activation is None and self.blend_steps:
             raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")
-        if self.activation != "crrelu" and self.density != "standard":
-            raise InputError(f"{where}density: {self.density} is for CRReLU; set activation: crrelu")
         if self.activation != "crrelu" and self.density_update_steps:
             raise InputError(f"{where}density_update_steps needs activation: crrelu, with density: fitted")
+        if self.activation != "crrelu" and self.density != "standard":
+            raise InputError(f"{where}density: {self.density} is for CRReLU; set activation: crrelu")
         if self.activation is None and self.distill_weight:
             raise InputError(
                 f"{where}distill_weight needs an activation; a model that is not patched would be its own teacher"

@@ -280,7 +280,7 @@ def test_wrong_input_is_one_line_before_anything_is_written(workshop, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_arms_blend(workshop, kind, tmp_path):
     arms = ["native", "crrelu", "crrelu:blend_steps=2", "relu:blend_steps=1:blend_schedule=cosine"]
     assert compare(workshop, kind, tmp_path / "out", arms, seeds=["0"]) == 0

@@ -47,7 +47,10 @@ def check(workshop, configuration, case, tolerance):
     return found
 
 
-@pytest.mark.parametrize(("configuration", "cases"), [("fsdp2", ["dpo-full"]), ("zero3", ["sft-lora"])])
+@pytest.mark.parametrize(
+    ("configuration", "cases"),
+    [("fsdp2", ["dpo-full"]), pytest.param("zero3", ["sft-lora"], marks=pytest.mark.slow)],
+)
 def test_sharded_training_is_that_of_one_process(workshop, configuration, cases):
     run_both(workshop, configuration, cases)
     for case in cases:

@@ -35,6 +35,7 @@ def test_what_one_process_finds_wrong_is_one_line(workshop):
     assert error.count("absent.jsonl") == 1 and "Traceback" not in error, error
 
 
+@pytest.mark.slow  # half a minute or more of a busy core
 def test_sharding_that_the_machine_does_not_do_is_one_line(workshop):
     argv = recipe(workshop, "two", "ddp", "sft-full")
     options = ["--accelerate_config", "fsdp2", "--num_processes", "2", "--mixed_precision", "no"]

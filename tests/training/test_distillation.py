@@ -135,6 +135,7 @@ def test_resume(workshop, options):
     assert again["epsilon"] == whole["epsilon"]
 
 
+@pytest.mark.slow  # half a minute or more of a busy core
 def test_packing_gradient_checkpointing_and_compile(llama):
     options = {"distill_weight": 1.0, "max_steps": 2}
     plain = llama.run("sft", "plain", **options)

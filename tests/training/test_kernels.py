@@ -61,6 +61,7 @@ def test_hub_kernels_for_mlps_are_refused_before_training(llama, monkeypatch):
     assert not (llama.folder / "run" / "run.json").exists()
 
 
+@pytest.mark.slow  # half a minute or more of a busy core
 def test_torch_compile(llama):
     expected = llama.run("sft", "plain", epsilon_learning_rate=0.01)
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}

@@ -14,6 +14,7 @@ from crrelu_llm.training import launch
 from crrelu_llm.training.arguments import parse
 
 
+@pytest.mark.slow  # half a minute or more of a busy core
 def test_a_recipe_with_launch_options_starts_itself_through_accelerate(workshop):
     argv = workshop.argv("sft", "launched", num_processes=1, accelerate_config="single_gpu")
     environment = os.environ | {"HF_HOME": str(workshop.folder / "accelerate")}
