@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from launches import differences, recipe, record
 
 from crrelu_llm.cli.main import main
