@@ -19,3 +19,11 @@ def backend(request):
     failed = dict(choice._failed)
     kernels.set_backend(None)
     assert failed == {}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """Halves of one tensor are compiled loops of their own for every case: a minute and a half of a core together."""
+    for item in items:
+        if "halves" in item.name and "inductor" in item.name:
+            item.add_marker(pytest.mark.slow)
