@@ -55,6 +55,7 @@ def slow(*values):
 def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Workshop, monkeypatch):
     """What torch allocates in two steps of the tiny GPT-2 by TRL's trainers, every batch padded: never more than
     planned, and at most a tenth less (a few tensors of one layer, which a model of two layers shows)."""
+    gc.collect()  # what earlier tests left would be freed while it is measured
     # Of TRL's 32 768, so that the layers, not the head's tile, are most of it.
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512)
     batch, length = 4, 96
@@ -69,7 +70,6 @@ def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Work
     models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) else [])]
     held = {tensor.untyped_storage() for model in models for tensor in (*model.parameters(), *model.buffers())}
     weights = sum(storage.nbytes() for storage in held)
-    gc.collect()  # what earlier tests left would be freed while it is measured
     measured = weights + peak_memory(trainer.train, torch.device("cpu"))
 
     known = {key: value for key, value in options.items() if not key.startswith("l")}
