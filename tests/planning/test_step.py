@@ -1,6 +1,5 @@
 """A step that is played through on fake tensors against the real one: the same code must hold the same memory."""
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -55,7 +54,6 @@ def slow(*values):
 def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Workshop, monkeypatch):
     """What torch allocates in two steps of the tiny GPT-2 by TRL's trainers, every batch padded: never more than
     planned, and at most a tenth less (a few tensors of one layer, which a model of two layers shows)."""
-    gc.collect()  # what earlier tests left would be freed while it is measured
     # Of TRL's 32 768, so that the layers, not the head's tile, are most of it.
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512)
     batch, length = 4, 96
