@@ -98,9 +98,7 @@ def write(output_dir: Path, margins: dict[str, float] | None = None) -> str:
     from crrelu_llm.evaluation.results import SETTINGS
 
     if (output_dir / SETTINGS).is_file():
-        if margins:
-            raise InputError(f"--margin: {output_dir} is an evaluation; margins are for comparisons")
-        report = evaluation.build_report(output_dir)
+        report = evaluation.build_report(output_dir, margins)
     else:
         report = results.build_report(output_dir, margins)
     write_report(report, output_dir)

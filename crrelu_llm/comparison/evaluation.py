@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.comparison import single_items
 from crrelu_llm.comparison.statistics import adjust, compare_metric
+from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.contrast import contrast, shown
 from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
 from crrelu_llm.evaluation.preference import against_reference
 from crrelu_llm.evaluation.results import read_result, read_settings
@@ -11,21 +14,37 @@ from crrelu_llm.evaluation.run import MODEL
 
 # Beside the results as a control, not compared: it is the same for every model.
 _REFERENCES = ("longer_answer_accuracy",)
+# What counts as no difference: a point of an accuracy, 0.01 nats of a loss, 0.01 bits of a byte. Margins and rewards
+# have no scale of their own.
+MARGINS = dict.fromkeys(
+    ("acc", "acc_norm", "exact_match", "logp_accuracy", "logp_accuracy_norm", "reward_accuracy", "loss"), 0.01
+) | {"bits_per_byte": 0.01}
 
 
-def build_report(directory: Path) -> dict[str, Any]:
+def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
     """The report of an evaluation, from what is on disk; tasks that failed or are missing are named as such.
 
     A metric is called `task/metric`. An arm is a model, with one run.
 
+    Args:
+        directory: Where the evaluation is.
+        margins: What counts as no difference, by metric (`task/metric`), in the metric's unit; of the others,
+            `MARGINS`.
+
     Raises:
-        InputError: The directory holds no evaluation.
+        InputError: The directory holds no evaluation, or none of a metric that `margins` names.
     """
     settings = read_settings(directory)
     results = {model: _results(directory, model, settings) for model in settings["models"]}
     if settings["reference"] is not None:
         _add_rewards(results, settings)
     metrics = _describe(results, settings)
+    margins = margins or {}
+    for name in margins.keys() - metrics.keys():
+        raise InputError(
+            f"--margin {name}: {directory} has no such metric; it has: {', '.join(metrics) or 'none yet'}"
+        )
+    changes, examples = _single_items(results, settings)
     return {
         "schema_version": 1,
         "title": f"{settings['suite']}: {' against '.join(settings['models'])}",
@@ -37,7 +56,9 @@ def build_report(directory: Path) -> dict[str, Any]:
         | ({"reference": settings["reference"], "beta": settings["beta"]} if settings["reference"] else {}),
         "environment": settings["environment"],
         "arms": [_arm(directory, model, results[model], settings) for model in settings["models"]],
-        "comparisons": _comparisons(results, metrics, settings),
+        "comparisons": _comparisons(results, metrics, settings, margins),
+        "changes": changes,
+        "examples": examples,
         "data": settings["data"],
         "baseline": settings["baseline"],
         "headline": {"metrics": _primaries(results, settings)},
@@ -102,7 +123,8 @@ def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str,
         "seconds": {task: result["seconds"] for task, result in tasks.items()},
         "train_seconds": None,
         "tokens_per_second": None,
-        "peak_memory_bytes": None,
+        "peak_memory_bytes": max((result.get("peak_memory_bytes") or 0 for result in tasks.values()), default=0)
+        or None,
         "epsilon": about.get("epsilon", {}),
     }
     return {
@@ -114,7 +136,9 @@ def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str,
     }
 
 
-def _comparisons(results: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _comparisons(
+    results: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], margins: dict[str, float]
+) -> list[dict[str, Any]]:
     baseline = settings["baseline"]
     found = []
     for candidate in (model for model in results if model != baseline):
@@ -138,9 +162,42 @@ def _comparisons(results: dict[str, Any], metrics: dict[str, Any], settings: dic
                     binary,
                     baseline_name=baseline,
                     candidate_name=candidate,
+                    margin=margins.get(name, MARGINS.get(metric.partition(",")[0])),
                 )
             )
     return adjust(found)
+
+
+def _single_items(
+    results: dict[str, Any], settings: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How the items of each task changed from the baseline to each candidate, and those that changed most."""
+    changes: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
+    baseline = settings["baseline"]
+    alike = {model: name == settings["tokenizers"][baseline] for model, name in settings["tokenizers"].items()}
+    for candidate in (model for model in results if model != baseline):
+        for task in settings["tasks"]:
+            sides = [results[model][task] for model in (baseline, candidate) if task in results[model]]
+            found = [value for value in map(contrast, sides) if value is not None]
+            if len({value.metric for value in found}) != 1 or len({len(value.values) for value in found}) != 1:
+                continue
+            if len(found) < 2 or (found[0].metric in sides[0]["per_token"] and not alike[candidate]):
+                continue
+            about = {
+                "metric": f"{task}/{found[0].metric}",
+                "label": f"{task}: {found[0].label}",
+                "higher_is_better": found[0].higher_is_better,
+                "format": found[0].format,
+            }
+            columns, looks = [value.values for value in found], [side["examples"] for side in sides]
+            changes.append(single_items.changes(about, (baseline, candidate), *columns))
+            if any(len(look) != len(columns[0]) for look in looks):
+                continue
+            for i in single_items.most_changed(about, *columns):
+                values, look = (columns[0][i], columns[1][i]), shown(looks[0][i], looks[1][i])
+                examples.append(single_items.example(about, (baseline, candidate), i, values, look))
+    return changes, examples
 
 
 def _primaries(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:

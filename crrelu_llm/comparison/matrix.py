@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
 from crrelu_llm.errors import DiskError, InputError
-from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.evaluation.items import evaluate_trainer, texts
 from crrelu_llm.files import is_leftover, remove, write_json
 from crrelu_llm.patching import checkpoint, find_sites, section
 from crrelu_llm.training.arguments import Recipe, parse
@@ -30,6 +30,7 @@ from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 SETTINGS = "comparison.json"
 BEFORE = "before.json"
+TEXTS = "texts.json"
 _SETTINGS_KEYS = {"identity", "kind", "commands", "created", "baseline", "arms", "seeds", "asked", "points", "data"}
 
 
@@ -178,6 +179,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         trust_remote_code=recipe.training.trust_remote_code,
     )
     trainer = build_trainer(recipe, model, train, test)
+    _keep_texts(comparison, trainer)
     before = BeforeTraining(comparison.kind, trainer, patch_dir / BEFORE)
     trainer.add_callback(before)
     # A run that goes on has other weights than the first step: without its `before` it starts again.
@@ -193,6 +195,13 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         tracker.finish()
     _discard(comparison, Path(trainer.args.output_dir))
     trainer.accelerator.free_memory()
+
+
+def _keep_texts(comparison: Comparison, trainer: Any) -> None:
+    """Keeps what the evaluation items say, once for all runs, for the report's examples."""
+    path = comparison.output_dir / TEXTS
+    if PartialState().is_main_process and not path.is_file():
+        write_json(path, texts(comparison.kind, trainer))
 
 
 class BeforeTraining(TrainerCallback):

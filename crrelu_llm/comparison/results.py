@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crrelu_llm.comparison import single_items
 from crrelu_llm.comparison.arms import grid_name, number, parse_arm
-from crrelu_llm.comparison.matrix import BEFORE, arm_dir, read_settings
+from crrelu_llm.comparison.matrix import BEFORE, TEXTS, arm_dir, read_settings
 from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
@@ -52,6 +54,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
     for name in margins.keys() - metrics.keys():
         known = ", ".join(metrics) or "none yet"
         raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
+    changes, examples = _single_items(settings, runs, metrics, _read_json(directory / TEXTS) or [])
     return {
         "schema_version": 1,
         "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
@@ -62,6 +65,8 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         "environment": finished[0]["environment"] if finished else {},
         "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
         "comparisons": compare_runs(settings, runs, metrics, margins),
+        "changes": changes,
+        "examples": examples,
         "data": settings["data"],
         "baseline": settings["baseline"],
         "headline": {"metric": HEADLINE, "higher_is_better": False},
@@ -114,25 +119,57 @@ def compare_runs(
     """
     baseline = settings["baseline"]
     found = []
-    for point in settings["points"]:
-        for candidate in settings["arms"]:
-            if candidate == baseline:
+    for candidate, grid, pairs in _pairs(settings, runs):
+        for metric, about in metrics.items():
+            if about["reference"]:
                 continue
+            for unit in UNITS:
+                entry = _compare(metric, about, pairs, unit, (baseline, candidate), margins)
+                if entry is not None:
+                    found.append(entry | {"grid": grid})
+    return adjust(found)
+
+
+def _pairs(settings: dict[str, Any], runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any], list[Any]]]:
+    """Candidate, grid values, and the runs of baseline and candidate of every seed that finished in both."""
+    baseline = settings["baseline"]
+    for point in settings["points"]:
+        for candidate in (arm for arm in settings["arms"] if arm != baseline):
             pairs = [
                 (runs.get((baseline, grid_name(point), seed)), runs.get((candidate, grid_name(point), seed)))
                 for seed in settings["seeds"]
             ]
             pairs = [pair for pair in pairs if all(run is not None and run["status"] == "done" for run in pair)]
-            if not pairs:
-                continue
-            for metric, about in metrics.items():
-                if about["reference"]:
-                    continue
-                for unit in UNITS:
-                    entry = _compare(metric, about, pairs, unit, (baseline, candidate), margins)
-                    if entry is not None:
-                        found.append(entry | {"grid": {key: number(value) for key, value in point.items()}})
-    return adjust(found)
+            if pairs:
+                yield candidate, {key: number(value) for key, value in point.items()}, pairs
+
+
+def _single_items(
+    settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any], texts: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How the headline metric of each item, averaged over seeds, changed to each candidate, and where most."""
+    changes: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
+    if HEADLINE not in metrics:
+        return changes, examples
+    described = {key: metrics[HEADLINE][key] for key in ("label", "higher_is_better", "format")}
+    for candidate, grid, pairs in _pairs(settings, runs):
+        tables = _items(HEADLINE, pairs)
+        if tables is None or not all(np.isfinite(table).all() for table in tables):
+            continue
+        about = {"metric": HEADLINE, **described, "grid": grid}
+        names, columns = (settings["baseline"], candidate), [table.mean(axis=0).tolist() for table in tables]
+        changes.append(single_items.changes(about, names, *columns))
+        if len(texts) != len(columns[0]):
+            continue
+        for i in single_items.most_changed(about, *columns):
+            options = [
+                {"text": text, "right": right, "baseline": None, "candidate": None}
+                for text, right in zip(texts[i]["options"], (True, False), strict=False)
+            ]
+            shown = {"group": "", "prompt": texts[i]["prompt"], "target": "", "options": options}
+            examples.append(single_items.example(about, names, i, (columns[0][i], columns[1][i]), shown))
+    return changes, examples
 
 
 def _compare(

@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
+SHOWN = 600  # characters of an item's text that are kept to look at
+
 Evaluated = tuple[dict[str, float], dict[str, list[float]]]
 
 
@@ -92,6 +94,28 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
     else:
         metrics["loss"] = trainer.evaluate()["eval_loss"]
     return metrics, items
+
+
+def texts(kind: str, trainer: Any) -> list[dict[str, Any]]:
+    """What to show of each evaluation item: `prompt` and `options`, cut to `SHOWN` characters.
+
+    A document of SFT has no options, a preference pair has its two answers. Empty where the data is a stream, or where
+    several documents share a row.
+    """
+    data, decode = trainer.eval_dataset, trainer.processing_class.decode
+    if not hasattr(data, "__len__"):
+        return []
+    if kind == "sft":
+        if "input_ids" not in data.column_names or "seq_lengths" in data.column_names:
+            return []
+        return [{"prompt": decode(ids[: 2 * SHOWN])[:SHOWN], "options": []} for ids in data["input_ids"]]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if not set(columns) <= set(data.column_names):
+        return []
+    return [
+        {"prompt": decode(prompt)[-SHOWN:], "options": [decode(answer[:SHOWN])[:SHOWN] for answer in answers]}
+        for prompt, *answers in zip(*(data[column] for column in columns), strict=True)
+    ]
 
 
 def _forward_passes(trainer: Any) -> Any:

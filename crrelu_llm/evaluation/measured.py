@@ -43,7 +43,7 @@ class Measured:
         higher_is_better: By metric, where the task says so.
         groups: Of a task made of groups (paradigms, subjects): the metrics of each.
         examples: One dict an item: `id`, `group`, `prompt`, `options`, `target`, `responses`.
-        intervals: 95 % bootstrap interval over the items, by metric.
+        intervals: 95 % interval over the items, by metric.
         per_token: Metrics that are comparable only between models with the same tokenizer.
         notes: What a reader should know, a line each: texts that were cut.
         not_finite: How many items gave a value that is no finite number.
@@ -60,9 +60,9 @@ class Measured:
     not_finite: int = 0
 
     def finish(self) -> "Measured":
-        """Adds the intervals; returns itself."""
+        """Adds the intervals, Wilson's of what is right or wrong and the bootstrap's of the rest; returns itself."""
         for metric, values in self.items.items():
-            self.intervals[metric] = bootstrap_interval(values)
+            self.intervals[metric] = interval(values)
         if "perplexity" in self.metrics and "loss" in self.intervals:
             low, high = self.intervals["loss"]
             self.intervals["perplexity"] = (exponential(low), exponential(high))
@@ -94,15 +94,21 @@ def exponential(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def bootstrap_interval(values: list[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of items; one item gives no interval but itself."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of items: Wilson's of what is 0 or 1, else the percentile bootstrap's.
+
+    One item that is neither gives no interval but itself.
+    """
     from scipy import stats
 
     numbers = np.asarray(values, dtype=float)
+    if len(numbers) and np.isin(numbers, (0, 1)).all():
+        ends = stats.binomtest(int(numbers.sum()), len(numbers)).proportion_ci(0.95, method="wilson")
+        return float(ends.low), float(ends.high)
     if len(numbers) < 2 or not np.isfinite(numbers).all() or np.ptp(numbers) == 0:
         mean = float(numbers.mean()) if len(numbers) else math.nan
         return mean, mean
-    interval = stats.bootstrap(
+    found = stats.bootstrap(
         (numbers,),
         np.mean,
         n_resamples=_RESAMPLES,
@@ -110,7 +116,7 @@ def bootstrap_interval(values: list[float]) -> tuple[float, float]:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return float(found.low), float(found.high)
 
 
 def spread_over_groups(groups: list[str], limit: int) -> list[int]:

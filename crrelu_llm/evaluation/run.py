@@ -24,6 +24,7 @@ from crrelu_llm.evaluation.preference import PreferenceTask
 from crrelu_llm.evaluation.results import SETTINGS, other_result, read_result, read_settings, result_name, write_result
 from crrelu_llm.evaluation.suites import TaskSpec
 from crrelu_llm.files import plain, write_json
+from crrelu_llm.memory import PeakMemory
 from crrelu_llm.patching.finite import require_finite
 
 MODEL = "model"  # stands among the tasks for the model itself
@@ -204,7 +205,8 @@ def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | Non
     """Evaluates and keeps one task; returns why it failed, if it did: the others must not fail with it."""
     started = time.perf_counter()
     try:
-        measured = task.run(lm)
+        with PeakMemory() as memory:
+            measured = task.run(lm)
     except (KeyboardInterrupt, DiskError):
         raise
     except Exception as error:
@@ -214,7 +216,8 @@ def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | Non
             f"{measured.not_finite} of {task.rows} items gave a value that is not a finite number; is the checkpoint "
             "whole, or does it need a wider --dtype?"
         )
-    write_result(place, key, measured.as_dict() | {"seconds": time.perf_counter() - started})
+    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": memory.bytes}
+    write_result(place, key, measured.as_dict() | cost)
     return None
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from crrelu_llm.environment import environment
 from crrelu_llm.errors import DiskError
 from crrelu_llm.files import write_json
+from crrelu_llm.memory import PeakMemory
 from crrelu_llm.training.arguments import Recipe, parse
-from crrelu_llm.training.memory import PeakMemory
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.resume import checkpoint_to_resume, how_to_go_on, last_checkpoint

@@ -8,7 +8,7 @@ from suite_data import by_hand, language_model, pairs, sentence, write
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.language_modelling import TextTask, pieces
-from crrelu_llm.evaluation.measured import Measured, bootstrap_interval, linearised, spread_over_groups
+from crrelu_llm.evaluation.measured import Measured, interval, linearised, spread_over_groups
 from crrelu_llm.evaluation.preference import PreferenceTask, against_reference, render
 
 
@@ -123,11 +123,19 @@ def test_linearised_values_stand_for_their_ratio():
 
 
 def test_intervals():
-    low, high = bootstrap_interval([0.0, 1.0] * 200)
-    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
-    assert bootstrap_interval([2.0]) == (2.0, 2.0)
+    low, high = interval([0.0, 2.0] * 200)
+    assert low == pytest.approx(1 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(1 + 1.96 * 0.05, abs=0.02)
+    assert interval([2.0]) == (2.0, 2.0)
     measured = Measured({"loss": 1.0, "perplexity": math.e}, {"loss": [0.5, 1.5]}).finish()
     assert measured.intervals["perplexity"] == pytest.approx([math.exp(end) for end in measured.intervals["loss"]])
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 20), (20, 20), (7, 10), (600, 1000)])
+def test_wilsons_interval_of_right_and_wrong(right, n):
+    p, z = right / n, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
 def test_items_in_turn_from_each_group():

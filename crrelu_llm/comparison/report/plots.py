@@ -2,12 +2,10 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from scipy.special import erf
 
@@ -15,15 +13,13 @@ from crrelu_llm.comparison.report import text
 from crrelu_llm.comparison.report.contents import (
     Grid,
     Report,
-    describe,
     find_arm,
     grids,
-    items_word,
-    paired_over,
     runs,
 )
+from crrelu_llm.comparison.report.differences import changes, forest
+from crrelu_llm.comparison.report.drawing import Key, Picture, arm_key, line_style, new_axes
 from crrelu_llm.comparison.report.svg import (
-    GOOD,
     INK,
     MUTED,
     PAPER,
@@ -35,32 +31,7 @@ from crrelu_llm.comparison.report.svg import (
 )
 from crrelu_llm.comparison.report.tables import arm_slot
 
-_WIDTH = 5.0  # inches: small enough that the letters stay readable when a telephone shrinks it
-_DASHES = ("", "5 1.8", "1.6 1.4", "6 1.8 1.6 1.8", "9 2.5", "3 1.2", "8 1.6 1.6 1.6 1.6 1.6", "2.6 2.6")
 _POINTS = 200  # of a curve: more cannot be told apart at this size
-_LONGEST_FOREST = 40
-
-
-@dataclass
-class Key:
-    """One entry of a legend: a line (with its dash, in line widths) or a mark, in a colour of the page."""
-
-    label: str
-    colour: str
-    dash: str = ""
-    mark: str = "line"
-
-
-@dataclass
-class Picture:
-    """A figure of the report: the SVG, a title, a caption, what it shows in words, and the legend."""
-
-    name: str
-    title: str
-    caption: str
-    description: str
-    svg: str
-    keys: list[Key] = field(default_factory=list)
 
 
 def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]:
@@ -72,37 +43,21 @@ def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]
         grid: The grid value that the verdict speaks of: ε is shown at it.
     """
     with drawing_style():
-        found = [_forest(report), *(_loss_curves(report, value, i) for i, value in enumerate(grids(report)))]
+        found = [forest(report), changes(report, candidate, grid)]
+        found += [*(_loss_curves(report, value, i) for i, value in enumerate(grids(report)))]
         found += [_epsilons(report, grid), _shape(report, candidate, grid)]
     return [picture for picture in found if picture]
 
 
-def arm_key(report: Report, name: str) -> Key:
-    """The legend entry of an arm: the same colour and dash everywhere."""
-    slot = arm_slot(report, name) or 0
-    return Key(name, css_variable(arm_colour(slot)), _DASHES[slot % len(_DASHES)])
-
-
-def _line(report: Report, name: str) -> dict[str, Any]:
-    slot = arm_slot(report, name) or 0
-    dash = _DASHES[slot % len(_DASHES)]
-    return {"color": arm_colour(slot), "linestyle": (0, tuple(map(float, dash.split()))) if dash else "-"}
-
-
-def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _loss_curves(report: Report, grid: Grid, index: int) -> Picture | None:
-    figure, axes = _axes(3.2)
+    figure, axes = new_axes(3.2)
     drawn, lowest, highest = [], np.inf, -np.inf
     for arm in report.get("arms", []):
         steps, losses = _curves(runs(arm, grid))
         if not len(steps):
             continue
         mean, low, high = np.nanmean(losses, 0), np.nanmin(losses, 0), np.nanmax(losses, 0)
-        style = _line(report, arm["arm"])
+        style = line_style(report, arm["arm"])
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, **style)
         drawn.append(arm["arm"])
@@ -153,95 +108,14 @@ def _log_scale(axes: Axes, ratio: float) -> None:
     axes.tick_params(axis="y", which="minor", length=0)
 
 
-def _forest(report: Report) -> Picture | None:
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for entry in report.get("comparisons", []):
-        if entry.get("difference") is not None and not describe(report, entry["metric"])["reference"]:
-            panels.setdefault(entry["metric"], []).append(entry)
-    headline = (report.get("headline") or {}).get("metric")
-    order = sorted(panels, key=lambda metric: metric != headline)
-    if sum(map(len, panels.values())) > _LONGEST_FOREST:
-        order = order[:1]
-    if not order:
-        return None
-    heights = [0.75 + 0.17 * _forest_lines(panels[metric]) for metric in order]
-    figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
-    all_axes = figure.subplots(len(order), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, metric in zip(all_axes, order, strict=True):
-        _forest_panel(axes, report, metric, panels[metric])
-    shown = [entry for metric in order for entry in panels[metric]]
-    units = {entry["unit"] for entry in shown}
-    marks = {
-        "both": Key(f"over {items_word(report)} and seeds", "--muted", mark="disc"),
-        "item": Key(f"over {items_word(report)}", "--muted", mark="dot"),
-        "seed": Key("over seeds", "--muted", mark="ring"),
-    }
-    confidence = f"{shown[0]['confidence']:.0%}"
-    return Picture(
-        "forest",
-        f"Paired difference from {report.get('baseline')}",
-        f"Candidate minus baseline with the {confidence} interval; the shaded side is better.",
-        "; ".join(
-            f"{describe(report, entry['metric'])['label']} of {entry['candidate']} over {paired_over(report, entry)}: "
-            f"{text.signed(entry['difference'], describe(report, entry['metric'])['format'])}"
-            for entry in shown
-        ),
-        inline_svg(figure, "forest"),
-        [marks[unit] for unit in marks if unit in units],
-    )
-
-
-def _forest_groups(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in sorted(entries, key=lambda entry: entry["unit"]):
-        grid = text.grid_label(entry.get("grid") or {})
-        groups.setdefault(entry["candidate"] + (f", {grid}" if grid else ""), []).append(entry)
-    return groups
-
-
-def _forest_lines(entries: list[dict[str, Any]]) -> float:
-    return sum(1.15 + len(group) for group in _forest_groups(entries).values())
-
-
-def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[str, Any]]) -> None:
-    description = describe(report, metric)
-    scale = 100.0 if description["format"].endswith("%}") else 1.0
-    y, values = 0.0, [0.0]
-    for label, group in _forest_groups(entries).items():
-        clear = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1}
-        place = axes.get_yaxis_transform()
-        axes.text(0.0, -y, label, transform=place, va="center", fontsize=8.5, zorder=5, bbox=clear)
-        for entry in group:
-            y += 1
-            colour = arm_colour(arm_slot(report, entry["candidate"]) or 0)
-            difference = scale * entry["difference"]
-            if entry["ci_low"] is not None and entry["ci_high"] is not None:
-                ends = [scale * entry["ci_low"], scale * entry["ci_high"]]
-                axes.plot(ends, [-y, -y], color=colour, linewidth=2, solid_capstyle="butt")
-                values += ends
-            face = PAPER if entry["unit"] == "seed" else colour
-            size = 3.5 if entry["unit"] == "item" else 5.5
-            axes.plot(difference, -y, "o", color=colour, markerfacecolor=face, markersize=size, markeredgewidth=1.5)
-            values.append(difference)
-        y += 1.15
-    room = 0.06 * (max(values) - min(values) or 1)
-    low, high = min(values) - room, max(values) + room
-    axes.axvspan(*((0, high) if description["higher_is_better"] else (low, 0)), color=GOOD, alpha=0.1, linewidth=0)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    axes.set(xlim=(low, high), ylim=(0.6 - y, 0.7), yticks=[])
-    axes.set_title(description["label"] + (", in points" if scale > 1 else ""), pad=5)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
 def _epsilons(report: Report, grid: Grid) -> Picture | None:
-    figure, axes = _axes(3.0)
+    figure, axes = new_axes(3.0)
     drawn = []
     for arm in report.get("arms", []):
         before, after = (_site_values(arm, grid, key) for key in ("epsilon_start", "epsilon"))
         if not any(any(values) for values in after.values()):
             continue
-        style = _line(report, arm["arm"])
+        style = line_style(report, arm["arm"])
         x = np.arange(len(after))
         mean = [statistics.fmean(values) for values in after.values()]
         low, high = [min(values) for values in after.values()], [max(values) for values in after.values()]
@@ -302,7 +176,7 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
     replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
-    figure, axes = _axes(3.0)
+    figure, axes = new_axes(3.0)
     x = np.linspace(-4, 3, 281)
     axes.plot(x, formula(x), color=INK, linewidth=3.2, alpha=0.28)
     axes.plot(x, np.maximum(x, 0), color=MUTED, linewidth=1, linestyle=(0, (2, 2)))

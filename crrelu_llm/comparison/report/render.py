@@ -11,12 +11,24 @@ from markupsafe import Markup
 
 from crrelu_llm.comparison.report import evaluation, tables, text
 from crrelu_llm.comparison.report.contents import Report
-from crrelu_llm.comparison.report.plots import arm_key, pictures
+from crrelu_llm.comparison.report.cost import cost
+from crrelu_llm.comparison.report.drawing import arm_key
+from crrelu_llm.comparison.report.examples import examples
+from crrelu_llm.comparison.report.plots import pictures
 from crrelu_llm.comparison.report.verdict import draw_verdict, notes
 
 _OVER_SEEDS = "Mean ± standard deviation over the seeds that finished; peak memory is the largest of them."
 _OVER_ITEMS = (
-    "In brackets, the 95 % bootstrap interval over the items of the task, of a metric that is a mean of them."
+    "In brackets, the 95 % interval over the items of the task, of a metric that is a mean of them: Wilson's of what "
+    "is right or wrong, else the bootstrap's."
+)
+_THIS_MACHINE = "They are those of this machine and of what else it did meanwhile"
+_COST_OF_TRAINING = (
+    "Time and tokens/s are means over the seeds that finished, peak memory is the largest of them; the ratio is to "
+    f"the baseline's. {_THIS_MACHINE}; `crrelu bench` measures speed itself."
+)
+_COST_OF_EVALUATION = (
+    f"Of the tasks that are there; the ratio is to the baseline's, of the same number of items. {_THIS_MACHINE}."
 )
 
 
@@ -60,20 +72,25 @@ def _contents(report: Report) -> dict[str, Any]:
     environment = dict(report.get("environment") or {})
     versions = environment.pop("versions", None)
     evaluated = evaluation.is_evaluation(report)
+    verdict = draw_verdict(report)
     return {
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
-        "verdict": draw_verdict(report),
+        "verdict": verdict,
         "notes": (evaluation.notes if evaluated else notes)(report),
         "overview": (evaluation if evaluated else tables).overview(report),
         "results": (evaluation if evaluated else tables).results(report),
         "results_hint": _OVER_ITEMS if evaluated else _OVER_SEEDS,
         "swaps": tables.swaps(report),
+        "cost": cost(report),
+        "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
         "comparisons": tables.comparisons(report),
         "failures": tables.failures(report),
         "data": tables.data(report),
         "baseline": str(report.get("baseline")),
         "reading": tables.reading(report),
+        "examples": examples(report, verdict.candidate, verdict.grid),
+        "candidate": verdict.candidate,
         "command": str(report.get("command") or ""),
         "versions": tables.settings(versions),
         "machine": tables.settings(environment),

@@ -105,7 +105,7 @@ def _one(case: dict[str, Any], how: str) -> int:
     import torch
 
     from crrelu_llm.bench.memory import peak_memory
-    from crrelu_llm.training.memory import PeakMemory
+    from crrelu_llm.memory import PeakMemory
 
     with tempfile.TemporaryDirectory() as folder:
         before = psutil.Process().memory_info().rss

@@ -1,0 +1,79 @@
+"""What single items of a task are compared by: a number of each item that says more than right or wrong."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
+
+# Measured for every item, and finer than the metric that the verdict looks at.
+_FINER = ("reward_margin", "logp_margin", "loss")
+
+
+@dataclass
+class Contrast:
+    """A value for every item of a task, in the order of the data; `metric` is one of the task's, or `"margin"`."""
+
+    metric: str
+    label: str
+    higher_is_better: bool
+    format: str
+    values: list[float]
+
+
+def contrast(result: dict[str, Any]) -> Contrast | None:
+    """The contrast of a task's result: the rewards' margin, the right answer's lead over the others, or a metric.
+
+    Args:
+        result: What `Measured.as_dict` gave.
+
+    Returns:
+        None where the task keeps no values of items.
+    """
+    items = result["items"]
+    leads = [] if "logp_margin" in items else [_lead(example) for example in result["examples"]]
+    known = [lead for lead in leads if lead is not None]
+    if known and len(known) == len(leads) and "acc" in items and set(items["acc"]) <= {0.0, 1.0}:
+        label = "log-probability of the right answer less that of the best other (nats)"
+        return Contrast("margin", label, True, "{:.3f}", known)
+    metric = next((name for name in (*_FINER, *PRIMARY) if name in items), next(iter(items), None))
+    if metric is None:
+        return None
+    label, better, pattern = KNOWN.get(metric.partition(",")[0], (metric.replace("_", " "), True, "{:.4f}"))
+    return Contrast(metric, label, result["higher_is_better"].get(metric, better), pattern, items[metric])
+
+
+def shown(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What to show of an item: its prompt, and what baseline and candidate gave each of its options.
+
+    Args:
+        example: One of the baseline's result.
+        other: The same item of the candidate's.
+    """
+    right = _right(example)
+    texts = example["options"] or [""] * len(example["responses"])
+    options = [
+        {
+            "text": text,
+            "right": None if right is None else index == right,
+            "baseline": mine,
+            "candidate": theirs,
+        }
+        for index, (text, mine, theirs) in enumerate(
+            zip(texts, example["responses"], other["responses"], strict=False)
+        )
+    ]
+    return {"group": example["group"], "prompt": example["prompt"], "target": example["target"], "options": options}
+
+
+def _lead(example: dict[str, Any]) -> float | None:
+    """By how much the right option is more probable than the best of the others, in nats."""
+    right, responses = _right(example), example["responses"]
+    if right is None or len(responses) != len(example["options"]) or any(isinstance(r, str) for r in responses):
+        return None
+    return float(responses[right] - max(value for index, value in enumerate(responses) if index != right))
+
+
+def _right(example: dict[str, Any]) -> int | None:
+    """The index of the right one of several options."""
+    target, count = str(example["target"]), len(example["options"])
+    return int(target) if count > 1 and target.isdecimal() and int(target) < count else None
