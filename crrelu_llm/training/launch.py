@@ -1,5 +1,7 @@
 """`accelerate launch` from within: a recipe or command line with launch options starts itself on several processes."""
 
+import contextlib
+import io
 import logging
 import os
 import subprocess
@@ -58,10 +60,13 @@ def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any
             arguments.append(f"--{key}")
         elif value is not False and value is not None:
             arguments += [f"--{key}", str(value)]
+    said = io.StringIO()
     try:
-        parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", *command, *rest])
+        with contextlib.redirect_stderr(said):  # argparse's usage of a hundred options
+            parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", *command, *rest])
     except SystemExit as error:
-        raise InputError(f"accelerate launch refuses these options: {' '.join(arguments)}") from error
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise InputError(f"accelerate launch refuses {' '.join(arguments)}: {reason}") from error
     if parsed.cpu and (parsed.num_processes or 1) > 1:
         raise InputError(
             "accelerate launch --cpu runs one process, whatever num_processes says; for several on a CPU use "
@@ -115,10 +120,22 @@ def _config_file(name: str) -> str:
     from crrelu_llm.recipes_path import recipes_dir
 
     if Path(name).is_file():
-        return name
+        return _readable(name)
     folder = recipes_dir() / "accelerate_configs"
     shipped = folder / f"{name}.yaml"
     if not shipped.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise InputError(f"{CONFIG_KEY} {name!r} is neither a file nor one of {known}")
     return str(shipped)
+
+
+def _readable(path: str) -> str:
+    """The path of a configuration that Accelerate can read."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(path)
+    except Exception as error:  # YAML, JSON and Accelerate's own checks raise errors of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{CONFIG_KEY} {path} is no configuration of Accelerate: {reason}") from error
+    return path

@@ -59,3 +59,25 @@ def test_an_unknown_accelerate_config_is_one_line(workshop, launched):
     with pytest.raises(InputError, match="accelerate_config 'fsdp3' is neither a file nor one of ddp, fsdp2"):
         launch.relaunch_if_asked(["sft"], ["--accelerate_config", "fsdp3"], {}, set())
     assert not launched
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("num_processes: [1", "expected"),
+        ("distributed_type: 'NO'\ncompute_environment: LOCAL_MACHINE\nno_such_key: 1\n", "no_such_key"),
+        ("just words", ""),
+    ],
+)
+def test_a_configuration_that_accelerate_cannot_read_is_named(tmp_path, text, reason):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"mine\.yaml is no configuration of Accelerate") as error:
+        launch.relaunch_if_asked(["sft"], [], {"accelerate_config": str(path)}, set())
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_accelerate_refuses_is_said_in_one_line(capfd):
+    with pytest.raises(InputError, match=r"refuses --num_processes two: .*invalid int value: 'two'"):
+        launch.relaunch_if_asked(["sft"], ["--num_processes", "two"], {}, set())
+    assert capfd.readouterr().err == ""
