@@ -91,7 +91,7 @@ def _launched(argv: list[str], config: str) -> int | None:
     return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
 
-def write(output_dir: Path, margins: dict[str, float] | None = None) -> str:
+def write(output_dir: Path, margins: dict[str, float] | None = None, with_examples: bool = True) -> str:
     """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict."""
     from crrelu_llm.comparison import evaluation, results
     from crrelu_llm.comparison.report import write_report
@@ -101,5 +101,7 @@ def write(output_dir: Path, margins: dict[str, float] | None = None) -> str:
         report = evaluation.build_report(output_dir, margins)
     else:
         report = results.build_report(output_dir, margins)
+    if not with_examples:
+        report["examples"] = []
     write_report(report, output_dir)
     return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"

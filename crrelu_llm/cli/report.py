@@ -18,6 +18,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--margin", nargs="+", type=_margin, default=[], metavar="METRIC=VALUE",
         help="the largest difference that counts as none, for 'no worse' and 'equivalent' (default: 0.01 nats of "
         "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy)")  # fmt: skip
+    parser.add_argument("--without_examples", action="store_true",
+        help="leave out the texts of single items, as for a report to be published")  # fmt: skip
     parser.add_argument("--format", choices=("html", "md", "json", "csv"), help="print the report in this format, and "
         "not the verdict alone; csv: the metrics of every run, one a line")  # fmt: skip
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="as --format json")
@@ -25,7 +27,7 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.cli.compare import write
 
     directory = Path(args.directory)
-    verdict = write(directory, dict(args.margin))
+    verdict = write(directory, dict(args.margin), not args.without_examples)
     if args.format == "csv":
         from crrelu_llm.comparison.report.render import render_csv
 

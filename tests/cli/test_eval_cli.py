@@ -51,10 +51,10 @@ def report(place, out="out"):
 
 
 def numbers(place, out="out"):
-    """A report without the times and what names its directory."""
+    """A report without the cost and what names its directory."""
     found = report(place, out)
     for arm in found["arms"]:
-        arm["runs"][0].pop("seconds")
+        del arm["runs"][0]["seconds"], arm["runs"][0]["peak_memory_bytes"]
     return {key: found[key] for key in ("arms", "comparisons", "data", "metrics", "verdict", "notes")}
 
 
@@ -93,6 +93,16 @@ def test_two_models_side_by_side(place, tiny_checkpoint, patched, capsys, monkey
         text = (place / "out" / name).read_text()
         assert found["verdict"] in text and "arc_easy: accuracy" in text
     assert 'role="img"' in (place / "out" / "report.html").read_text()
+    assert run["peak_memory_bytes"] > 0 and sum(run["seconds"].values()) > 0
+    changes = {entry["metric"]: entry for entry in found["changes"]}
+    assert set(changes) == {"arc_easy/margin", "blimp/margin", "hh_harmless/logp_margin"}
+    right = [sum(base > 0 for base, _ in changes[f"{task}/margin"]["points"]) for task in ("arc_easy", "blimp")]
+    base = found["arms"][0]["runs"][0]["metrics"]
+    assert right == [round(6 * base["arc_easy/acc"]), round(12 * base["blimp/acc"])]
+    example = next(entry for entry in found["examples"] if entry["metric"] == "hh_harmless/logp_margin")
+    chosen, rejected = example["options"]
+    assert chosen["right"] and not rejected["right"]
+    assert chosen["candidate"] - rejected["candidate"] == pytest.approx(example["values"][1])
 
 
 def test_an_interrupted_evaluation_goes_on(place, tiny_checkpoint, patched, capsys, monkeypatch):
@@ -119,6 +129,13 @@ def test_an_interrupted_evaluation_goes_on(place, tiny_checkpoint, patched, caps
     (place / "out" / "report.json").unlink()
     assert command_line.main(["report", str(place / "out")]) == 0
     assert numbers(place) == numbers(place, "whole")
+    assert report(place)["examples"]
+    argv = ["report", str(place / "out"), "--without_examples", "--margin", "arc_easy/acc=0.9"]
+    assert command_line.main(argv) == 0
+    assert report(place)["examples"] == [] and report(place)["changes"]
+    (entry,) = [entry for entry in report(place)["comparisons"] if entry["metric"] == "arc_easy/acc"]
+    assert entry["equivalence_margin"] == 0.9
+    assert "no such metric" in refused(capsys, "report", place / "out", "--margin", "loss=0.1")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from runs import Workshop, write_recipe
+from runs import Workshop, dpo_rows, sft_rows, write_recipe
 
 from crrelu_llm.cli.main import main
 
@@ -73,6 +73,23 @@ def test_the_report_follows_the_contract(sft):
     assert all(len(entry["sha256"]) == 64 for entry in report["data"])
     items = [entry for entry in report["comparisons"] if entry["unit"] == "item"]
     assert {entry["n"] for entry in items} == {8}
+
+
+def test_examples_are_documents_with_the_mean_of_the_seeds(sft):
+    report, seeds, documents = read(sft), (0, 1), [row["text"] for row in sft_rows(8, seed=2)]
+    assert {entry["candidate"] for entry in report["examples"]} == {arm["arm"] for arm in report["arms"][1:]}
+    for entry in report["examples"]:
+        losses = [
+            [
+                json.loads((sft / arm / f"seed-{seed}" / "run.json").read_text())["items"]["loss"][entry["item"]]
+                for seed in seeds
+            ]
+            for arm in (entry["baseline"], entry["candidate"])
+        ]
+        means = [sum(values) / len(seeds) for values in losses]
+        assert entry["values"] == pytest.approx(means)
+        assert entry["outcome"] == ("better" if means[1] < means[0] else "worse")
+        assert documents[entry["item"]] in entry["prompt"] and entry["options"] == []
 
 
 def test_arms_start_from_their_own_patch(sft):
@@ -230,6 +247,13 @@ def test_dpo_with_a_grid_and_discarded_models(workshop):
                 *("loss", "reward_accuracy", "reward_margin", "longer_answer_accuracy", "perplexity")
             }
     assert {entry["grid"]["beta"] for entry in report["comparisons"]} == {0.1, 2}
+    assert {entry["grid"]["beta"] for entry in report["examples"]} == {0.1, 2}
+    rows = dpo_rows(8, seed=2)
+    for entry in report["examples"]:
+        row, (chosen, rejected) = rows[entry["item"]], entry["options"]
+        assert row["prompt"] in entry["prompt"]
+        assert row["chosen"] in chosen["text"] and row["rejected"] in rejected["text"]
+        assert chosen["right"] and not rejected["right"]
     assert not any(entry["metric"] == "longer_answer_accuracy" for entry in report["comparisons"])
     assert any(entry["test"] == "mcnemar" for entry in report["comparisons"])
 
