@@ -56,7 +56,11 @@ def run(argv: list[str]) -> int:
     print(json.dumps(document, indent=2, ensure_ascii=False) if args.json else _table(document))
     patch = ["crrelu", "patch", args.model, "--density", "fitted", "--calibration_data", args.data]
     patch += ["--trust_remote_code"] if args.trust_remote_code else []
-    print(f"saved to {output_dir}; to patch with centres and widths from this text:", file=sys.stderr)
+    print(
+        f"saved to {output_dir}; to patch with centres and widths from this text (of each site they are measured after "
+        "the sites before it are patched, so they differ a little from these):",
+        file=sys.stderr,
+    )
     print(
         f"  {shlex.join([*patch, '--calibration_tokens', str(args.tokens), '--output_dir', 'patched'])}",
         file=sys.stderr,
