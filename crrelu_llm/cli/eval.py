@@ -34,6 +34,7 @@ def _parser() -> Parser:
     add("--beta", type=float, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
     add("--output_dir", required=True, metavar="D", help="where results and report.{html,md,json} go")
     add("--batch_size", type=_batch_size, default="auto", metavar="N", help="rows of a batch (default: auto)")
+    add("--max_length", type=_count, metavar="N", help="at most N tokens of context (default: the model's own)")
     add("--apply_chat_template", action="store_true", help="write prompts in the model's chat template")
     add("--dtype", choices=DTYPES, default="float32", help="what models are loaded in (default: float32)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
@@ -80,6 +81,7 @@ def run(argv: list[str]) -> int:
             chat=args.apply_chat_template,
             dtype=args.dtype,
             batch_size=args.batch_size,
+            max_length=args.max_length,
             device=_device(args.device),
             command=shlex.join(["crrelu", "eval", *argv]),
         )

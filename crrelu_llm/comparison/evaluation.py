@@ -51,7 +51,9 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         "command": settings["command"],
         "created": settings["created"],
         "trainer": "eval",
-        "recipe": {key: settings[key] for key in ("suite", "limit", "chat_template", "dtype", "batch_size")}
+        "recipe": {
+            key: settings[key] for key in ("suite", "limit", "chat_template", "dtype", "batch_size", "max_length")
+        }
         | {"models": settings["models"], "tasks": settings["tasks"]}
         | ({"reference": settings["reference"], "beta": settings["beta"]} if settings["reference"] else {}),
         "environment": settings["environment"],

@@ -23,6 +23,16 @@ class EvaluationLM(HFLM):
     A GPU says when its memory is full, and lm-eval then halves; a CPU's process is killed instead.
     """
 
+    def __init__(self, *args: Any, longest: int | None = None, **kwargs: Any) -> None:
+        self._longest = longest
+        super().__init__(*args, **kwargs)
+
+    @property
+    def max_length(self) -> int:
+        """The model's context in tokens, or the shorter one that was asked for."""
+        own = int(super().max_length)
+        return own if self._longest is None else min(own, self._longest)
+
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
         if self.device.type != "cpu":
             return super()._batch_scheduler(pos, n_reordered_requests)
@@ -66,7 +76,9 @@ class EvaluationLM(HFLM):
         ]
 
 
-def build(model: Any, tokenizer: Any, batch_size: int | str, device: torch.device) -> EvaluationLM:
+def build(
+    model: Any, tokenizer: Any, batch_size: int | str, device: torch.device, max_length: int | None = None
+) -> EvaluationLM:
     """The language model that lm-eval asks.
 
     Args:
@@ -74,6 +86,7 @@ def build(model: Any, tokenizer: Any, batch_size: int | str, device: torch.devic
         tokenizer: Its tokenizer.
         batch_size: Rows of a batch, or `"auto"`.
         device: Where to compute.
+        max_length: The longest context in tokens, where the model's own is longer.
     """
     with quiet():
         return EvaluationLM(
@@ -82,6 +95,7 @@ def build(model: Any, tokenizer: Any, batch_size: int | str, device: torch.devic
             batch_size=batch_size,
             max_batch_size=_LARGEST,
             softmax_dtype="float32",
+            longest=max_length,
         )
 
 

@@ -16,6 +16,7 @@ _WORDS = {
     "data": "another data version",
     "dtype": "another dtype",
     "device": "another kind of device",
+    "max_length": "another --max_length",
     "versions": "other versions of the libraries",
 }
 

@@ -48,6 +48,7 @@ class Evaluation:
         chat: Whether to apply the chat template.
         dtype: What models are loaded in.
         batch_size: Rows of a batch, or `"auto"`.
+        max_length: The longest context in tokens; None for the models' own.
         device: Where to compute.
         command: The exact command, for the report.
     """
@@ -64,6 +65,7 @@ class Evaluation:
     chat: bool = False
     dtype: str = "float32"
     batch_size: int | str = "auto"
+    max_length: int | None = None
     device: str = "cpu"
     command: str = ""
 
@@ -103,6 +105,8 @@ def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) ->
         # those that may change a number
         "versions": {name: version(name) for name in ("crrelu_llm", "lm_eval", "torch", "transformers")},
     }
+    if evaluation.max_length is not None:
+        common["max_length"] = evaluation.max_length
     return {MODEL: common} | {task.name: common | {"task": task.config, "data": task.data} for task in tasks}
 
 
@@ -180,7 +184,8 @@ def _one_model(
     _say(f"{model.name}: loading {model.path}")
     loaded = named.load(model, evaluation.dtype)
     write_result(places[MODEL], keys[MODEL], named.describe(loaded) | {"path": model.path})
-    lm = build(loaded, tokenizer, evaluation.batch_size, torch.device(evaluation.device))
+    device = torch.device(evaluation.device)
+    lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)
     failed = {}
     try:
         require_finite(loaded, _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size)
@@ -235,6 +240,7 @@ def _settings(
         "chat_template": evaluation.chat,
         "dtype": evaluation.dtype,
         "batch_size": evaluation.batch_size,
+        "max_length": evaluation.max_length,
         "device": evaluation.device,
         "command": evaluation.command,
         "tokenizers": {name: named.tokenizer_identity(tokenizer) for name, tokenizer in tokenizers.items()},

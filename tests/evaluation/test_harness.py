@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from suite_data import arc, by_hand, language_model, write, write_all
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.documents import truthful_share, wikitext_pages
 from crrelu_llm.evaluation.harness import HarnessTask, manager_for
+from crrelu_llm.evaluation.lm import build
 from crrelu_llm.evaluation.suites import read_suite
 
 PLAIN = {
@@ -171,3 +174,22 @@ def test_the_share_of_true_answers():
     results = [(math.log(0.2), False), (math.log(0.3), False), (math.log(0.1), True)]
     assert truthful_share(doc, results)["acc"] == pytest.approx(0.5)
     assert truthful_share(doc, [(value - 5000, flag) for value, flag in results])["acc"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(16, 16), (10_000, None)])
+def test_a_shorter_context_is_that_of_lm_eval(tiny_llama_checkpoint, asked, used):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama_checkpoint),
+        AutoTokenizer.from_pretrained(tiny_llama_checkpoint),
+    )
+    lm = build(model, tokenizer, 4, torch.device("cpu"), asked)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=used)
+    texts = ["one two three four " * 20, "five six"]
+    requests = [
+        Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=i)
+        for i, text in enumerate(texts)
+    ]
+    assert lm.max_length == theirs.max_length
+    assert lm.loglikelihood_rolling(requests) == theirs.loglikelihood_rolling(requests)
+    ((_, tokens, cut),) = lm.score([("a b c d " * 10, " e f")])
+    assert cut == (used is not None) and tokens < 16

@@ -57,8 +57,8 @@ def run(argv: list[str]) -> int:
     patch = ["crrelu", "patch", args.model, "--density", "fitted", "--calibration_data", args.data]
     patch += ["--trust_remote_code"] if args.trust_remote_code else []
     print(
-        f"saved to {output_dir}; to patch with centres and widths from this text (of each site they are measured after "
-        "the sites before it are patched, so they differ a little from these):",
+        f"saved to {output_dir}; to patch with centres and widths from this text (each site's are measured after the "
+        "sites before it are patched, so they differ a little from these):",
         file=sys.stderr,
     )
     print(

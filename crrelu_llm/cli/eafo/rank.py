@@ -112,8 +112,8 @@ def _text(document: dict[str, Any]) -> str:
         "Means over the sites, in nats ± the error of drawing the samples. entropy is −∞ where an activation is flat; "
         "standardised is at unit\nvariance; rounded, at unit variance and a resolution of 0.05, is what ranks, least "
         "entropy first. distance is from the model's own\nactivation, relative to its variance. "
-        f"+eafo: plus {document['epsilon']:g} times the activation's own correction for the site's density. Before any "
-        "calibration, which\nchanges scale and shift."
+        f"+eafo: plus {document['epsilon']:g} times the activation's own correction for the site's density. Before "
+        "any calibration,\nwhich changes scale and shift."
     )
     if document["prediction"]:
         lines += ["", *_prediction(document["prediction"])]
