@@ -98,7 +98,7 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, dict[str, str]]:
 
 def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) -> dict[str, dict[str, Any]]:
     """All that decides the numbers of a model, by task."""
-    common = {
+    common: dict[str, Any] = {
         "model": identity,
         "dtype": evaluation.dtype,
         "device": evaluation.device,
