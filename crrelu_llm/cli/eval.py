@@ -66,25 +66,24 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.evaluation.run import Evaluation, run_evaluation, say_alone
 
     say_alone()
-    failures = run_evaluation(
-        Evaluation(
-            models=parse_models(args.models),
-            specs=specs,
-            output_dir=output_dir,
-            baseline=args.baseline or next((name for name in ("gelu", "native") if name in names), names[0]),
-            reference=args.reference,
-            beta=args.beta,
-            suite=args.suite if Path(args.suite).suffix == "" else Path(args.suite).stem,
-            data_dir=None if args.data_dir is None else Path(args.data_dir),
-            limit=args.limit,
-            chat=args.apply_chat_template,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            device=_device(args.device),
-            command=shlex.join(["crrelu", "eval", *argv]),
-        )
+    evaluation = Evaluation(
+        models=parse_models(args.models),
+        specs=specs,
+        output_dir=output_dir,
+        baseline=args.baseline or next((name for name in ("gelu", "native") if name in names), names[0]),
+        reference=args.reference,
+        beta=args.beta,
+        suite=args.suite if Path(args.suite).suffix == "" else Path(args.suite).stem,
+        data_dir=None if args.data_dir is None else Path(args.data_dir),
+        limit=args.limit,
+        chat=args.apply_chat_template,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        device=_device(args.device),
+        command=shlex.join(["crrelu", "eval", *argv]),
     )
-    verdict = write(output_dir)
+    with run_evaluation(evaluation) as failures:
+        verdict = write(output_dir)
     print((output_dir / "report.json").read_text() if args.json else verdict)
     for model, tasks in failures.items():
         print(f"crrelu eval: {model} failed on {', '.join(tasks)}; the other results are kept", file=sys.stderr)

@@ -134,6 +134,15 @@ def test_a_killed_evaluation_goes_on(place, tiny_checkpoint, patched, tmp_path_f
     assert not list((place / "out").rglob("*.tmp"))
 
 
+def test_two_evaluations_in_one_directory(place, tiny_checkpoint, capsys):
+    from crrelu_llm.evaluation.results import alone
+
+    argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
+    with alone(place / "out"):
+        assert "another `crrelu eval` is at work there" in refused(capsys, *argv)
+    assert command_line.main(argv) == 0
+
+
 def test_other_data_and_other_settings(place, tiny_checkpoint, capsys):
     argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
     assert command_line.main(argv) == 0
