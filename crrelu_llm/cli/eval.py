@@ -31,7 +31,7 @@ def _parser() -> Parser:
     add("--limit", type=_count, metavar="N", help="at most N items of each task, spread over its groups")
     add("--baseline", metavar="NAME", help="the model to compare with (default: gelu, native, or the first)")
     add("--reference", metavar="NAME", help="the model that rewards of preference pairs are measured against")
-    add("--beta", type=float, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
+    add("--beta", type=_beta, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
     add("--output_dir", required=True, metavar="D", help="where results and report.{html,md,json} go")
     add("--batch_size", type=_batch_size, default="auto", metavar="N", help="rows of a batch (default: auto)")
     add("--apply_chat_template", action="store_true", help="write prompts in the model's chat template")
@@ -121,6 +121,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _beta(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _batch_size(text: str) -> int | str:

@@ -76,7 +76,9 @@ def other_result(path: Path, key: dict[str, Any]) -> str | None:
     others = [file for file in path.parent.glob(f"{glob.escape(task)}-*.json") if file.stem.rpartition("-")[0] == task]
     if not others:
         return None
-    found, wanted = _read(max(others, key=lambda file: file.stat().st_mtime)).get("key") or {}, plain(key)
+    found, wanted = _read(max(others, key=lambda file: file.stat().st_mtime)).get("key"), plain(key)
+    if not found:
+        return None  # damaged: as good as none
     return " and ".join(_WORDS.get(part, part) for part in wanted if found.get(part) != wanted[part])
 
 
