@@ -1,5 +1,6 @@
 """`crrelu card`: a Hugging Face model card of a patched checkpoint."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import DiskError, InputError
 
 
 def _parser() -> Parser:
@@ -43,10 +44,16 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.comparison.card import card
 
     text = card(checkpoint, _report(args.report), args.arm)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise DiskError(f"{path} could not be written: {str(error.strerror).lower()}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
     print(f"saved to {path}", file=sys.stderr)
     if args.push_to_hub:
         from huggingface_hub import ModelCard
@@ -63,6 +70,7 @@ def _report(name: str | None) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--report {path}: cannot be read ({error}); give a directory with a report.json") from None
-    if not isinstance(found, dict) or not isinstance(found.get("arms"), list):
+    arms = found.get("arms") if isinstance(found, dict) else None
+    if not isinstance(arms, list) or not all(isinstance(arm, dict) and "arm" in arm and "runs" in arm for arm in arms):
         raise InputError(f"--report {path}: no report of crrelu_llm (it has no arms)")
     return found

@@ -31,7 +31,7 @@ def _parser() -> Parser:
     add("--limit", type=_count, metavar="N", help="at most N items of each task, spread over its groups")
     add("--baseline", metavar="NAME", help="the model to compare with (default: gelu, native, or the first)")
     add("--reference", metavar="NAME", help="the model that rewards of preference pairs are measured against")
-    add("--beta", type=float, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
+    add("--beta", type=_beta, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
     add("--output_dir", required=True, metavar="D", help="where results and report.{html,md,json} go")
     add("--batch_size", type=_batch_size, default="auto", metavar="N", help="rows of a batch (default: auto)")
     add("--max_length", type=_count, metavar="N", help="at most N tokens of context (default: the model's own)")
@@ -67,26 +67,25 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.evaluation.run import Evaluation, run_evaluation, say_alone
 
     say_alone()
-    failures = run_evaluation(
-        Evaluation(
-            models=parse_models(args.models),
-            specs=specs,
-            output_dir=output_dir,
-            baseline=args.baseline or next((name for name in ("gelu", "native") if name in names), names[0]),
-            reference=args.reference,
-            beta=args.beta,
-            suite=args.suite if Path(args.suite).suffix == "" else Path(args.suite).stem,
-            data_dir=None if args.data_dir is None else Path(args.data_dir),
-            limit=args.limit,
-            chat=args.apply_chat_template,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            device=_device(args.device),
-            command=shlex.join(["crrelu", "eval", *argv]),
-        )
+    evaluation = Evaluation(
+        models=parse_models(args.models),
+        specs=specs,
+        output_dir=output_dir,
+        baseline=args.baseline or next((name for name in ("gelu", "native") if name in names), names[0]),
+        reference=args.reference,
+        beta=args.beta,
+        suite=args.suite if Path(args.suite).suffix == "" else Path(args.suite).stem,
+        data_dir=None if args.data_dir is None else Path(args.data_dir),
+        limit=args.limit,
+        chat=args.apply_chat_template,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        device=_device(args.device),
+        command=shlex.join(["crrelu", "eval", *argv]),
     )
-    verdict = write(output_dir)
+    with run_evaluation(evaluation) as failures:
+        verdict = write(output_dir)
     print((output_dir / "report.json").read_text() if args.json else verdict)
     for model, tasks in failures.items():
         print(f"crrelu eval: {model} failed on {', '.join(tasks)}; the other results are kept", file=sys.stderr)
@@ -124,6 +123,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _beta(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _batch_size(text: str) -> int | str:

@@ -10,6 +10,7 @@ from crrelu_llm.errors import InputError
 
 FILE = "README.md"
 PAPER = "arXiv 2405.12954"
+_FILES = (".gz", ".zst", ".json", ".jsonl", ".parquet", ".txt", ".text", ".csv", ".gguf")
 
 
 def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None = None) -> str:
@@ -30,43 +31,52 @@ def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None
     patch = _read(checkpoint / "patch_report.json") or _read(checkpoint / "patched" / "patch_report.json") or {}
     run = _read(checkpoint / "run.json") or {}
     entry = None if report is None else _find(report, arm)
+    if entry is not None and entry.get("activation") != section["activation"]:
+        raise InputError(
+            f"--arm {entry['arm']}: its activation is {entry.get('activation')}, that of {checkpoint} is "
+            f"{section['activation']}; name the arm that this checkpoint is"
+        )
     base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
     data = ModelCardData(
         library_name="peft" if (checkpoint / "adapter_config.json").is_file() else "transformers",
         pipeline_tag="text-generation",
         # The Hub links base models by their names there; a path on somebody's disk is none.
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
-        tags=["crrelu", section["activation"], *([run["kind"]] if run else [])],
+        tags=["crrelu", section["activation"], *([run["kind"]] if run.get("kind") else [])],
         datasets=_hub_names(report, run) or None,
         model_name=checkpoint.resolve().name if entry is not None else None,
         eval_results=None if report is None or entry is None else _results(report, entry),
     )
     parts = [_introduction(checkpoint, section, base), _use(checkpoint), _table(section, sites, patch)]
     parts += [_calibration(patch)] if patch else []
-    parts += [_training(run)] if run else []
+    parts += [_training(run)] if run.get("kind") else []
     parts += [_evaluation(report, entry)] if report is not None and entry is not None else []
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """The section of the config, and ε of every site from the weights."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     adapter = _read(checkpoint / "adapter_config.json")
     home = checkpoint if adapter is None else Path(adapter.get("base_model_name_or_path") or "")
     section = (_read(home / "config.json") or {}).get("crrelu")
-    if not isinstance(section, dict):
+    if not isinstance(section, dict) or not {"activation", "epsilon_per", "sites"} <= section.keys():
         raise InputError(
             f"{checkpoint}: no checkpoint that crrelu_llm patched (config.json there has no crrelu section); give the "
             "output_dir of `crrelu patch`, `sft` or `dpo`"
         )
     epsilon: dict[str, list[float]] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                if name.endswith(".epsilon"):
-                    path = name.removeprefix("base_model.model.").removesuffix(".epsilon")
-                    epsilon[path] = weights.get_tensor(name).flatten().tolist()
+    # An adapter that did not train ε has none; then it is that of the model under it.
+    for file in [*sorted(home.glob("*.safetensors")), *sorted(checkpoint.glob("*.safetensors"))]:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    if name.endswith(".epsilon"):
+                        path = name.removeprefix("base_model.model.").removesuffix(".epsilon")
+                        epsilon[path] = weights.get_tensor(name).flatten().tolist()
+        except SafetensorError as error:
+            raise InputError(f"{file}: cannot be read ({error}); copy or save the checkpoint again") from None
     return section, epsilon
 
 
@@ -95,7 +105,9 @@ def _find(report: dict[str, Any], name: str | None) -> dict[str, Any]:
 
 
 def _is_hub_name(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith(("builtin:", ".", "/")) and not Path(name).exists()
+    if name.startswith(("builtin:", ".", "/")) or name.endswith(_FILES):  # a file of data/x.jsonl.gz is none
+        return False
+    return name.count("/") <= 1 and not Path(name).exists()
 
 
 def _hub_names(report: dict[str, Any] | None, run: dict[str, Any]) -> list[str]:
@@ -108,18 +120,30 @@ def _results(report: dict[str, Any], arm: dict[str, Any]) -> list[Any]:
     """The arm's metrics as the Hub's metadata has them: means over the finished runs."""
     from huggingface_hub import EvalResult
 
-    data = (report.get("data") or [{"name": "unknown"}])[-1]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=data["name"],
-            dataset_name=" ".join(filter(None, (data["name"], data.get("split")))),
-            metric_type=name,
-            metric_name=name.replace("_", " "),
-            metric_value=round(value, 6),
+    found = []
+    for name, value in _means(arm).items():
+        data, metric = _data_of(report, name)
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data["name"],
+                dataset_name=" ".join(filter(None, (data["name"], data.get("split")))),
+                metric_type=metric,
+                metric_name=metric.replace("_", " "),
+                metric_value=round(value, 6),
+            )
         )
-        for name, value in _means(arm).items()
-    ]
+    return found
+
+
+def _data_of(report: dict[str, Any], metric: str) -> tuple[dict[str, Any], str]:
+    """The data that a metric was measured on, and the metric's name there; an evaluation's are called task/metric."""
+    data = report.get("data") or [{"name": "unknown"}]
+    if report.get("trainer") != "eval":
+        return data[-1], metric
+    task, _, name = metric.partition("/")
+    by_task = dict(zip((report.get("recipe") or {}).get("tasks") or [], data, strict=False))
+    return by_task.get(task) or {"name": task}, name
 
 
 def _means(arm: dict[str, Any]) -> dict[str, float]:
@@ -135,7 +159,8 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
     if section.get("density") == "fitted":
         formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
     what = f"CRReLU, {formula} ({PAPER}), {per}" if section["activation"] == "crrelu" else section["activation"]
-    source = f" of {_code(base)}" if base else ""
+    # A directory of somebody's disk is not for the world to read.
+    source = f" of {_code(base if _is_hub_name(str(base)) else Path(str(base)).name)}" if base else ""
     return (
         f"# {escape_markdown(checkpoint.resolve().name)}\n\n"
         f"The activation of the {len(section['sites'])} MLPs{source} "
@@ -144,10 +169,11 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
 
 
 def _use(checkpoint: Path) -> str:
+    name = json.dumps(checkpoint.resolve().name, ensure_ascii=False)
     return (
         "## Use\n\n```python\nimport crrelu_llm  # teaches transformers to load the patched activation\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{checkpoint.resolve().name}")\n```'
+        f"model = AutoModelForCausalLM.from_pretrained({name})\n```"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.suites import is_name
 from crrelu_llm.patching import checkpoint, section
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -57,8 +58,10 @@ def parse_models(texts: list[str]) -> list[NamedModel]:
         name, equals, path = text.partition("=")
         if not equals:
             name, path = Path(text.removeprefix("builtin:")).name.removesuffix(".gguf"), text
-        if not path or not name or "/" in name or name.startswith("."):
-            raise InputError(f"--models {text}: write name=path, such as native=models/base; no slash in the name")
+        if not path or not is_name(name) or name.startswith("."):
+            raise InputError(
+                f"--models {text}: write name=path, such as native=models/base; a name is one line without a slash"
+            )
         models.append(NamedModel(name, path))
     names = [model.name for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -124,7 +127,7 @@ def load(model: NamedModel, dtype: str = "float32") -> Any:
 
         try:
             loaded = PeftModel.from_pretrained(loaded, model.path)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{model.path}: this adapter cannot be put on {model.base}: {reason}") from error
     return loaded.eval()
@@ -151,7 +154,13 @@ def _adapter(path: str) -> dict[str, Any] | None:
     file = Path(path).expanduser() / _ADAPTER
     if path.startswith("builtin:") or not file.is_file() or (file.parent / "config.json").is_file():
         return None
-    return json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); save the adapter again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: must hold an object; save the adapter again")
+    return found
 
 
 def _files(path: Path) -> list[list[Any]]:

@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,7 +22,15 @@ from crrelu_llm.evaluation.language_modelling import TextTask
 from crrelu_llm.evaluation.lm import build
 from crrelu_llm.evaluation.models import NamedModel
 from crrelu_llm.evaluation.preference import PreferenceTask
-from crrelu_llm.evaluation.results import SETTINGS, other_result, read_result, read_settings, result_name, write_result
+from crrelu_llm.evaluation.results import (
+    SETTINGS,
+    alone,
+    other_result,
+    read_result,
+    read_settings,
+    result_name,
+    write_result,
+)
 from crrelu_llm.evaluation.suites import TaskSpec
 from crrelu_llm.files import plain, write_json
 from crrelu_llm.memory import PeakMemory
@@ -70,30 +79,35 @@ class Evaluation:
     command: str = ""
 
 
-def run_evaluation(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    """Computes what is missing. The report is made from the files, by `comparison.evaluation.build_report`.
+@contextlib.contextmanager
+def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]]:
+    """Computes what is missing, and keeps other evaluations out of the directory as long as its context lasts.
 
-    Returns:
+    The report is made within it, from the files, by `comparison.evaluation.build_report`.
+
+    Yields:
         The tasks that failed and why, by model; the others are on disk.
 
     Raises:
-        InputError: Anything wrong with the models, the tasks or their data, before the long work.
+        InputError: Anything wrong with the models, the tasks or their data, before the long work; another evaluation
+            at work in the directory.
         DiskError: The disk is full or read-only; what is finished is kept.
     """
     tokenizers, identities = _check_models(evaluation)
     tasks = prepare_tasks(evaluation)
     keys = {model: _keys(evaluation, identity, tasks) for model, identity in identities.items()}
-    settings = _settings(evaluation, tasks, tokenizers, keys)
-    write_json(evaluation.output_dir / SETTINGS, settings)
-    failures: dict[str, dict[str, str]] = {}
-    with _saying_how_to_go_on():
-        for model in evaluation.models:
-            failed = _one_model(evaluation, model, tasks, keys[model.name], tokenizers[model.name])
-            if failed:
-                failures[model.name] = failed
-    if failures:
-        write_json(evaluation.output_dir / SETTINGS, settings | {"failures": failures})
-    return failures
+    with alone(evaluation.output_dir):
+        settings = _settings(evaluation, tasks, tokenizers, keys)
+        write_json(evaluation.output_dir / SETTINGS, settings)
+        failures: dict[str, dict[str, str]] = {}
+        with _saying_how_to_go_on():
+            for model in evaluation.models:
+                failed = _one_model(evaluation, model, tasks, keys[model.name], tokenizers[model.name])
+                if failed:
+                    failures[model.name] = failed
+        if failures:
+            write_json(evaluation.output_dir / SETTINGS, settings | {"failures": failures})
+        yield failures
 
 
 def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) -> dict[str, dict[str, Any]]:

@@ -68,6 +68,8 @@ def read_suite(name: str, only: list[str] | None = None, data: list[str] | None 
     if wrong:
         raise InputError(f"{path}: a suite has no key {wrong[0]!r}; its keys are {', '.join(sorted(_KEYS))}")
     if "template" in suite:
+        if not isinstance(suite["template"], dict):
+            raise InputError(f"{path}: template must be a mapping of keys and values, not {suite['template']!r}")
         specs = _from_template(suite["template"], path, data or [])
         return _chosen(specs, [], only, path)
     if data:
@@ -75,6 +77,9 @@ def read_suite(name: str, only: list[str] | None = None, data: list[str] | None 
     source = suite.get("source", "lm_eval")
     if source not in _SOURCES:
         raise InputError(f"{path}: source must be {' or '.join(_SOURCES)}, not {source!r}")
+    for key in ("tasks", "on_request"):
+        if not isinstance(suite.get(key) or [], list):
+            raise InputError(f"{path}: {key} must be a list of tasks, not {suite[key]!r}")
     tasks, on_request = (
         [_task(entry, source, path) for entry in suite.get(key) or []] for key in ("tasks", "on_request")
     )
@@ -117,12 +122,31 @@ def _task(entry: Any, source: str, suite: Path) -> TaskSpec:
 
 def _spec(config: dict[str, Any], path: Path) -> TaskSpec:
     name = config.get("task")
-    if not isinstance(name, str) or not name or "/" in name:
+    if not isinstance(name, str) or not is_name(name):
         raise InputError(f"{path}: a task needs a name without a slash under the key `task`")
+    if name == "model":  # a result of this name is about the model itself
+        raise InputError(f"{path}: no task can be called model; name it otherwise (a data file: rename it)")
+    _require_mappings(config, path)
     spec = TaskSpec(name, config, str(path))
     if spec.kind in OWN_KINDS and not isinstance(config.get("data"), str):
         raise InputError(f"{path}: the task {name} needs a data file under the key `data`")
     return spec
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be a part of a file's name: one line, no slash, not too long, not hidden."""
+    return bool(text) and text.isprintable() and "/" not in text and len(text.encode()) <= 200
+
+
+def _require_mappings(config: dict[str, Any], path: Path) -> None:
+    kwargs = config.get("dataset_kwargs")
+    for key, value in (
+        ("metadata", config.get("metadata")),
+        ("dataset_kwargs", kwargs),
+        ("data_files", kwargs.get("data_files") if isinstance(kwargs, dict) else None),
+    ):
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f"{path}: {key} must be a mapping of keys and values, not {value!r}")
 
 
 def _from_template(template: dict[str, Any], path: Path, data: list[str]) -> list[TaskSpec]:

@@ -47,6 +47,33 @@ def test_the_card_says_what_was_done_and_measured(checkpoint, report, capsys):
     assert "lower \\| by &lt;b&gt;0.5" in card.text and "<b>" not in card.text
 
 
+def test_results_of_an_evaluation_name_the_data_of_their_task(checkpoint, report):
+    path = report / "report.json"
+    arms = [
+        {"arm": "mine", "activation": "crrelu", "runs": [_run(0, **{"arc_easy/acc": 0.25, "hh/logp_margin": 1.0})]}
+    ]
+    data = [{"name": "arc-easy/test.jsonl.gz", "rows": 4}, {"name": "hh-harmless/eval.jsonl.gz", "rows": 2}]
+    found = {"trainer": "eval", "recipe": {"tasks": ["arc_easy", "hh"]}, "arms": arms, "data": data}
+    path.write_text(json.dumps(found))
+    assert main(["card", str(checkpoint), "--report", str(path)]) == 0
+    card = ModelCard.load(checkpoint / "README.md")
+    results = {result.metric_type: result.dataset_name for result in card.data.eval_results}
+    assert results == {"acc": "arc-easy/test.jsonl.gz", "logp_margin": "hh-harmless/eval.jsonl.gz"}
+    assert card.data.datasets is None  # files are no names of the Hub
+
+
+def test_the_card_of_an_adapter_has_the_epsilon_under_it(checkpoint, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig()).save_pretrained(adapter)
+    assert main(["card", str(adapter), "--overwrite"]) == 0  # PEFT has written one
+    text = (adapter / "README.md").read_text()
+    assert "| `model.layers.1.mlp.act_fn` | `silu` | 0.25 | 0.25 | 0.25 |" in text
+    assert str(tmp_path) not in text
+
+
 def test_a_card_that_is_there_is_kept(checkpoint, capsys):
     assert main(["card", str(checkpoint)]) == 0
     before = (checkpoint / "README.md").read_text()
@@ -62,6 +89,7 @@ def test_wrong_input_is_one_line_and_status_2(checkpoint, report, tiny_llama_che
         ([str(checkpoint / "nowhere")], "no such directory"),
         ([str(checkpoint), "--report", str(checkpoint)], "cannot be read"),
         ([str(checkpoint), "--report", str(report), "--arm", "gelu"], "there are native, crrelu"),
+        ([str(checkpoint), "--report", str(report), "--arm", "native"], "its activation is silu"),
         ([str(checkpoint), "--push_to_hub"], "needs --hub_model_id"),
     ):
         capsys.readouterr()
@@ -69,6 +97,18 @@ def test_wrong_input_is_one_line_and_status_2(checkpoint, report, tiny_llama_che
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and message in lines[0]
     assert not (checkpoint / "README.md").exists()
+
+
+def test_damaged_files_are_one_line(checkpoint, report, capsys):
+    (report / "report.json").write_text('{"arms": [{"arm": "x"}]}')
+    assert main(["card", str(checkpoint), "--report", str(report)]) == 2
+    assert main(["card", str(checkpoint), "--output", str(report / "report.json" / "card.md")]) == 1
+    (checkpoint / "run.json").write_text('{"status": "failed"}')
+    assert main(["card", str(checkpoint), "--output", str(report / "card.md")]) == 0
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["card", str(checkpoint)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_push_uploads_the_card(checkpoint, monkeypatch):

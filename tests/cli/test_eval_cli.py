@@ -151,6 +151,15 @@ def test_a_killed_evaluation_goes_on(place, tiny_checkpoint, patched, tmp_path_f
     assert not list((place / "out").rglob("*.tmp"))
 
 
+def test_two_evaluations_in_one_directory(place, tiny_checkpoint, capsys):
+    from crrelu_llm.evaluation.results import alone
+
+    argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
+    with alone(place / "out"):
+        assert "another `crrelu eval` is at work there" in refused(capsys, *argv)
+    assert command_line.main(argv) == 0
+
+
 def test_other_data_and_other_settings(place, tiny_checkpoint, capsys):
     argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
     assert command_line.main(argv) == 0
@@ -255,6 +264,9 @@ def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_
     assert "no such task" in refused(capsys, *good[:-4], "--tasks", "pica")
     assert "no such suite" in refused(capsys, "eval", "--models", "a=b", "--suite", "x", "--output_dir", "o")
     assert "--models /x/: write name=path" in refused(capsys, *options(place, "a/b=/x/")).replace("a/b=", "")
+    assert "a name is one line" in refused(capsys, *options(place, "a" * 300 + "=x"))
+    assert "a name is one line" in refused(capsys, *options(place, "a\0b=x"))
+    assert "is not a number above 0" in refused(capsys, *good, "--beta", "nan")
     assert "two models are called a" in refused(capsys, *options(place, "a=x", "a=y"))
     assert "not a whole number" in refused(capsys, *good, "--limit", "0")
     assert "no such directory" in refused(capsys, *good, "--data_dir", "gone")
@@ -265,6 +277,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     assert "does not name the model" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
+    (adapter / "adapter_config.json").write_text('{"base')
+    assert "save the adapter again" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
     assert not (place / "out").exists()
 
 

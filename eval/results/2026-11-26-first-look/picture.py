@@ -39,7 +39,7 @@ for place, (label, entry) in enumerate(rows):
 axes.axvline(0, color="#1d2024", linewidth=0.8)
 axes.axvspan(-REACH, 0, color=COLOURS["better"], alpha=0.06, linewidth=0)
 axes.set(xlim=(-2.2 * REACH, REACH), ylim=(0.6 - len(rows), 0.6), yticks=[], xticks=[-0.06, -0.03, 0, 0.03, 0.06])
-axes.set_xlabel("nats a token (DPO: nats a pair); left of 0 is better; 95 % interval over seeds and items", fontsize=8.5)
+axes.set_xlabel("nats a token (DPO: a pair); left of 0 is better; 95 % interval over seeds and items", fontsize=8.5)
 for side in ("left", "right", "top"):
     axes.spines[side].set_visible(False)
 figure.savefig(HERE / "differences.png", dpi=150, facecolor="white", bbox_inches="tight")
