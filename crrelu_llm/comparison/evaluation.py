@@ -141,7 +141,7 @@ def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str,
 def _comparisons(
     results: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], margins: dict[str, float]
 ) -> list[dict[str, Any]]:
-    baseline = settings["baseline"]
+    baseline, primary = settings["baseline"], set(_primaries(results, settings).values())
     found = []
     for candidate in (model for model in results if model != baseline):
         alike = settings["tokenizers"][candidate] == settings["tokenizers"][baseline]
@@ -153,6 +153,7 @@ def _comparisons(
             if metric in sides[0]["per_token"] and not alike:
                 continue
             columns = [side["items"][metric] for side in sides]
+            shares = [side.get("shares", {}).get(metric) for side in sides]
             binary = all(value in (0, 1) for column in columns for value in column)
             found.append(
                 compare_metric(
@@ -165,7 +166,9 @@ def _comparisons(
                     baseline_name=baseline,
                     candidate_name=candidate,
                     margin=margins.get(name, MARGINS.get(metric.partition(",")[0])),
+                    shares=None if None in shares else (shares[0], shares[1]),
                 )
+                | {"primary": name in primary}
             )
     return adjust(found)
 

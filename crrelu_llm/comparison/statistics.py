@@ -69,6 +69,7 @@ def compare_metric(
     baseline_name: str,
     candidate_name: str,
     margin: float | None = None,
+    shares: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> dict[str, Any]:
     """Compares the paired numbers of two arms; the module's docstring says how.
 
@@ -85,6 +86,8 @@ def compare_metric(
         baseline_name: Name of the baseline arm.
         candidate_name: Name of the candidate arm.
         margin: The largest difference that counts as none, in the metric's unit; None to ask no such question.
+        shares: Of a ratio of sums over items, each item's share of the baseline's and of the candidate's, with the
+            same means as `baseline` and `candidate`; the permutation test is over their differences.
 
     Returns:
         One entry of `comparisons` in report.json. What cannot be computed is None; where no verdict can be given, a
@@ -99,14 +102,16 @@ def compare_metric(
     comparison = _blank(metric, higher_is_better, unit, before.shape, confidence, margin)
     comparison |= {"baseline": baseline_name, "candidate": candidate_name}
     comparison |= {"baseline_mean": _mean(before), "candidate_mean": _mean(after)}
-    return comparison | _compare(comparison, before, after, binary, seed)
+    flipped = None if shares is None else np.subtract(shares[1], shares[0], dtype=float)
+    return comparison | _compare(comparison, before, after, binary, seed, flipped)
 
 
 def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Corrects a report's p-values for their number, and draws the verdicts anew.
 
     Benjamini-Hochberg over all p-values of the same unit: the seeds' and the items' rows ask the same questions
-    twice, so each unit is a family of its own.
+    twice, so each unit is a family of its own. So are the rows that a verdict counts, where they are marked as
+    `primary`: many other rows that differ would let chance into it.
 
     Args:
         comparisons: What `compare_metric` returned, for the whole report. Left unchanged.
@@ -115,12 +120,14 @@ def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         Copies, in the same order, with `p_adjusted` and `verdict` filled.
     """
     adjusted = [comparison | {"p_adjusted": None} for comparison in comparisons]
-    for unit in {comparison["unit"] for comparison in adjusted}:
-        family = [c for c in adjusted if c["unit"] == unit and c["p_value"] is not None]
-        if family:
-            values = stats.false_discovery_control([c["p_value"] for c in family], method="bh")
-            for comparison, value in zip(family, values, strict=True):
-                comparison["p_adjusted"] = float(value)
+    families: dict[Any, list[dict[str, Any]]] = {}
+    for comparison in adjusted:
+        if comparison["p_value"] is not None:
+            families.setdefault((comparison["unit"], comparison.get("primary")), []).append(comparison)
+    for family in families.values():
+        values = stats.false_discovery_control([comparison["p_value"] for comparison in family], method="bh")
+        for comparison, value in zip(family, values, strict=True):
+            comparison["p_adjusted"] = float(value)
     for comparison in adjusted:
         comparison["verdict"] = _verdict(comparison)
     return adjusted
@@ -153,7 +160,12 @@ def _blank(
 
 
 def _compare(
-    comparison: dict[str, Any], before: np.ndarray, after: np.ndarray, binary: bool, seed: int
+    comparison: dict[str, Any],
+    before: np.ndarray,
+    after: np.ndarray,
+    binary: bool,
+    seed: int,
+    flipped: np.ndarray | None,
 ) -> dict[str, Any]:
     """All that depends on both arms."""
     unit, confidence = comparison["unit"], comparison["confidence"]
@@ -169,7 +181,7 @@ def _compare(
     if note:
         return found | {"note": note}
     mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
-    found |= _evidence(differences, unit, mcnemar, confidence, seed)
+    found |= _evidence(differences, unit, mcnemar, confidence, seed, flipped)
     sources = parts(differences, mcnemar)
     found |= {"p_adjusted": found["p_value"]}
     found |= {"smallest_detectable": _smallest_detectable(comparison | found, sources)}
@@ -190,7 +202,9 @@ def _obstacle(differences: np.ndarray) -> str | None:
     return None
 
 
-def _evidence(differences: np.ndarray, unit: Unit, mcnemar: bool, confidence: float, seed: int) -> dict[str, Any]:
+def _evidence(
+    differences: np.ndarray, unit: Unit, mcnemar: bool, confidence: float, seed: int, flipped: np.ndarray | None
+) -> dict[str, Any]:
     """Interval, test and p-value."""
     mean = float(differences.mean())
     if unit == "item":
@@ -203,7 +217,7 @@ def _evidence(differences: np.ndarray, unit: Unit, mcnemar: bool, confidence: fl
     elif mcnemar:
         test, p = "mcnemar", _mcnemar(differences)
     else:
-        test, p = "permutation", _permutation(differences, seed)
+        test, p = "permutation", _permutation(differences if flipped is None else flipped, seed)
     return {"ci_low": low, "ci_high": high, "test": test, "p_value": p}
 
 

@@ -16,7 +16,7 @@ from crrelu_llm.data import load_dataset, sha256
 from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import EvaluationLM, quiet
-from crrelu_llm.evaluation.measured import Measured, linearised, spread_over_groups
+from crrelu_llm.evaluation.measured import Measured, linearised, shares_of, spread_over_groups
 from crrelu_llm.evaluation.suites import TaskSpec, import_functions
 
 _SEED = 1234  # lm-eval's, of the choice of examples
@@ -255,6 +255,7 @@ def _add(measured: Measured, key: str, values: list[Any], reported: float | None
     elif key == "bits_per_byte" and all(isinstance(value, tuple) and len(value) == 2 for value in values):
         sums, weights = np.array(values, dtype=float).T
         measured.items[key] = linearised(-sums / math.log(2), weights)
+        measured.shares[key] = shares_of(-sums / math.log(2), weights)
 
 
 def _group_means(items: dict[str, list[float]], groups: list[str]) -> dict[str, dict[str, float]]:

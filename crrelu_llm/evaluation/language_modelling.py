@@ -13,7 +13,7 @@ from crrelu_llm.data import load_dataset, sha256
 from crrelu_llm.data.sources import texts
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import quiet
-from crrelu_llm.evaluation.measured import Measured, exponential, linearised
+from crrelu_llm.evaluation.measured import Measured, exponential, linearised, shares_of
 
 _PIECE = 3000  # characters of a document that is made from the lines of a text file
 
@@ -65,6 +65,7 @@ class TextTask:
                 "perplexity": exponential(loss),
             },
             {"bits_per_byte": linearised(nll / math.log(2), size), "loss": linearised(nll, tokens)},
+            shares={"bits_per_byte": shares_of(nll / math.log(2), size), "loss": shares_of(nll, tokens)},
             per_token=["loss", "perplexity"],
             not_finite=int(np.sum(~np.isfinite(nll))),
             examples=[

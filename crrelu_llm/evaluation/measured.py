@@ -43,6 +43,7 @@ class Measured:
         higher_is_better: By metric, where the task says so.
         groups: Of a task made of groups (paradigms, subjects): the metrics of each.
         examples: One dict an item: `id`, `group`, `prompt`, `options`, `target`, `responses`.
+        shares: For a metric that is a ratio of sums over items, each item's share of it (see `shares_of`).
         intervals: 95 % interval over the items, by metric.
         per_token: Metrics that are comparable only between models with the same tokenizer.
         notes: What a reader should know, a line each: texts that were cut.
@@ -54,6 +55,7 @@ class Measured:
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    shares: dict[str, list[float]] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     per_token: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -87,6 +89,17 @@ def linearised(sums: Any, weights: Any) -> list[float]:
     sums, weights = np.asarray(sums, dtype=float), np.asarray(weights, dtype=float)
     ratio = sums.sum() / weights.sum()
     return (ratio + (sums - ratio * weights) / weights.mean()).tolist()
+
+
+def shares_of(sums: Any, weights: Any) -> list[float]:
+    """Each item's share of the ratio Σ sums / Σ weights: values whose mean is the ratio.
+
+    Where two models differ by chance alone, the difference of an item's shares is as often positive as negative, of
+    whatever weight it is. Of `linearised` values that does not hold, as each of them contains the ratio itself: a test
+    that flips signs takes these.
+    """
+    sums, weights = np.asarray(sums, dtype=float), np.asarray(weights, dtype=float)
+    return (sums / weights.mean()).tolist()
 
 
 def exponential(value: float) -> float:

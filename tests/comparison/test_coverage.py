@@ -5,11 +5,13 @@ Tolerances are binomial: a method that holds its level fails one of these tests 
 draws, and the draws are fixed.
 """
 
+import numpy as np
 import pytest
 from scipy import stats
 from worlds import World, decided
 
 from crrelu_llm.comparison import statistics
+from crrelu_llm.evaluation.measured import linearised, shares_of
 
 LEVEL = 0.05
 
@@ -66,6 +68,24 @@ def test_the_detectable_difference_is_found_four_times_in_five():
 def test_two_models_on_other_items():
     check(World(1, 100), 80, "item")
     check(World(1, 100, item_sd=0.3, binary=True), 80, "item")
+
+
+def test_bits_per_byte_of_documents_of_unequal_length():
+    """Without the shares of the documents the sign-flip test calls luck a difference several times too often."""
+    rng, trials, false = np.random.default_rng(1), 200, {"shares": 0, "linearised": 0}
+    for _ in range(trials):
+        size = rng.lognormal(6, 1.5, 8)
+        nll = size * rng.normal(3, 0.3, 8)
+        other = nll + size * rng.normal(0, 0.01, 8)
+        columns = [linearised(sums, size) for sums in (nll, other)]
+        parts = (shares_of(nll, size), shares_of(other, size))
+        for name, shares in (("shares", parts), ("linearised", None)):
+            entry = statistics.compare_metric(
+                "bits", False, *columns, "item", baseline_name="a", candidate_name="b", shares=shares
+            )
+            assert entry["difference"] == pytest.approx(np.mean(parts[1]) - np.mean(parts[0]), abs=1e-9)
+            false[name] += entry["p_value"] < LEVEL
+    assert false["shares"] <= most(trials, LEVEL) < false["linearised"]
 
 
 def test_a_difference_of_the_margin_is_rarely_called_equivalent():

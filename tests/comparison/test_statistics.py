@@ -172,6 +172,16 @@ def test_adjust_is_benjamini_hochberg_within_each_unit():
     assert given_[0]["p_adjusted"] == compare([0, 0], [1, 1])["p_value"], "the argument must stay unchanged"
 
 
+def test_rows_that_a_verdict_counts_are_a_family_of_their_own():
+    entries = [compare([0, 0], [1, 1]) | {"p_value": p} for p in (0.04, 0.001, 0.001, 0.001)]
+    together = [entry["p_adjusted"] for entry in adjust(entries)]
+    entries[0] |= {"primary": True}
+    entries[1] |= {"primary": True}
+    apart = [entry["p_adjusted"] for entry in adjust(entries)]
+    assert together == pytest.approx([0.04, 0.001333, 0.001333, 0.001333], abs=1e-6)
+    assert apart == pytest.approx([0.04, 0.002, 0.001, 0.001])
+
+
 def test_adjust_takes_back_a_verdict_that_many_comparisons_make_cheap():
     single = compare(np.zeros(10), [1, 2, 3, 4, 5, 6, 7, 8, -6, -7])
     single |= {"p_value": 0.04, "p_adjusted": 0.04, "ci_low": 0.1, "ci_high": 5.0}

@@ -30,6 +30,9 @@ def draw(report: Report) -> Verdict:
     entries = {name: _primary_comparisons(report, name) for name in names}
     if not any(entries.values()):
         return Verdict(doubt + "no task gave a number for both; see the tasks that failed.")
+    notes = [entry.get("note") for rows in entries.values() for entry in rows]
+    if all(notes):
+        return Verdict(doubt + f"{notes[0]}.")
     name = max((name for name in names if entries[name]), key=lambda name: _score(entries[name]))
     return _statement(report, name, entries[name], len(names))
 
@@ -58,7 +61,8 @@ def _statement(report: Report, name: str, entries: list[dict[str, Any]], models:
         outcome, reason = "worse", ""
     else:
         outcome = "undecided"
-        reason = ", because the tasks disagree" if sides["better"] else ", as no interval is clear of 0"
+        many = " after the correction for their number" if len(entries) > 1 else ""
+        reason = ", because the tasks disagree" if sides["better"] else f", as no difference is clear of 0{many}"
     if len(entries) == 1:
         (entry,) = entries
         said = f"{_difference(report, entry)}, paired over {entry['n']} items"

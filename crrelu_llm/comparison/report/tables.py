@@ -146,14 +146,15 @@ def reading(report: Report) -> str:
         "seed": f"Rows over seeds alone speak of models trained anew, on these {items} (Student's interval).",
     }
     margins = any(entry.get("equivalence_margin") is not None for entry in entries)
+    alone = "; the rows that the verdict counts by themselves" if any(e.get("primary") for e in entries) else ""
     return " ".join(
         [
             f"Candidate minus baseline, with the {confidence}interval.",
             *(said[unit] for unit in said if unit in units),
             "p is that of a sign-flip permutation test unless marked; the adjusted p is corrected for the number of "
-            "comparisons (Benjamini-Hochberg). A verdict needs an adjusted p below the level and an interval without "
-            "0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the spread is as "
-            "observed; a dash where it finds none, however large.",
+            f"comparisons (Benjamini-Hochberg{alone}). A verdict needs an adjusted p below the level and an interval "
+            "without 0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the "
+            "spread is as observed; a dash where it finds none, however large.",
             "No worse: whether the interval rules out that the candidate is worse by more than the margin in "
             "brackets; equivalent, if better by more than that is ruled out too; no, if it is worse by more."
             if margins
