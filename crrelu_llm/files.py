@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.errors import DiskError
+from crrelu_llm.errors import DiskError, InputError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_LOCK = ".lock"
 
 
 def plain(value: Any) -> Any:
@@ -53,8 +54,41 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or directory is what a killed writer of ours left behind."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    """Whether a file or directory is what a killed writer of ours left behind, or the file that `alone` locks."""
+    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+@contextlib.contextmanager
+def alone(directory: Path, command: str) -> Iterator[None]:
+    """Within it no other call works in the directory, which is made: its settings and report would replace this one's.
+
+    Args:
+        directory: An output directory.
+        command: What to call the work, `crrelu eval`.
+
+    Raises:
+        InputError: Another call does.
+        DiskError: The directory cannot be made or written to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing guards it there
+        yield
+        return
+    with writing(str(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / _LOCK, "a")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process gives it back
+        except BlockingIOError:
+            raise InputError(
+                f"output_dir {directory}: another `{command}` is at work there; wait until it has ended, or give "
+                "another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def remove(path: Path) -> None:

@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation.items import evaluate_trainer, texts
-from crrelu_llm.files import is_leftover, remove, write_json
+from crrelu_llm.files import alone, is_leftover, remove, write_json
 from crrelu_llm.patching import checkpoint, find_sites, section
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
-from crrelu_llm.training.processes import from_main
+from crrelu_llm.training.processes import from_main, main_process_first
 from crrelu_llm.training.resume import checkpoint_to_resume
 from crrelu_llm.training.run import RUN, train_and_save
 from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
@@ -96,7 +96,17 @@ def run_comparison(comparison: Comparison) -> None:
     recipe = _check_everything(comparison)
     _claim(comparison, recipe)
     train, test = datasets_of(recipe, always_test=True)
-    _record(comparison, recipe, train, test)
+    with contextlib.ExitStack() as held:
+        with main_process_first():
+            if PartialState().is_main_process:
+                held.enter_context(alone(comparison.output_dir, "crrelu compare"))
+        _claim(comparison, recipe)  # another call may have begun meanwhile
+        _record(comparison, recipe, train, test)
+        _run_all(comparison, train, test)
+
+
+def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
+    """Trains what is missing."""
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
     with _interrupts() as interrupted:

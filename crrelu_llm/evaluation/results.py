@@ -1,18 +1,15 @@
 """An evaluation's files: one result for each model, task and what else decides it, whole or absent."""
 
-import contextlib
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.files import plain, write_json, writing
+from crrelu_llm.files import plain, write_json
 
 SETTINGS = "evaluation.json"
-_LOCK = ".lock"
 _WORDS = {
     "model": "other files of the model",
     "task": "other settings of the task",
@@ -22,34 +19,6 @@ _WORDS = {
     "max_length": "another --max_length",
     "versions": "other versions of the libraries",
 }
-
-
-@contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Within it no other evaluation works in the directory: its settings and its report would replace this one's.
-
-    Raises:
-        InputError: Another one does.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing guards it there
-        yield
-        return
-    with writing(str(directory)):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / _LOCK, "a")  # noqa: SIM115
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process gives it back
-        except BlockingIOError:
-            raise InputError(
-                f"--output_dir {directory}: another `crrelu eval` is at work there; wait until it has ended, or give "
-                "another directory"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def result_name(model: str, task: str, key: dict[str, Any]) -> str:

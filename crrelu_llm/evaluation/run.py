@@ -24,7 +24,6 @@ from crrelu_llm.evaluation.models import NamedModel
 from crrelu_llm.evaluation.preference import PreferenceTask
 from crrelu_llm.evaluation.results import (
     SETTINGS,
-    alone,
     other_result,
     read_result,
     read_settings,
@@ -32,7 +31,7 @@ from crrelu_llm.evaluation.results import (
     write_result,
 )
 from crrelu_llm.evaluation.suites import TaskSpec
-from crrelu_llm.files import plain, write_json
+from crrelu_llm.files import alone, plain, write_json
 from crrelu_llm.memory import PeakMemory
 from crrelu_llm.patching.finite import require_finite
 
@@ -96,7 +95,7 @@ def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]
     tokenizers, identities = _check_models(evaluation)
     tasks = prepare_tasks(evaluation)
     keys = {model: _keys(evaluation, identity, tasks) for model, identity in identities.items()}
-    with alone(evaluation.output_dir):
+    with alone(evaluation.output_dir, "crrelu eval"):
         settings = _settings(evaluation, tasks, tokenizers, keys)
         write_json(evaluation.output_dir / SETTINGS, settings)
         failures: dict[str, dict[str, str]] = {}

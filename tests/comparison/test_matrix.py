@@ -8,6 +8,7 @@ import pytest
 from runs import Workshop, dpo_rows, sft_rows, write_recipe
 
 from crrelu_llm.cli.main import main
+from crrelu_llm.files import alone
 
 ARMS = ["native", "crrelu", "crrelu:calibration=fit"]
 
@@ -219,6 +220,15 @@ def test_a_directory_with_something_else_is_refused(workshop, tmp_path, capsys):
     assert compare(workshop, "sft", tmp_path, ARMS) == 2
     assert "holds no comparison" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_calls_at_once_in_one_directory_are_refused(sft, workshop, capsys):
+    before = {path: path.read_bytes() for path in sft.rglob("*.json")}
+    with alone(sft, "crrelu compare"):
+        assert compare(workshop, "sft", sft, [*ARMS, "relu"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "another `crrelu compare` is at work there" in error
+    assert {path: path.read_bytes() for path in sft.rglob("*.json")} == before
 
 
 def test_report_is_rebuilt_from_disk(sft, workshop, capsys):
