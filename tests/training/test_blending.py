@@ -159,9 +159,18 @@ def test_torch_compile_compiles_as_often_for_a_long_blend(workshop):
 class TestReference:
     """DPO's reference under a blend is the model that training starts from."""
 
-    @pytest.mark.parametrize("precompute", [False, True], ids=["reference", "precomputed"])
     @pytest.mark.parametrize(
-        "options", [{}, LORA, LORA | {"epsilon_learning_rate": 0}, {"activation": "relu"}], ids=str
+        ("options", "precompute"),
+        [
+            pytest.param({}, False, id="full-reference"),
+            pytest.param(LORA, True, id="lora-precomputed"),
+            pytest.param(LORA | {"epsilon_learning_rate": 0}, False, id="frozen-reference"),
+            pytest.param({"activation": "relu"}, True, id="relu-precomputed"),
+            pytest.param({}, True, id="full-precomputed", marks=pytest.mark.slow),
+            pytest.param(LORA, False, id="lora-reference", marks=pytest.mark.slow),
+            pytest.param(LORA | {"epsilon_learning_rate": 0}, True, id="frozen-precomputed", marks=pytest.mark.slow),
+            pytest.param({"activation": "relu"}, False, id="relu-reference", marks=pytest.mark.slow),
+        ],
     )
     def test_the_first_loss_is_ln_2(self, workshop, options, precompute):
         options = options | {"precompute_ref_log_probs": precompute}

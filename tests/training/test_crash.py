@@ -140,7 +140,7 @@ def killed_at_every_write(children, argv, directory, start=1, stride=1):
         at += stride
 
 
-@pytest.mark.parametrize("case, start", [("sft-full", 4), ("dpo-lora", 8)])
+@pytest.mark.parametrize("case, start", [("sft-full", 4), pytest.param("dpo-lora", 8, marks=pytest.mark.slow)])
 def test_killed_at_some_writes(children, workshop, text_file, case, start):
     whole, _ = uninterrupted(children, workshop, case, text_file)
     argv, directory = command(workshop, case, "killed", text_file)
