@@ -29,10 +29,10 @@ def _inputs(name, size=6, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [
-        (1, torch.float32),
-        (6, torch.bfloat16),
-        pytest.param(1, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param(6, torch.float32, marks=pytest.mark.slow),
+        pytest.param(1, torch.float32, id="layer-torch.float32"),
+        pytest.param(6, torch.bfloat16, id="channel-torch.bfloat16"),
+        pytest.param(1, torch.bfloat16, id="layer-torch.bfloat16", marks=pytest.mark.slow),
+        pytest.param(6, torch.float32, id="channel-torch.float32", marks=pytest.mark.slow),
     ],
 )
 def test_torch_finds_no_fault_with_the_operator(name, backward, size, dtype):
