@@ -1,5 +1,5 @@
-"""`crrelu quickstart` on the embedded model, without a network: in this process on a part of its data, and as a
-newcomer runs it; one seed to save time."""
+"""`crrelu quickstart` on the embedded model, without a network: in this process, and as a newcomer runs it; one seed
+to save time."""
 
 import json
 import os
@@ -12,10 +12,8 @@ import pytest
 
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison import matrix
-from crrelu_llm.data import docstrings
 
 OPTIONS = ["quickstart", "--seeds", "0", "--output_dir"]
-TEST_ROWS = 100
 
 
 def check_report(directory, printed):
@@ -34,10 +32,8 @@ def check_report(directory, printed):
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_a_short_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monkeypatch, capsys):
+def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CRRELU_BACKEND", "eager")  # to compile takes longer than all four trainings
-    rows = docstrings._rows()
-    monkeypatch.setattr(docstrings, "_rows", lambda: rows | {"test": rows["test"][:TEST_ROWS]})
     directory, build = tmp_path / "out", matrix.build_trainer
 
     def interrupted(recipe, *args):
@@ -57,8 +53,8 @@ def test_a_short_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_pa
     check_report(directory, capsys.readouterr().out)
 
 
-@pytest.mark.slow  # minutes; the same as above, in real processes and on all data
-def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
+@pytest.mark.slow  # two starts and compiled loops more
+def test_a_real_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
     directory = tmp_path / "out"
     command = [sys.executable, "-m", "crrelu_llm", *OPTIONS, str(directory)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "2"}
