@@ -92,6 +92,17 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
+    """Neighbouring tests in one process, which then makes what they share once: fixtures, imports, compiled loops.
+
+    The default deals tests out one by one. Whoever has nothing left takes half of what another still has to do.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 def pytest_terminal_summary(terminalreporter):
     """Names the families of transformers that no tiny model could be built of, where their tests ran."""
     reports = terminalreporter.stats.get("passed", [])

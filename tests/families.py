@@ -1,7 +1,10 @@
 """Tiny models of every causal-LM family of transformers: the family's default configuration with each size shrunk."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -156,6 +159,24 @@ def _merged(values: dict, changes: dict) -> dict:
     for key, change in changes.items():
         result[key] = _merged(values.get(key) or {}, change) if isinstance(change, dict) else change
     return result
+
+
+# For each type: the sites (# is the layer) with their original activation and kind, and what is left alone and why; or
+# why it is refused; or why no model of it can be built here. Layers are one of each kind.
+FACTS = json.loads((Path(__file__).parent / "patching" / "families.json").read_text())
+PATCHED = [family for family, facts in FACTS.items() if "sites" in facts]
+
+
+def one_of_each_kind(names: list[str]) -> list[Any]:
+    """Parameters of a test of all these families: slow, but for the first with each mixture of kinds of sites, and
+    those whose activation is inside a method, of which no two are alike."""
+    parameters, seen = [], set()
+    for name in names:
+        kinds = frozenset(site.rpartition(" ")[2] for site in FACTS[name]["sites"].values())
+        slow = "functional" not in kinds and kinds in seen
+        parameters.append(pytest.param(name, marks=pytest.mark.slow) if slow else name)
+        seen.add(kinds)
+    return parameters
 
 
 # Types whose causal LM is built from a part of their configuration.

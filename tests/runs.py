@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import yaml
 
 WORDS = ["the", "a", "cat", "dog", "tree", "river", "stone", "walks", "sees", "finds", "over", "red", "small", "and"]
@@ -25,6 +26,16 @@ BASE = {
     "calibration": "none",
 }
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+# Each trainer, and whole models and adapters, once; the other two pairs are slow tests.
+trainers_and_methods = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param("sft", {}, id="sft-full"),
+        pytest.param("dpo", LORA, id="dpo-lora"),
+        pytest.param("sft", LORA, id="sft-lora", marks=pytest.mark.slow),
+        pytest.param("dpo", {}, id="dpo-full", marks=pytest.mark.slow),
+    ],
+)
 
 
 def sentence(generator, words):

@@ -28,6 +28,7 @@ def test_two_processes_of_one_command(workshop):
     assert error.count("trained 4 steps") == 1  # said once
 
 
+@pytest.mark.slow  # what each process says and how a launch ends is in training/test_processes.py too, without one
 def test_what_one_process_finds_wrong_is_one_line(workshop):
     argv = [*recipe(workshop, "two", "ddp", "sft-full"), "--dataset_name", "./absent.jsonl"]
     options = ["--accelerate_config", "ddp", "--num_processes", "2", "--mixed_precision", "no"]

@@ -1,4 +1,5 @@
-"""`crrelu quickstart` as a newcomer runs it: a real process, no network, the embedded model; one seed to save time."""
+"""`crrelu quickstart` on the embedded model, without a network: in this process, and as a newcomer runs it; one seed
+to save time."""
 
 import json
 import os
@@ -7,31 +8,18 @@ import subprocess
 import sys
 import time
 
-COMMAND = [sys.executable, "-m", "crrelu_llm", "quickstart", "--seeds", "0", "--output_dir"]
+import pytest
+
+from crrelu_llm.cli.main import main
+from crrelu_llm.comparison import matrix
+
+OPTIONS = ["quickstart", "--seeds", "0", "--output_dir"]
 
 
-def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
-    directory = tmp_path / "out"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "2"}
-    first = directory / "native" / "seed-0" / "run.json"
-    process = subprocess.Popen(
-        [*COMMAND, str(directory)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    deadline = time.monotonic() + 300
-    while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert first.is_file(), "the first run never finished"
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "Traceback" not in error
-    assert "run the same command again to go on" in error.splitlines()[-1]
-    stamp = first.stat().st_mtime_ns
-
-    done = subprocess.run([*COMMAND, str(directory)], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert first.stat().st_mtime_ns == stamp
+def check_report(directory, printed):
+    """Asserts that the report says what the project is about."""
     report = json.loads((directory / "report.json").read_text())
-    assert report["verdict"] in done.stdout and "only one seed" in report["verdict"]
+    assert report["verdict"] in printed and "only one seed" in report["verdict"]
     runs = {arm["arm"]: arm["runs"][0]["metrics"]["perplexity"] for arm in report["arms"]}
     assert set(runs) == {"native", "relu", "crrelu:calibration=none", "crrelu"}
     before = {arm["arm"]: arm["before"]["perplexity"] for arm in report["arms"]}
@@ -42,3 +30,47 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
     assert all(after < before[arm] for arm, after in runs.items())
     page = (directory / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CRRELU_BACKEND", "eager")  # to compile takes longer than all four trainings
+    directory, build = tmp_path / "out", matrix.build_trainer
+
+    def interrupted(recipe, *args):
+        if recipe.activation.activation == "relu":  # the second arm
+            signal.raise_signal(signal.SIGINT)
+        return build(recipe, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(matrix, "build_trainer", interrupted)
+        assert main([*OPTIONS, str(directory)]) == 130
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "1 of 4 runs are finished and kept; run the same command again" in error
+    first = directory / "native" / "seed-0" / "run.json"
+    stamp = first.stat().st_mtime_ns
+    assert main([*OPTIONS, str(directory)]) == 0
+    assert first.stat().st_mtime_ns == stamp
+    check_report(directory, capsys.readouterr().out)
+
+
+@pytest.mark.slow  # two starts and compiled loops more
+def test_a_real_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path):
+    directory = tmp_path / "out"
+    command = [sys.executable, "-m", "crrelu_llm", *OPTIONS, str(directory)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "2"}
+    first = directory / "native" / "seed-0" / "run.json"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 300
+    while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert first.is_file(), "the first run never finished"
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "run the same command again to go on" in error.splitlines()[-1]
+    stamp = first.stat().st_mtime_ns
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert first.stat().st_mtime_ns == stamp
+    check_report(directory, done.stdout)

@@ -26,8 +26,15 @@ def _inputs(name, size=6, dtype=torch.float32):
 
 @every_operator
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@per_layer_and_channel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        pytest.param(1, torch.float32, id="layer-torch.float32"),
+        pytest.param(6, torch.bfloat16, id="channel-torch.bfloat16"),
+        pytest.param(1, torch.bfloat16, id="layer-torch.bfloat16", marks=pytest.mark.slow),
+        pytest.param(6, torch.float32, id="channel-torch.float32", marks=pytest.mark.slow),
+    ],
+)
 def test_torch_finds_no_fault_with_the_operator(name, backward, size, dtype):
     inputs, grad = _inputs(name, size, dtype)
     inputs = tuple(t.requires_grad_() for t in ((grad, *inputs) if backward else inputs))
@@ -78,7 +85,7 @@ def _mlp(size):
     return _MLP(size), normal((4, 5), torch.float32)
 
 
-@per_layer_and_channel
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 6], ids=["layer", "channel"])
 def test_a_compiled_mlp_is_one_graph_with_the_same_gradients(size):
     mlp, x = _mlp(size)
     expected = _gradients(mlp, mlp, x)

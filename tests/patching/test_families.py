@@ -1,13 +1,11 @@
 """Every causal-LM family of transformers, as a tiny model: patched whole and nothing else, or refused in one line."""
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from families import family_model, token_ids
+from families import FACTS, PATCHED, family_model, token_ids
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,10 +15,6 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching import families
 from crrelu_llm.patching.sites import survey
 
-# For each type: the sites (# is the layer) with their original activation and kind, and what is left alone and why; or
-# why it is refused; or why no model of it can be built here. Layers are one of each kind (tests/families.py).
-FACTS = json.loads(Path(__file__).with_name("families.json").read_text())
-PATCHED = [family for family, facts in FACTS.items() if "sites" in facts]
 # Blt runs its patcher, which cuts the text into patches, without gradients.
 NO_GRADIENT = {"blt": "model.patcher."}
 # AutoModelForCausalLM builds these from the text part of their configuration, but does not know that part by itself.

@@ -94,8 +94,15 @@ def trainable_bits(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-@pytest.mark.parametrize("calibration", ["none", "fit"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "calibration"),
+    [
+        (4, "fit"),
+        (8, "none"),
+        pytest.param(4, "none", marks=pytest.mark.slow),
+        pytest.param(8, "fit", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", ["gpt2", *KINDS])
 def test_quantised_base(family, bits, calibration, trainable_bits, tmp_path):
     family_model(family).save_pretrained(tmp_path / "model")

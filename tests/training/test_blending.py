@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from runs import LORA, losses
+from runs import LORA, losses, trainers_and_methods
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -47,8 +47,7 @@ def blends(record):
     return [entry["blend"] for entry in record["history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@trainers_and_methods
 def test_lambda_goes_from_0_to_1_and_the_saved_model_is_pure(workshop, kind, options):
     recipe, trainer = workshop.trainer(kind, "run", **options, **SAVING)
     record = train_and_save(trainer, recipe)
@@ -71,8 +70,7 @@ def test_lambda_goes_from_0_to_1_and_the_saved_model_is_pure(workshop, kind, opt
         assert torch.equal(trainer.model(input_ids=IDS).logits, trained)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@trainers_and_methods
 def test_resuming_within_the_blend_repeats_the_tail(workshop, kind, options):
     options = options | SAVING | {"blend_schedule": "cosine"}
     whole = workshop.run(kind, "whole", **options)
@@ -161,9 +159,18 @@ def test_torch_compile_compiles_as_often_for_a_long_blend(workshop):
 class TestReference:
     """DPO's reference under a blend is the model that training starts from."""
 
-    @pytest.mark.parametrize("precompute", [False, True], ids=["reference", "precomputed"])
     @pytest.mark.parametrize(
-        "options", [{}, LORA, LORA | {"epsilon_learning_rate": 0}, {"activation": "relu"}], ids=str
+        ("options", "precompute"),
+        [
+            pytest.param({}, False, id="full-reference"),
+            pytest.param(LORA, True, id="lora-precomputed"),
+            pytest.param(LORA | {"epsilon_learning_rate": 0}, False, id="frozen-reference"),
+            pytest.param({"activation": "relu"}, True, id="relu-precomputed"),
+            pytest.param({}, True, id="full-precomputed", marks=pytest.mark.slow),
+            pytest.param(LORA, False, id="lora-reference", marks=pytest.mark.slow),
+            pytest.param(LORA | {"epsilon_learning_rate": 0}, True, id="frozen-precomputed", marks=pytest.mark.slow),
+            pytest.param({"activation": "relu"}, False, id="relu-reference", marks=pytest.mark.slow),
+        ],
     )
     def test_the_first_loss_is_ln_2(self, workshop, options, precompute):
         options = options | {"precompute_ref_log_probs": precompute}

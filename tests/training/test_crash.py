@@ -102,10 +102,10 @@ def weights_file(directory):
     return found if found.is_file() else directory / "model.safetensors"
 
 
-def uninterrupted(children, workshop, case, text_file):
-    """The directory of a run that nobody kills, and its seconds (with the data cached)."""
+def uninterrupted(children, workshop, case, text_file, runs=1):
+    """The directory of a run that nobody kills, and the seconds of the last of `runs` (the first caches the data)."""
     argv, directory = command(workshop, case, "whole", text_file)
-    for _ in range(2):
+    for _ in range(runs):
         shutil.rmtree(directory, ignore_errors=True)
         begun = time.monotonic()
         status, _, _, log = children.run(argv)
@@ -140,7 +140,7 @@ def killed_at_every_write(children, argv, directory, start=1, stride=1):
         at += stride
 
 
-@pytest.mark.parametrize("case, start", [("sft-full", 4), ("dpo-lora", 8)])
+@pytest.mark.parametrize("case, start", [("sft-full", 4), pytest.param("dpo-lora", 8, marks=pytest.mark.slow)])
 def test_killed_at_some_writes(children, workshop, text_file, case, start):
     whole, _ = uninterrupted(children, workshop, case, text_file)
     argv, directory = command(workshop, case, "killed", text_file)
@@ -178,7 +178,7 @@ def test_killed_once_at_every_write(children, workshop, text_file, case, stride)
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(children, workshop, text_file, case):
     """Killed again and again, from outside, until a run comes to its end."""
-    whole, seconds = uninterrupted(children, workshop, case, text_file)
+    whole, seconds = uninterrupted(children, workshop, case, text_file, runs=2)
     generator = random.Random(case)
     kills, worst, expected, attempt = Counter(), 0.0, outcome(whole), 0
     while kills.total() < 50:

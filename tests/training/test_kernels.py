@@ -2,7 +2,7 @@
 
 import kernel_fakes
 import pytest
-from runs import LORA, losses
+from runs import losses, trainers_and_methods
 from transformers import modeling_utils
 
 from crrelu_llm.errors import InputError
@@ -18,8 +18,7 @@ def llama(workshop, tiny_llama_checkpoint):
     return workshop
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@trainers_and_methods
 def test_liger_does_not_undo_the_swap(llama, kind, options, monkeypatch):
     expected = llama.run(kind, "plain", **options, epsilon_learning_rate=0.01)
     calls = kernel_fakes.install_liger(monkeypatch)

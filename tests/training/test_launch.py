@@ -26,6 +26,7 @@ def launch(workshop, name, arguments, kind="sft", **options):
     return json.loads((workshop.folder / name / "run.json").read_text())
 
 
+@pytest.mark.slow  # half a minute or more of a busy core
 def test_one_process(workshop):
     launched = launch(workshop, "launched", ["--num_processes", "1", "--cpu"])
     plain = workshop.run("sft", "plain")

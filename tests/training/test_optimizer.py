@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from runs import LORA, losses
+from runs import LORA, losses, trainers_and_methods
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
@@ -22,8 +22,7 @@ def grouped(trainer):
     return groups, ours
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@trainers_and_methods
 def test_epsilon_has_a_group_of_its_own(workshop, kind, options):
     _, trainer = workshop.trainer(kind, "run", **options, weight_decay=5.0, epsilon_learning_rate=0.02)
     trainer.create_optimizer()

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from runs import LORA, losses, sft_rows
+from runs import losses, sft_rows, trainers_and_methods
 from safetensors.torch import load_file
 
 from crrelu_llm.errors import InputError
@@ -23,8 +23,7 @@ def weights(folder):
     return {key: value.numpy().tobytes() for key, value in load_file(folder / name).items()}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@trainers_and_methods
 def test_resuming_from_a_path_repeats_the_tail(workshop, kind, options):
     whole = workshop.run(kind, "whole", **options, **SAVING)
     assert len(set(losses(whole))) == 6

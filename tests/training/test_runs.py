@@ -31,8 +31,15 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("per", ["layer", "channel"])
+@pytest.mark.parametrize(
+    ("kind", "per"),
+    [
+        ("sft", "layer"),
+        ("dpo", "channel"),
+        pytest.param("sft", "channel", marks=pytest.mark.slow),
+        pytest.param("dpo", "layer", marks=pytest.mark.slow),
+    ],
+)
 def test_epsilon_is_trained_saved_and_logged(workshop, kind, per):
     recipe, trainer = workshop.trainer(kind, "run", epsilon_per=per)
     record = train_and_save(trainer, recipe)
@@ -50,9 +57,16 @@ def test_epsilon_is_trained_saved_and_logged(workshop, kind, per):
     assert record == json.loads((output / "run.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize(
-    "options", [{}, LORA, {"gradient_checkpointing": True}], ids=["full", "lora", "checkpointing"]
+    ("kind", "options"),
+    [
+        pytest.param("sft", {}, id="sft-full"),
+        pytest.param("dpo", LORA, id="dpo-lora"),
+        pytest.param("sft", {"gradient_checkpointing": True}, id="sft-checkpointing"),
+        pytest.param("sft", LORA, id="sft-lora", marks=pytest.mark.slow),
+        pytest.param("dpo", {}, id="dpo-full", marks=pytest.mark.slow),
+        pytest.param("dpo", {"gradient_checkpointing": True}, id="dpo-checkpointing", marks=pytest.mark.slow),
+    ],
 )
 def test_recompute_changes_no_bit_of_a_run(workshop, kind, options):
     found = [workshop.run(kind, name, recompute_activation=name == "with", **options) for name in ("without", "with")]
