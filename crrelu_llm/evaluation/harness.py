@@ -17,6 +17,7 @@ from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import EvaluationLM, quiet
 from crrelu_llm.evaluation.measured import Measured, linearised, spread_over_groups
+from crrelu_llm.evaluation.rows import no_column, try_rows
 from crrelu_llm.evaluation.suites import TaskSpec, import_functions
 
 _SEED = 1234  # lm-eval's, of the choice of examples
@@ -34,10 +35,10 @@ class HarnessTask:
     """
 
     def __init__(self, spec: TaskSpec, data_dir: Path | None, limit: int | None, chat: bool, manager: Any) -> None:
-        """Loads a task's data and tries its first item.
+        """Loads a task's data and tries the items that will be evaluated.
 
         Raises:
-            InputError: No such task, its data cannot be had, or lacks a column that the task uses.
+            InputError: No such task, its data cannot be had, or has a row that the task cannot use.
         """
         self.name = spec.name
         self._chat = chat
@@ -50,6 +51,9 @@ class HarnessTask:
         self._samples = self._sample(documents, limit) if limit is not None else None
         chosen: Any = documents if self._samples is None else self._samples
         self.rows = sum(map(len, chosen.values()))
+        for name, rows in documents.items():
+            indices = range(len(rows)) if self._samples is None else self._samples[name]
+            try_rows(self._tasks[name], rows, indices, spec)
         self.config = {
             "tasks": {name: _config(task) for name, task in self._tasks.items()},
             "chat_template": chat,
@@ -180,7 +184,7 @@ def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
     except InputError:
         raise
     except Exception as error:  # jinja2 and lm-eval raise errors of many kinds
-        raise InputError(_no_column(spec, error)) from error
+        raise InputError(no_column(spec, error)) from error
 
 
 def _require_nltk(resource: str | None, task: str) -> None:
@@ -209,29 +213,16 @@ def _data_files(spec: TaskSpec) -> dict[str, str]:
 
 
 def _documents(task: Any, spec: TaskSpec) -> Any:
-    """A task's items, after a look at the first of them."""
+    """A task's items, after a look at their columns."""
     try:
         rows = task.eval_docs
         row = next(iter(rows))
-        task.doc_to_text(row)
-        task.doc_to_target(row)
-        if task.OUTPUT_TYPE == "multiple_choice":
-            task.doc_to_choice(row)
     except Exception as error:
-        raise InputError(_no_column(spec, error)) from error
+        raise InputError(no_column(spec, error)) from error
     key = ((spec.config or {}).get("metadata") or {}).get("group_by")
     if key is not None and key not in row:
-        raise InputError(_no_column(spec, KeyError(key)))
+        raise InputError(no_column(spec, KeyError(key)))
     return rows
-
-
-def _no_column(spec: TaskSpec, error: Exception) -> str:
-    where = ", ".join(spec.files()) or spec.name
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return (
-        f"the task {spec.name} cannot use {where}: {type(error).__name__}: {reason}; check that the data has the "
-        f"columns that {spec.source} reads"
-    )
 
 
 def _config(task: Any) -> Any:
