@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,19 +161,27 @@ def manager_for(specs: list[TaskSpec]) -> Any:
 
 
 def _own(spec: TaskSpec, manager: Any) -> Any:
-    try:
-        loaded = manager.load([spec.name])
-    except Exception as error:  # of datasets, the hub, or packages that a task needs: the user's to mend
-        raise InputError(
-            f"the task {spec.name}: lm-eval cannot load it: {' '.join(str(error).split())[:300]}; it needs the "
-            "network or cached data, or take the suite local with --data_dir"
-        ) from error
+    loaded = _loaded(spec, lambda: manager.load([spec.name]))
     return loaded["groups"].get(spec.name) or loaded["tasks"][spec.name]
 
 
+def _loaded(spec: TaskSpec, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # of datasets, the hub, or packages that a task needs: the user's to mend
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, or take "
+            "the suite local with --data_dir"
+        ) from error
+
+
 def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
+    """A task of a configuration: its data are the files it names, or else what lm-eval loads from the hub."""
     config = import_functions(spec.config, spec.name)
     _require_nltk((config.get("metadata") or {}).get("nltk"), spec.name)
+    if not _data_files(spec):
+        return _loaded(spec, lambda: ConfigurableTask(config=dict(config)))
     files = {split: str(data_path(path, data_dir)) for split, path in _data_files(spec).items()}
 
     def read(**_: Any) -> dict[str, Any]:
