@@ -111,6 +111,37 @@ def test_damaged_files_are_one_line(checkpoint, report, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def _damage(path, **columns):
+    path.write_text(json.dumps(json.loads(path.read_text()) | columns))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"sites": [{}]}, {"sites": ["x"]}, {"sites": [{"path": "x", "scale_mean": "y"}]}, {"options": [1]},
+     {"perplexity": {"before": 1}}],
+)  # fmt: skip
+def test_a_damaged_patch_report_is_one_line(checkpoint, columns, capsys):
+    _damage(checkpoint / "patch_report.json", **columns)
+    capsys.readouterr()
+    assert main(["card", str(checkpoint)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "patch_report.json: damaged" in line
+    assert not (checkpoint / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"data": ["x"]}, {"data": [{}]}, {"data": {"name": "x"}}, {"recipe": {"tasks": 3}}, {"recipe": [1]},
+     {"arms": [{"arm": "crrelu", "runs": [{}]}]}, {"arms": [{"arm": "crrelu", "runs": [{"status": "done"}]}]}],
+)  # fmt: skip
+def test_a_damaged_report_is_one_line(checkpoint, report, columns, capsys):
+    _damage(report / "report.json", **columns)
+    capsys.readouterr()
+    assert main(["card", str(checkpoint), "--report", str(report)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--report" in line and "report.json: " in line
+
+
 def test_push_uploads_the_card(checkpoint, monkeypatch):
     pushed = {}
     monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, name, token=None: pushed.update({name: str(self)}))
