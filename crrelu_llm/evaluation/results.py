@@ -83,7 +83,7 @@ def write_result(path: Path, key: dict[str, Any], result: dict[str, Any]) -> Non
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result that is on disk whole, or None: one that lacks something is computed again."""
-    found = _read(path).get("result")
+    found: Any = _read(path).get("result")
     if path.stem.rpartition("-")[0] == MODEL:
         return found if _has(found, _MODEL_SHAPE) else None
     if not _has(found, _TASK_SHAPE) or not all(_has(example, _EXAMPLE_SHAPE) for example in found["examples"]):

@@ -38,7 +38,7 @@ def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> Non
                     _require_answers(task, row, written)
             except Exception as error:  # templates and functions raise errors of many kinds
                 # Functions of a task may make other items out of the rows of a file.
-                unit = "row" if task.config.process_docs is None else "item"
+                unit = "row" if getattr(task.config, "process_docs", None) is None else "item"
                 raise InputError(no_column(spec, error, f"{unit} {index + 1}: ")) from error
 
 

@@ -147,7 +147,7 @@ def _check_models(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any
 
 
 def prepare_tasks(evaluation: Evaluation) -> list[Any]:
-    """The tasks with their data loaded and their first items tried.
+    """The tasks with their data loaded and the items that will be evaluated tried.
 
     Raises:
         InputError: A data file that does not exist, a task that lm-eval does not have, or a column that is missing.

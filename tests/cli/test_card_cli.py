@@ -111,35 +111,42 @@ def test_damaged_files_are_one_line(checkpoint, report, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def _damage(path, **columns):
-    path.write_text(json.dumps(json.loads(path.read_text()) | columns))
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [{"sites": [{}]}, {"sites": ["x"]}, {"sites": [{"path": "x", "scale_mean": "y"}]}, {"options": [1]},
-     {"perplexity": {"before": 1}}],
-)  # fmt: skip
-def test_a_damaged_patch_report_is_one_line(checkpoint, columns, capsys):
-    _damage(checkpoint / "patch_report.json", **columns)
+def _refused(path, columns, argv, capsys):
+    """The one line that is said where a JSON file has other columns; the file is as before afterwards."""
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | columns))
     capsys.readouterr()
-    assert main(["card", str(checkpoint)]) == 2
+    assert main(["card", *map(str, argv)]) == 2, columns
+    path.write_text(before)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "patch_report.json: damaged" in line
+    return line
+
+
+def test_files_of_another_shape_are_one_line(checkpoint, report, capsys):
+    for columns in (
+        {"sites": [{}]},
+        {"sites": ["x"]},
+        {"sites": [{"path": "x", "scale_mean": "y"}]},
+        {"options": [1]},
+        {"perplexity": {"before": 1}},
+    ):
+        line = _refused(checkpoint / "patch_report.json", columns, [checkpoint], capsys)
+        assert "patch_report.json: damaged" in line
+    for columns in (
+        {"data": ["x"]},
+        {"data": [{}]},
+        {"data": {"name": "x"}},
+        {"recipe": {"tasks": 3}},
+        {"recipe": [1]},
+        {"arms": [{"arm": "crrelu", "runs": [{}]}]},
+        {"arms": [{"arm": "crrelu", "runs": [{"status": "done"}]}]},
+    ):
+        line = _refused(report / "report.json", columns, [checkpoint, "--report", report], capsys)
+        assert "--report" in line and "report.json: " in line
+    config = json.loads((checkpoint / "config.json").read_text())["crrelu"]
+    line = _refused(checkpoint / "config.json", {"crrelu": config | {"sites": [{}]}}, [checkpoint], capsys)
+    assert "no checkpoint that crrelu_llm patched" in line
     assert not (checkpoint / "README.md").exists()
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [{"data": ["x"]}, {"data": [{}]}, {"data": {"name": "x"}}, {"recipe": {"tasks": 3}}, {"recipe": [1]},
-     {"arms": [{"arm": "crrelu", "runs": [{}]}]}, {"arms": [{"arm": "crrelu", "runs": [{"status": "done"}]}]}],
-)  # fmt: skip
-def test_a_damaged_report_is_one_line(checkpoint, report, columns, capsys):
-    _damage(report / "report.json", **columns)
-    capsys.readouterr()
-    assert main(["card", str(checkpoint), "--report", str(report)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--report" in line and "report.json: " in line
 
 
 def test_push_uploads_the_card(checkpoint, monkeypatch):
