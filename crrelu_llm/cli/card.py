@@ -71,6 +71,19 @@ def _report(name: str | None) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"--report {path}: cannot be read ({error}); give a directory with a report.json") from None
     arms = found.get("arms") if isinstance(found, dict) else None
-    if not isinstance(arms, list) or not all(isinstance(arm, dict) and "arm" in arm and "runs" in arm for arm in arms):
+    if not isinstance(arms, list) or not all(map(_is_arm, arms)):
         raise InputError(f"--report {path}: no report of crrelu_llm (it has no arms)")
+    recipe, data = found.get("recipe") or {}, found.get("data") or []
+    named = isinstance(data, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in data)
+    if not named or not isinstance(recipe, dict) or not isinstance(recipe.get("tasks") or [], list):
+        raise InputError(f"--report {path}: its data or tasks are damaged; write it again with `crrelu report`")
     return found
+
+
+def _is_arm(arm: Any) -> bool:
+    if not isinstance(arm, dict) or not isinstance(arm.get("runs"), list) or not isinstance(arm.get("arm"), str):
+        return False
+    return all(
+        isinstance(run, dict) and "status" in run and (run["status"] != "done" or isinstance(run.get("metrics"), dict))
+        for run in arm["runs"]
+    )

@@ -92,13 +92,24 @@ def _launched(argv: list[str], config: str) -> int | None:
 
 
 def write(output_dir: Path, margins: dict[str, float] | None = None, with_examples: bool = True) -> str:
-    """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict."""
-    from crrelu_llm.comparison import evaluation, results
+    """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict.
+
+    Raises:
+        InputError: No such directory, or it holds neither; something there is damaged.
+    """
+    from crrelu_llm.comparison import evaluation, matrix, results
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.evaluation.results import SETTINGS
 
+    if not output_dir.is_dir():
+        raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")
     if (output_dir / SETTINGS).is_file():
         report = evaluation.build_report(output_dir, margins)
+    elif not (output_dir / matrix.SETTINGS).is_file():
+        raise InputError(
+            f"{output_dir} holds no comparison and no evaluation; give the output_dir of `crrelu compare` or "
+            "`crrelu eval`"
+        )
     else:
         report = results.build_report(output_dir, margins)
     if not with_examples:

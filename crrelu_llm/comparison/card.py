@@ -28,7 +28,7 @@ def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None
     from huggingface_hub import ModelCardData
 
     section, sites = _patched(checkpoint)
-    patch = _read(checkpoint / "patch_report.json") or _read(checkpoint / "patched" / "patch_report.json") or {}
+    patch = _patch_report(checkpoint)
     run = _read(checkpoint / "run.json") or {}
     entry = None if report is None else _find(report, arm)
     if entry is not None and entry.get("activation") != section["activation"]:
@@ -61,7 +61,11 @@ def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     adapter = _read(checkpoint / "adapter_config.json")
     home = checkpoint if adapter is None else Path(adapter.get("base_model_name_or_path") or "")
     section = (_read(home / "config.json") or {}).get("crrelu")
-    if not isinstance(section, dict) or not {"activation", "epsilon_per", "sites"} <= section.keys():
+    if (
+        not isinstance(section, dict)
+        or not {"activation", "epsilon_per", "sites"} <= section.keys()
+        or not (_are_sites(section["sites"]) and all("original" in site for site in section["sites"]))
+    ):
         raise InputError(
             f"{checkpoint}: no checkpoint that crrelu_llm patched (config.json there has no crrelu section); give the "
             "output_dir of `crrelu patch`, `sft` or `dpo`"
@@ -80,6 +84,28 @@ def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
     return section, epsilon
 
 
+def _patch_report(checkpoint: Path) -> dict[str, Any]:
+    """What `crrelu patch` wrote beside a checkpoint, or beside the one that it was trained from."""
+    for path in (checkpoint / "patch_report.json", checkpoint / "patched" / "patch_report.json"):
+        found = _read(path)
+        if not found:
+            continue
+        numbers = ("scale_mean", "relative_error")
+        sites, perplexity = found.get("sites") or [], found.get("perplexity") or {}
+        whole = _are_sites(sites) and all(
+            isinstance(site.get(key), int | float | None) for site in sites for key in numbers
+        )
+        whole = whole and isinstance(found.get("options") or {}, dict) and isinstance(perplexity, dict)
+        if not whole or (perplexity and not {"tokens", "data", "before", "after"} <= perplexity.keys()):
+            raise InputError(f"{path}: damaged (its sites, options or perplexity); patch again, or remove it")
+        return found
+    return {}
+
+
+def _are_sites(sites: Any) -> bool:
+    return isinstance(sites, list) and all(isinstance(site, dict) and "path" in site for site in sites)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
@@ -93,7 +119,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _find(report: dict[str, Any], name: str | None) -> dict[str, Any]:
     done = [arm for arm in report["arms"] if any(run["status"] == "done" for run in arm["runs"])]
     if name is None:
-        done = [arm for arm in done if arm["activation"] == "crrelu"]
+        done = [arm for arm in done if arm.get("activation") == "crrelu"]
         if len(done) != 1:
             found = ", ".join(arm["arm"] for arm in report["arms"])
             raise InputError(f"--arm: the report has {len(done)} finished CRReLU arms; say which of {found} this is")
@@ -111,7 +137,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _hub_names(report: dict[str, Any] | None, run: dict[str, Any]) -> list[str]:
-    names = [entry["name"] for entry in (report or {}).get("data", [])]
+    names = [entry["name"] for entry in (report or {}).get("data") or []]
     names.append((run.get("recipe") or {}).get("dataset_name") or "")
     return sorted({name for name in names if name.count("/") == 1 and _is_hub_name(name)})
 
@@ -178,7 +204,7 @@ def _use(checkpoint: Path) -> str:
 
 
 def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict[str, Any]) -> str:
-    known = {site["path"]: site for site in patch.get("sites", [])}
+    known = {site["path"]: site for site in patch.get("sites") or []}
     rows = [
         "## The layers",
         "",
@@ -199,7 +225,7 @@ def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict
 
 
 def _calibration(patch: dict[str, Any]) -> str:
-    options = patch.get("options", {})
+    options = patch.get("options") or {}
     lines = ["## Calibration", "", *(f"- {escape_markdown(key)}: {_code(value)}" for key, value in options.items())]
     found = patch.get("perplexity")
     if found:

@@ -9,8 +9,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.contrast import contrast, shown
 from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
 from crrelu_llm.evaluation.preference import against_reference
-from crrelu_llm.evaluation.results import read_result, read_settings
-from crrelu_llm.evaluation.run import MODEL
+from crrelu_llm.evaluation.results import MODEL, read_result, read_settings
 
 # Beside the results as a control, not compared: it is the same for every model.
 _REFERENCES = ("longer_answer_accuracy",)
@@ -236,5 +235,12 @@ def _notes(results: dict[str, Any], settings: dict[str, Any]) -> list[str]:
             "token are shown but not compared between them; bits per byte and accuracies are."
         )
     if settings["limit"] is not None:
-        notes.append(f"At most {settings['limit']} items of each task were evaluated.")
+        more = {
+            task
+            for tasks in results.values()
+            for task, result in tasks.items()
+            if len(result["examples"]) > settings["limit"]
+        }
+        each = f"; of {', '.join(sorted(more))}, which has more subtasks, one of each subtask" if more else ""
+        notes.append(f"At most {settings['limit']} items of each task were evaluated{each}.")
     return notes

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import EvaluationLM, quiet
 from crrelu_llm.evaluation.measured import Measured, linearised, shares_of, spread_over_groups
+from crrelu_llm.evaluation.rows import no_column, try_rows
 from crrelu_llm.evaluation.suites import TaskSpec, import_functions
 
 _SEED = 1234  # lm-eval's, of the choice of examples
@@ -34,10 +36,10 @@ class HarnessTask:
     """
 
     def __init__(self, spec: TaskSpec, data_dir: Path | None, limit: int | None, chat: bool, manager: Any) -> None:
-        """Loads a task's data and tries its first item.
+        """Loads a task's data and tries the items that will be evaluated.
 
         Raises:
-            InputError: No such task, its data cannot be had, or lacks a column that the task uses.
+            InputError: No such task, its data cannot be had, or has a row that the task cannot use.
         """
         self.name = spec.name
         self._chat = chat
@@ -50,6 +52,9 @@ class HarnessTask:
         self._samples = self._sample(documents, limit) if limit is not None else None
         chosen: Any = documents if self._samples is None else self._samples
         self.rows = sum(map(len, chosen.values()))
+        for name, rows in documents.items():
+            indices = range(len(rows)) if self._samples is None else self._samples[name]
+            try_rows(self._tasks[name], rows, indices, spec)
         self.config = {
             "tasks": {name: _config(task) for name, task in self._tasks.items()},
             "chat_template": chat,
@@ -156,19 +161,27 @@ def manager_for(specs: list[TaskSpec]) -> Any:
 
 
 def _own(spec: TaskSpec, manager: Any) -> Any:
-    try:
-        loaded = manager.load([spec.name])
-    except Exception as error:  # of datasets, the hub, or packages that a task needs: the user's to mend
-        raise InputError(
-            f"the task {spec.name}: lm-eval cannot load it: {' '.join(str(error).split())[:300]}; it needs the "
-            "network or cached data, or take the suite local with --data_dir"
-        ) from error
+    loaded = _loaded(spec, lambda: manager.load([spec.name]))
     return loaded["groups"].get(spec.name) or loaded["tasks"][spec.name]
 
 
+def _loaded(spec: TaskSpec, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # of datasets, the hub, or packages that a task needs: the user's to mend
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, or take "
+            "the suite local with --data_dir"
+        ) from error
+
+
 def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
+    """A task of a configuration: its data are the files it names, or else what lm-eval loads from the hub."""
     config = import_functions(spec.config, spec.name)
     _require_nltk((config.get("metadata") or {}).get("nltk"), spec.name)
+    if not _data_files(spec):
+        return _loaded(spec, lambda: ConfigurableTask(config=dict(config)))
     files = {split: str(data_path(path, data_dir)) for split, path in _data_files(spec).items()}
 
     def read(**_: Any) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
     except InputError:
         raise
     except Exception as error:  # jinja2 and lm-eval raise errors of many kinds
-        raise InputError(_no_column(spec, error)) from error
+        raise InputError(no_column(spec, error)) from error
 
 
 def _require_nltk(resource: str | None, task: str) -> None:
@@ -209,29 +222,16 @@ def _data_files(spec: TaskSpec) -> dict[str, str]:
 
 
 def _documents(task: Any, spec: TaskSpec) -> Any:
-    """A task's items, after a look at the first of them."""
+    """A task's items, after a look at their columns."""
     try:
         rows = task.eval_docs
         row = next(iter(rows))
-        task.doc_to_text(row)
-        task.doc_to_target(row)
-        if task.OUTPUT_TYPE == "multiple_choice":
-            task.doc_to_choice(row)
     except Exception as error:
-        raise InputError(_no_column(spec, error)) from error
+        raise InputError(no_column(spec, error)) from error
     key = ((spec.config or {}).get("metadata") or {}).get("group_by")
     if key is not None and key not in row:
-        raise InputError(_no_column(spec, KeyError(key)))
+        raise InputError(no_column(spec, KeyError(key)))
     return rows
-
-
-def _no_column(spec: TaskSpec, error: Exception) -> str:
-    where = ", ".join(spec.files()) or spec.name
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return (
-        f"the task {spec.name} cannot use {where}: {type(error).__name__}: {reason}; check that the data has the "
-        f"columns that {spec.source} reads"
-    )
 
 
 def _config(task: Any) -> Any:
@@ -239,7 +239,13 @@ def _config(task: Any) -> Any:
     config = task.dump_config()
     for key in ("custom_dataset", "dataset_kwargs"):
         config.pop(key, None)
-    return json.loads(json.dumps(config, default=str))
+    return json.loads(json.dumps(config, default=_spelled))
+
+
+def _spelled(value: Any) -> str:
+    """What is no plain value, as text that is the same in every process: functions by their names."""
+    name = getattr(value, "__qualname__", None)
+    return str(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 
 
 def _add(measured: Measured, key: str, values: list[Any], reported: float | None) -> None:

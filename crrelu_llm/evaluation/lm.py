@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,22 @@ class EvaluationLM(HFLM):
         """The model's context in tokens, or the shorter one that was asked for."""
         own = int(super().max_length)
         return own if self._longest is None else min(own, self._longest)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """As lm-eval's, its bar only where tqdm's are wanted."""
+        return super().loglikelihood(requests, disable_tqdm or _without_bars())
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """As lm-eval's, its bar only where tqdm's are wanted."""
+        return super().loglikelihood_rolling(requests, disable_tqdm or _without_bars())
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """As lm-eval's, its bar only where tqdm's are wanted."""
+        return super().generate_until(requests, disable_tqdm or _without_bars())
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        # Of rolling windows lm-eval asks for a bar a batch, whatever it was told.
+        return super()._loglikelihood_tokens(requests, disable_tqdm or _without_bars(), **kwargs)
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
         if self.device.type != "cpu":
@@ -74,6 +91,11 @@ class EvaluationLM(HFLM):
             (float(score), len(request[2]), was_cut)
             for (score, _), request, was_cut in zip(scores, requests, cut, strict=True)
         ]
+
+
+def _without_bars() -> bool:
+    """Whether tqdm's bars are switched off; lm-eval says so to each itself, which goes before the variable."""
+    return os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false")
 
 
 def build(

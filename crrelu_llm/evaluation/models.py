@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.suites import is_name
 from crrelu_llm.patching import checkpoint, section
@@ -87,16 +89,90 @@ def identity(model: NamedModel) -> dict[str, Any]:
 
 
 def load_tokenizer(model: NamedModel) -> Any:
-    """Its tokenizer: an adapter's own where it has one, else that of the model under it."""
+    """Its tokenizer: an adapter's own where it has one, else that of the model under it.
+
+    Raises:
+        InputError: It cannot be loaded, or makes no tokens of text.
+    """
     own = model.is_adapter and (Path(model.path) / "tokenizer_config.json").is_file()
     if not own:
-        return checkpoint.load_tokenizer(model.base)
+        return require_tokenizer(checkpoint.load_tokenizer(model.base), model)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model.path)
+        return require_tokenizer(AutoTokenizer.from_pretrained(model.path), model)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{model.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def require_tokenizer(tokenizer: Any, model: NamedModel) -> Any:
+    """Returns a tokenizer that makes tokens of text: of a directory without one transformers makes an empty one.
+
+    Raises:
+        InputError: It makes none.
+    """
+    if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+        raise InputError(
+            f"{model.path}: its tokenizer makes no tokens of a text; put the model's tokenizer files there "
+            "(tokenizer.json, tokenizer_config.json)"
+        )
+    return tokenizer
+
+
+def require_embeddings(tokenizer: Any, loaded: Any, model: NamedModel) -> None:
+    """Refuses a tokenizer whose tokens the loaded model does not have.
+
+    The padding token may be one: what it stands at is never looked at.
+
+    Raises:
+        InputError: There are others.
+    """
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if set(beyond) - {tokenizer.pad_token}:
+        raise InputError(
+            f"{model.path}: its tokenizer has {len(tokenizer)} tokens, and the model only embeddings of {rows}; put "
+            "the tokenizer there that belongs to the model"
+        )
+
+
+def require_weights(model: NamedModel) -> None:
+    """Looks for a model's weight files and at their headers, so that what is missing is said before the long work.
+
+    Raises:
+        InputError: A local model without weights, without one of its files, or with one that is cut short.
+    """
+    if model.is_adapter:
+        require_weights(NamedModel(model.name, model.base))
+        directory = Path(model.path).expanduser()
+    else:
+        directory = Path(checkpoint.resolve(model.path))
+    if not directory.is_dir():  # a file of its own, or of the hub
+        return
+    files = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+    if not files:
+        raise InputError(f"{model.path}: no weights there (*.safetensors); copy or save the model again")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        absent = sorted(_shards(index) - {file.name for file in files})
+        if absent:
+            raise InputError(f"{model.path}: {index.name} names {absent[0]}, which is not there; copy it there")
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{file}: cannot be read ({reason}); copy or save the model again") from None
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: damaged; copy or save the model again") from None
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

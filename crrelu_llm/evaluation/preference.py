@@ -28,7 +28,7 @@ class PreferenceTask:
         """Reads the pairs.
 
         Raises:
-            InputError: The file cannot be read, or has no columns chosen and rejected.
+            InputError: The file cannot be read, has no columns chosen and rejected, or a row that is no pair.
         """
         self.name = name
         self._chat = chat
@@ -42,11 +42,16 @@ class PreferenceTask:
         self.data = [{"name": os.path.join(*Path(path).parts[-2:]), "rows": len(pairs), "sha256": sha256(pairs)}]
         self._pairs = pairs.select(range(min(limit or len(pairs), len(pairs))))
         self.rows = len(self._pairs)
+        for number, row in enumerate(self._pairs, 1):
+            split(row, f"the task {name} cannot use {path}: row {number}")
         self.config = {"output_type": "preference", "version": 1, "chat_template": chat, "rows": self.rows}
 
     def run(self, lm: Any) -> Measured:
         """Evaluates a model; the items are the pairs."""
-        rendered = [render(row, lm.tokenizer, self._chat, self.name) for row in self._pairs]
+        rendered = [
+            render(row, lm.tokenizer, self._chat, f"the task {self.name}: row {number}")
+            for number, row in enumerate(self._pairs, 1)
+        ]
         scores = lm.score([(context, answer) for context, *answers in rendered for answer in answers])
         logps = np.array([score for score, _, _ in scores]).reshape(-1, 2)
         tokens = np.array([count for _, count, _ in scores]).reshape(-1, 2)
@@ -102,7 +107,41 @@ def against_reference(policy: dict[str, Any], reference: dict[str, Any], beta: f
     ).finish()
 
 
-def render(row: dict[str, Any], tokenizer: Any, chat: bool, task: str) -> tuple[str, str, str]:
+def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
+    """A row's prompt and its two answers, each a string or messages.
+
+    Args:
+        row: `prompt`, `chosen` and `rejected`; without a prompt, what the two conversations share is it.
+        where: The task and the row, for errors.
+
+    Raises:
+        InputError: A row that is no pair.
+    """
+    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if not all(answers) or (prompt is None and isinstance(answers[0], str)):
+        raise InputError(f"{where}: a pair needs a prompt and two answers that are not empty")
+    for side in (prompt, *answers):
+        if not (side is None or isinstance(side, str) or _are_messages(side)):
+            raise InputError(f"{where}: a side is a text, or messages that each have the texts role and content")
+    if prompt is None:
+        if any(isinstance(answer, str) for answer in answers):
+            raise InputError(f"{where}: without a prompt, both answers must be conversations")
+        same = [chosen == rejected for chosen, rejected in zip(*answers, strict=False)]
+        shared = same.index(False) if False in same else len(same)
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+        if not all(answers):
+            raise InputError(f"{where}: without a prompt, each conversation must go on after what the two share")
+    return prompt, answers
+
+
+def _are_messages(side: Any) -> bool:
+    return isinstance(side, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in side
+    )
+
+
+def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple[str, str, str]:
     """A row as text: context, chosen and rejected answer, each answer with its end.
 
     Args:
@@ -110,25 +149,19 @@ def render(row: dict[str, Any], tokenizer: Any, chat: bool, task: str) -> tuple[
             conversations share is it.
         tokenizer: Gives the chat template and the end-of-sequence token.
         chat: Whether to apply the chat template. Without it, messages are written as "User: …" and "Assistant: …".
-        task: The task's name, for errors.
+        where: The task and the row, for errors.
 
     Raises:
         InputError: A row that is no pair, or a chat template whose conversations do not start with their prompts.
     """
-    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if not all(answers) or (prompt is None and isinstance(answers[0], str)):
-        raise InputError(f"the task {task}: a pair needs a prompt and two answers that are not empty")
-    if prompt is None:
-        same = [chosen == rejected for chosen, rejected in zip(*answers, strict=False)]
-        shared = same.index(False) if False in same else len(same)
-        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    prompt, answers = split(row, where)
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         replies = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
         context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         whole = [tokenizer.apply_chat_template(messages + reply, tokenize=False) for reply in replies]
         if not all(text.startswith(context) for text in whole):
-            raise InputError(f"the task {task}: the chat template changes a prompt once it is answered; leave it out")
+            raise InputError(f"{where}: the chat template changes a prompt once it is answered; leave it out")
         return context, whole[0][len(context) :], whole[1][len(context) :]
     end = tokenizer.eos_token or ""
     if isinstance(prompt, str):

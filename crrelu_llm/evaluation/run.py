@@ -23,6 +23,7 @@ from crrelu_llm.evaluation.lm import build
 from crrelu_llm.evaluation.models import NamedModel
 from crrelu_llm.evaluation.preference import PreferenceTask
 from crrelu_llm.evaluation.results import (
+    MODEL,
     SETTINGS,
     other_result,
     read_result,
@@ -35,7 +36,6 @@ from crrelu_llm.files import alone, plain, write_json
 from crrelu_llm.memory import PeakMemory
 from crrelu_llm.patching.finite import require_finite
 
-MODEL = "model"  # stands among the tasks for the model itself
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
 
 
@@ -126,6 +126,8 @@ def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) ->
 def _check_models(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tokenizers and identities of all models, before any of them is loaded."""
     keys = {model.name: named.identity(model) for model in evaluation.models}
+    for model in evaluation.models:
+        named.require_weights(model)
     tokenizers = {model.name: named.load_tokenizer(model) for model in evaluation.models}
     for model in evaluation.models:
         if evaluation.chat and not tokenizers[model.name].chat_template:
@@ -144,7 +146,7 @@ def _check_models(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any
 
 
 def prepare_tasks(evaluation: Evaluation) -> list[Any]:
-    """The tasks with their data loaded and their first items tried.
+    """The tasks with their data loaded and the items that will be evaluated tried.
 
     Raises:
         InputError: A data file that does not exist, a task that lm-eval does not have, or a column that is missing.
@@ -194,29 +196,44 @@ def _one_model(
         todo.append(task)
     if not todo and read_result(places[MODEL]) is not None:
         return {}
-    _say(f"{model.name}: loading {model.path}")
-    loaded = named.load(model, evaluation.dtype)
-    write_result(places[MODEL], keys[MODEL], named.describe(loaded) | {"path": model.path})
-    device = torch.device(evaluation.device)
-    lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)
+    lm, wrong = _load(evaluation, model, places[MODEL], keys[MODEL], tokenizer)
+    if wrong is not None:
+        _say(f"{model.name}: {wrong}")
+        return dict.fromkeys([task.name for task in todo] or [MODEL], wrong)
     failed = {}
-    try:
-        require_finite(loaded, _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size)
-    except InputError as error:
-        failed = {task.name: str(error) for task in todo}
-        _say(f"{model.name}: {error}")
-        todo = []
     for index, task in enumerate(todo):
         _say(f"{model.name} × {task.name} [{index + 1}/{len(todo)}]: {task.rows} items")
         wrong = _one_task(task, lm, places[task.name], keys[task.name])
         if wrong is not None:
             failed[task.name] = wrong
             _say(f"{model.name} × {task.name}: {wrong}")
-    del lm, loaded
+    del lm
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failed
+
+
+def _load(
+    evaluation: Evaluation, model: NamedModel, place: Path, key: dict[str, Any], tokenizer: Any
+) -> tuple[Any, str | None]:
+    """Loads a model and keeps what is to be known of it; returns why it failed, if it did."""
+    _say(f"{model.name}: loading {model.path}")
+    try:
+        loaded = named.load(model, evaluation.dtype)
+        named.require_embeddings(tokenizer, loaded, model)
+        write_result(place, key, named.describe(loaded) | {"path": model.path})
+        device = torch.device(evaluation.device)
+        lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)
+        tokens = _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size
+        require_finite(loaded, tokens, "none of its tasks is evaluated")
+    except InputError as error:
+        return None, str(error)
+    except DiskError:
+        raise
+    except Exception as error:  # of many libraries; the other models must not fail with it
+        return None, f"cannot be loaded: {_reason(error)}"
+    return lm, None
 
 
 def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | None:
@@ -228,7 +245,7 @@ def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | Non
     except (KeyboardInterrupt, DiskError):
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return _reason(error)
     if measured.not_finite:
         return (
             f"{measured.not_finite} of {task.rows} items gave a value that is not a finite number; is the checkpoint "
@@ -237,6 +254,10 @@ def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | Non
     cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": memory.bytes}
     write_result(place, key, measured.as_dict() | cost)
     return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _settings(

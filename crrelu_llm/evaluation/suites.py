@@ -71,6 +71,12 @@ def read_suite(name: str, only: list[str] | None = None, data: list[str] | None 
         if not isinstance(suite["template"], dict):
             raise InputError(f"{path}: template must be a mapping of keys and values, not {suite['template']!r}")
         specs = _from_template(suite["template"], path, data or [])
+        names = [spec.name for spec in specs]
+        twice = [spec.files()[0] for spec in specs if names.count(spec.name) > 1]
+        if twice:
+            raise InputError(
+                f"--data {' '.join(twice)}: a task is called as its file, and these would be called alike; rename one"
+            )
         return _chosen(specs, [], only, path)
     if data:
         raise InputError(f"--data: the suite {name} names its data itself; use --data_dir to say where it is")

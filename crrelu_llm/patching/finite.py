@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def require_finite(model: nn.Module, input_ids: Tensor) -> None:
+def require_finite(model: nn.Module, input_ids: Tensor, outcome: str = "nothing has been written") -> None:
     """Runs a model on a few tokens and names the innermost module whose output is NaN.
 
     A model that takes more than token ids is not checked.
@@ -33,12 +33,13 @@ def require_finite(model: nn.Module, input_ids: Tensor) -> None:
     Args:
         model: A causal LM.
         input_ids: `(batch, tokens)`, int64.
+        outcome: What it means for the caller's work, for the message.
 
     Raises:
         InputError: There is one.
     """
     names = {module: name for name, module in model.named_modules()}
-    hooks = [module.register_forward_hook(lambda m, _, output: _check(names[m], output)) for module in names]
+    hooks = [module.register_forward_hook(lambda m, _, output: _check(names[m], output, outcome)) for module in names]
     try:
         with evaluating(model), torch.no_grad():
             model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
@@ -51,10 +52,10 @@ def require_finite(model: nn.Module, input_ids: Tensor) -> None:
             hook.remove()
 
 
-def _check(name: str, output: Any) -> None:
+def _check(name: str, output: Any, outcome: str) -> None:
     first = output[0] if isinstance(output, tuple) and output else output
     if isinstance(first, Tensor) and first.is_floating_point() and first.isnan().any():
         raise InputError(
             f"{name}: its output on ordinary text is not a number: the checkpoint is broken there or needs a wider "
-            "dtype; nothing has been written"
+            f"dtype; {outcome}"
         )

@@ -111,6 +111,44 @@ def test_damaged_files_are_one_line(checkpoint, report, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def _refused(path, columns, argv, capsys):
+    """The one line that is said where a JSON file has other columns; the file is as before afterwards."""
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | columns))
+    capsys.readouterr()
+    assert main(["card", *map(str, argv)]) == 2, columns
+    path.write_text(before)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_files_of_another_shape_are_one_line(checkpoint, report, capsys):
+    for columns in (
+        {"sites": [{}]},
+        {"sites": ["x"]},
+        {"sites": [{"path": "x", "scale_mean": "y"}]},
+        {"options": [1]},
+        {"perplexity": {"before": 1}},
+    ):
+        line = _refused(checkpoint / "patch_report.json", columns, [checkpoint], capsys)
+        assert "patch_report.json: damaged" in line
+    for columns in (
+        {"data": ["x"]},
+        {"data": [{}]},
+        {"data": {"name": "x"}},
+        {"recipe": {"tasks": 3}},
+        {"recipe": [1]},
+        {"arms": [{"arm": "crrelu", "runs": [{}]}]},
+        {"arms": [{"arm": "crrelu", "runs": [{"status": "done"}]}]},
+    ):
+        line = _refused(report / "report.json", columns, [checkpoint, "--report", report], capsys)
+        assert "--report" in line and "report.json: " in line
+    config = json.loads((checkpoint / "config.json").read_text())["crrelu"]
+    line = _refused(checkpoint / "config.json", {"crrelu": config | {"sites": [{}]}}, [checkpoint], capsys)
+    assert "no checkpoint that crrelu_llm patched" in line
+    assert not (checkpoint / "README.md").exists()
+
+
 def test_push_uploads_the_card(checkpoint, monkeypatch):
     pushed = {}
     monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, name, token=None: pushed.update({name: str(self)}))

@@ -239,8 +239,48 @@ def test_a_model_that_gives_nan_fails_alone(place, tiny_checkpoint, capsys):
     assert "cannot be decided, because" in printed.out
     runs = [arm["runs"][0] for arm in report(place)["arms"]]
     assert [run["status"] for run in runs] == ["done", "failed"]
-    assert "not a number" in runs[1]["error"]
+    assert "not a number" in runs[1]["error"] and "none of its tasks is evaluated" in runs[1]["error"]
     assert report(place)["comparisons"] == []
+
+
+def test_a_model_that_cannot_be_loaded_fails_alone(place, tiny_checkpoint, capsys):
+    narrow, few = place / "narrow", place / "few"
+    shutil.copytree(tiny_checkpoint, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | {"n_embd": 16}))
+    shutil.copytree(tiny_checkpoint, few)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(few)
+    models = (f"native={tiny_checkpoint}", f"narrow={narrow}", f"few={few}", f"last={tiny_checkpoint}")
+    assert command_line.main(options(place, *models, tasks=["arc_easy"])) == 1
+    printed = capsys.readouterr().err
+    assert "narrow failed on arc_easy; the other results are kept" in printed and "Traceback" not in printed
+    runs = [arm["runs"][0] for arm in report(place)["arms"]]
+    assert [run["status"] for run in runs] == ["done", "failed", "failed", "done"]
+    assert "cannot be loaded: " in runs[1]["error"]
+    assert "only embeddings of 300" in runs[2]["error"]
+
+
+def test_models_without_their_files_are_refused_first(place, tiny_checkpoint, capsys):
+    good = f"native={tiny_checkpoint}"
+    cut, bare, mute = place / "cut", place / "bare", place / "mute"
+    for folder in (cut, bare, mute):
+        shutil.copytree(tiny_checkpoint, folder)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cut/model.safetensors: cannot be read" in refused(capsys, *options(place, good, f"cut={cut}"))
+    weights.rename(cut / "model-00001-of-00002.safetensors")
+    (cut / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00002-of-00002.safetensors"}}')
+    assert "names model-00002-of-00002.safetensors, which is" in refused(capsys, *options(place, good, f"cut={cut}"))
+    (cut / "model.safetensors.index.json").write_text("[]")
+    assert "index.json: damaged" in refused(capsys, *options(place, good, f"cut={cut}"))
+    (bare / "model.safetensors").unlink()
+    assert "no weights there" in refused(capsys, *options(place, good, f"bare={bare}"))
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+    assert "makes no tokens" in refused(capsys, *options(place, good, f"mute={mute}"))
+    assert not (place / "out").exists()
 
 
 def test_the_other_processes_of_a_launch_leave_it_to_the_first(place, tiny_checkpoint, monkeypatch, capsys):
@@ -288,3 +328,34 @@ def test_a_tokenizer_without_a_chat_template(place, tiny_checkpoint, capsys):
     (plain / "chat_template.jinja").unlink()
     argv = options(place, f"plain={plain}", tasks=["arc_easy"])
     assert "plain" in refused(capsys, *argv, "--apply_chat_template")
+
+
+def test_damaged_files_are_computed_again_or_one_line(place, tiny_checkpoint, capsys):
+    argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
+    assert command_line.main(argv) == 0
+    first = numbers(place)
+    (path,) = (place / "out" / "results" / "native").glob("arc_easy-*.json")
+    path.write_text('{"key": {}, "result": {}}')
+    assert command_line.main(["report", str(place / "out")]) == 0
+    assert "arc_easy: not run yet" in report(place)["arms"][0]["runs"][0]["error"]
+    capsys.readouterr()
+    assert command_line.main(argv) == 0
+    assert "arc_easy: kept" not in capsys.readouterr().err
+    assert numbers(place) == first
+    settings = place / "out" / "evaluation.json"
+    for text in ('{"models": {}}', "{"):
+        settings.write_text(text)
+        assert "evaluation.json: damaged" in refused(capsys, "report", place / "out")
+    assert command_line.main(argv) == 0
+    assert "arc_easy: kept" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing(place, capsys):
+    assert "gone: no such directory; give the output_dir" in refused(capsys, "report", place / "gone")
+    assert "holds no comparison and no evaluation" in refused(capsys, "report", place / "data")
+
+
+def test_progress_bars_follow_tqdm_disable(place, tiny_checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert command_line.main(options(place, f"native={tiny_checkpoint}", tasks=["arc_easy", "wikitext"])) == 0
+    assert "%|" not in capsys.readouterr().err

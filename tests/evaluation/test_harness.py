@@ -1,6 +1,8 @@
 """lm-eval's tasks: equal to plain lm-eval to the last digit, whatever the batch; data that does not fit is refused."""
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -139,6 +141,35 @@ def test_data_without_a_column_is_refused(data_dir):
         prepared("blimp", data_dir)
 
 
+def _of_the_hub(tmp_path):
+    """The only task of a suite: a whole configuration, its data on the hub."""
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"tasks": [PLAIN | {"task": "mine", "dataset_path": "someone/arc"}]}))
+    return read_suite(str(path))
+
+
+def test_a_configuration_with_data_of_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name=None, **_):
+        asked.append((path, name))
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list(arc(4))})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (spec,) = _of_the_hub(tmp_path)
+    task = HarnessTask(spec, None, None, False, manager_for([spec]))
+    assert task.rows == 4 and asked == [("someone/arc", None)]
+    assert task.data[0]["name"] == "mine" and task.config["tasks"]["mine"]["dataset_path"] == "someone/arc"
+
+
+def test_data_that_the_hub_does_not_give(tmp_path):
+    (spec,) = _of_the_hub(tmp_path)
+    with pytest.raises(InputError, match=r"the task mine: lm-eval cannot load it: .*someone/arc.*needs the network"):
+        HarnessTask(spec, None, None, False, manager_for([spec]))
+
+
 def test_long_requests_are_cut_and_it_is_said(data_dir, tiny_checkpoint):
     rows = arc(2)
     rows[1]["question"] *= 40
@@ -193,3 +224,9 @@ def test_a_shorter_context_is_that_of_lm_eval(tiny_llama_checkpoint, asked, used
     assert lm.loglikelihood_rolling(requests) == theirs.loglikelihood_rolling(requests)
     ((_, tokens, cut),) = lm.score([("a b c d " * 10, " e f")])
     assert cut == (used is not None) and tokens < 16
+
+
+def test_what_decides_a_result_names_no_address_of_this_process(data_dir):
+    """Else a restarted evaluation would compute again what it has: `<function wikitext_pages at 0x7f…>`."""
+    for name in ("wikitext", "arc_easy", "blimp"):
+        assert not re.search(r"\bat 0x[0-9a-f]+", json.dumps(prepared(name, data_dir).config)), name

@@ -1,0 +1,100 @@
+"""Tries every row of a task before any model is loaded: what cannot be asked or judged is said with its number."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lm_eval import utils
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.suites import TaskSpec
+
+
+def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> None:
+    """Writes the prompt, the answer and the choices of rows, as lm-eval will.
+
+    Args:
+        task: lm-eval's task.
+        rows: Its items.
+        chosen: The indices of those that will be evaluated.
+        spec: What the task was made of, for messages. Of a task file it is also asked whether its answers can be
+            judged; lm-eval's own tasks know best what they leave empty.
+
+    Raises:
+        InputError: A row that cannot be used; the message has its number, from 1 on.
+    """
+    wanted, group = set(chosen), ((spec.config or {}).get("metadata") or {}).get("group_by")
+    with _compiling_once():
+        for index, row in enumerate(rows):
+            if index not in wanted:
+                continue
+            try:
+                written = _write(task, row)
+                if group is not None and row[group] is None:
+                    raise KeyError(group)
+                if spec.config is not None:
+                    _require_values(task, row, written)
+                    _require_answers(task, row, written)
+            except Exception as error:  # templates and functions raise errors of many kinds
+                # Functions of a task may make other items out of the rows of a file.
+                unit = "row" if getattr(task.config, "process_docs", None) is None else "item"
+                raise InputError(no_column(spec, error, f"{unit} {index + 1}: ")) from error
+
+
+def no_column(spec: TaskSpec, error: Exception, where: str = "") -> str:
+    """What to say where a task cannot use its data.
+
+    Args:
+        where: Which row, followed by a colon and a space.
+    """
+    files = ", ".join(spec.files()) or spec.name
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    kind = "" if isinstance(error, _Unusable) else f"{type(error).__name__}: "
+    return (
+        f"the task {spec.name} cannot use {files}: {where}{kind}{reason}; check that the data has the columns that "
+        f"{spec.source} reads"
+    )
+
+
+class _Unusable(ValueError):
+    """A row that can be read but not evaluated."""
+
+
+def _write(task: Any, row: Any) -> tuple[Any, Any, Any]:
+    choices = task.doc_to_choice(row) if task.OUTPUT_TYPE == "multiple_choice" else None
+    return task.doc_to_text(row), task.doc_to_target(row), choices
+
+
+def _require_values(task: Any, row: Any, written: Any) -> None:
+    """A column that a row lacks is None, which templates write as a word."""
+    if None not in row.values() or "None" not in str(written):
+        return
+    _write(task, {key: value for key, value in row.items() if value is not None})
+
+
+def _require_answers(task: Any, row: Any, written: Any) -> None:
+    text, target, choices = written
+    if choices is None:
+        if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling") and not str(target).strip():
+            raise _Unusable("the text whose probability is asked for is empty")
+        return
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise _Unusable(f"an answer is empty among {choices}")
+    gold = text if isinstance(text, int) else target
+    known = {*range(len(choices)), *choices}
+    if not all(right in known for right in (gold if isinstance(gold, list) else [gold])):
+        raise _Unusable(f"the right answer is {gold!r}, which is none of {len(choices)} (from 0 on)")
+    if task.config.process_results is not None:
+        task.process_results(row, [(-1.0, False)] * len(choices))
+
+
+@contextlib.contextmanager
+def _compiling_once() -> Iterator[None]:
+    """lm-eval compiles a template anew for each row, which takes much longer than to fill it in."""
+    original = utils.env.from_string
+    utils.env.from_string = functools.lru_cache(original)
+    try:
+        yield
+    finally:
+        utils.env.from_string = original
