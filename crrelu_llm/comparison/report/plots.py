@@ -129,16 +129,18 @@ def _epsilons(report: Report, grid: Grid) -> Picture | None:
     axes.set(xlabel="MLP site, in the model's order", ylabel="ε (mean of the site)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    marks = [Key("before training", "--muted", mark="ring"), Key("after", "--muted", mark="disc")]
-    at = f" at {text.grid_label(grid)}" if grid else ""
-    return Picture(
-        "epsilon",
-        "ε of each site before and after training",
-        f"Mean over seeds{at}; the bar runs from the lowest to the highest seed.",
-        f"ε by site, before and after training, for {', '.join(drawn)}.",
-        inline_svg(figure, "epsilon"),
-        [*(arm_key(report, name) for name in drawn), *marks],
-    )
+    keys = [arm_key(report, name) for name in drawn]
+    if report.get("trainer") == "eval":
+        words = ("ε of each site", "", f"ε by site for {', '.join(drawn)}.")
+    else:
+        keys += [Key("before training", "--muted", mark="ring"), Key("after", "--muted", mark="disc")]
+        at = f" at {text.grid_label(grid)}" if grid else ""
+        words = (
+            "ε of each site before and after training",
+            f"Mean over seeds{at}; the bar runs from the lowest to the highest seed.",
+            f"ε by site, before and after training, for {', '.join(drawn)}.",
+        )
+    return Picture("epsilon", *words, inline_svg(figure, "epsilon"), keys)
 
 
 def _site_values(arm: dict[str, Any], grid: Grid, key: str) -> dict[str, list[float]]:
@@ -174,6 +176,8 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     if arm is None or not any(any(values) for values in epsilons.values()):
         return None
     sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
+    if not sites:  # an evaluated checkpoint: what it replaced and which scale was folded in are not known
+        return None
     replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
     figure, axes = new_axes(3.0)
