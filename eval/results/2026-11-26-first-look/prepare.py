@@ -1,6 +1,6 @@
 """Makes the training and held-out files of the two SmolLM2 comparisons from the published data sets.
 
-    python prepare.py DATA_DIR MODEL
+python prepare.py DATA_DIR MODEL
 """
 
 import gzip

@@ -2,8 +2,8 @@
 
     python agreement.py EVALUATION_DIR NAME MODEL TASKS_DIR DATA_DIR TASK LIMIT BATCH_SIZE
 
-The evaluation is one that `crrelu eval` made of MODEL under NAME with the same limit and batch size, in float32. Nothing
-of crrelu_llm computes here; it is imported so that a patched checkpoint loads.
+The evaluation is one that `crrelu eval` made of MODEL under NAME with the same limit and batch size, in float32.
+Nothing of crrelu_llm computes here; it is imported so that a patched checkpoint loads.
 """
 
 import json
@@ -11,10 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-import crrelu_llm  # noqa: F401
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+
+import crrelu_llm  # noqa: F401
 
 directory, name, model, tasks, data, task, limit, batch_size = sys.argv[1:]
 directory, model, tasks = Path(directory).resolve(), str(Path(model).resolve()), str(Path(tasks).resolve())
