@@ -194,7 +194,8 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
         # The last cause tells what a reader met; those above it only say that something failed.
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        if isinstance(error, StopIteration):  # a compressed file of nothing
+        # a compressed file of nothing, as JSON and as text
+        if isinstance(error, StopIteration) or "at least one example" in str(error):
             raise InputError(f"{source}: the file holds no rows") from error
         raise InputError(f"{source}: cannot be read: {_one_line(error)}; check that the data is whole") from error
     for name, split in splits.items():

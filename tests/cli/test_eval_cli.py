@@ -152,10 +152,10 @@ def test_a_killed_evaluation_goes_on(place, tiny_checkpoint, patched, tmp_path_f
 
 
 def test_two_evaluations_in_one_directory(place, tiny_checkpoint, capsys):
-    from crrelu_llm.evaluation.results import alone
+    from crrelu_llm.files import alone
 
     argv = options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"])
-    with alone(place / "out"):
+    with alone(place / "out", "crrelu eval"):
         assert "another `crrelu eval` is at work there" in refused(capsys, *argv)
     assert command_line.main(argv) == 0
 
@@ -355,7 +355,7 @@ def test_a_report_of_nothing(place, capsys):
     assert "holds no comparison and no evaluation" in refused(capsys, "report", place / "data")
 
 
-def test_progress_bars_follow_tqdm_disable(place, tiny_checkpoint, capsys, monkeypatch):
+def test_the_bars_of_requests_follow_tqdm_disable(place, tiny_checkpoint, capsys, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert command_line.main(options(place, f"native={tiny_checkpoint}", tasks=["arc_easy", "wikitext"])) == 0
-    assert "%|" not in capsys.readouterr().err
+    assert "Running loglikelihood requests" not in capsys.readouterr().err

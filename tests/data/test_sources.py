@@ -115,7 +115,7 @@ def make_folder(path):
         (break_nothing, "no such file or folder"),
         (make("empty.jsonl", b""), "the file is empty"),
         (make("empty.jsonl.gz", gzip.compress(b"")), "the file holds no rows"),
-        (make("blank.txt.gz", gzip.compress(b"")), "has no rows"),
+        (make("blank.txt.gz", gzip.compress(b"")), "the file holds no rows"),
         (make("broken.jsonl", b'{"text": "whole"}\n{"text": half\n'), "cannot be read"),
         (make("broken.json", b'{"text": '), "cannot be read"),
         (make("cut.jsonl.gz", gzip.compress(json_lines(ROWS) * 50)[:40]), "cannot be read"),
