@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crrelu_llm.comparison import single_items
 from crrelu_llm.comparison.statistics import adjust, compare_metric
 from crrelu_llm.errors import InputError
@@ -195,6 +197,8 @@ def _single_items(
                 "format": found[0].format,
             }
             columns, looks = [value.values for value in found], [side["examples"] for side in sides]
+            if not np.isfinite(np.array(columns, dtype=float)).all():  # as a task's own metric may be
+                continue
             changes.append(single_items.changes(about, (baseline, candidate), *columns))
             if any(len(look) != len(columns[0]) for look in looks):
                 continue

@@ -1,7 +1,10 @@
 """What single items of a task are compared by: a number of each item that says more than right or wrong."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
 
@@ -39,7 +42,8 @@ def contrast(result: dict[str, Any]) -> Contrast | None:
     if metric is None:
         return None
     label, better, pattern = KNOWN.get(metric.partition(",")[0], (metric.replace("_", " "), True, "{:.4f}"))
-    return Contrast(metric, label, result["higher_is_better"].get(metric, better), pattern, items[metric])
+    values = _ratios(items[metric], result.get("shares", {}).get(metric))
+    return Contrast(metric, label, result["higher_is_better"].get(metric, better), pattern, values)
 
 
 def shown(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +69,26 @@ def shown(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"group": example["group"], "prompt": example["prompt"], "target": example["target"], "options": options}
 
 
+def _ratios(values: list[float], shares: list[float] | None) -> list[float]:
+    """Each item's own ratio, of a metric that is a ratio of sums over items.
+
+    What is kept are values whose mean is the metric (see `measured.linearised`): they hold the ratio of all items too,
+    by which an item that did not change would seem to. With the shares, the item's weight follows from them.
+    """
+    if shares is None:
+        return values
+    linear, share = np.array(values, dtype=float), np.array(shares, dtype=float)
+    ratio = share.mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (share / ((ratio + share - linear) / ratio)).tolist()
+
+
 def _lead(example: dict[str, Any]) -> float | None:
     """By how much the right option is more probable than the best of the others, in nats."""
     right, responses = _right(example), example["responses"]
-    if right is None or len(responses) != len(example["options"]) or any(isinstance(r, str) for r in responses):
+    if right is None or len(responses) != len(example["options"]):
+        return None
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in responses):
         return None
     return float(responses[right] - max(value for index, value in enumerate(responses) if index != right))
 

@@ -1,6 +1,6 @@
 """What an evaluation's report says beside its numbers."""
 
-from crrelu_llm.comparison.evaluation import _notes
+from crrelu_llm.comparison.evaluation import _notes, _single_items
 
 
 def test_a_group_with_more_subtasks_than_the_limit():
@@ -9,3 +9,15 @@ def test_a_group_with_more_subtasks_than_the_limit():
     said = "At most 2 items of each task were evaluated; of many, which has more subtasks, one of each subtask."
     assert _notes(results, settings) == [said]
     assert _notes(results, settings | {"limit": 3}) == ["At most 3 items of each task were evaluated."]
+
+
+def test_single_items_of_a_metric_that_is_no_number_are_left_out():
+    """A task's own metric may be NaN, null on disk, of one item; the report is written all the same."""
+    example = {"group": "", "prompt": "?", "options": [], "target": "", "responses": ["a"]}
+    task = {"higher_is_better": {}, "per_token": [], "examples": [example, example]}
+    results = {model: {"f1": task | {"items": {"f1": [1.0, last]}}} for model, last in (("a", 0.5), ("b", None))}
+    settings = {"baseline": "a", "tasks": ["f1"], "tokenizers": {"a": "x", "b": "x"}}
+    assert _single_items(results, settings) == ([], [])
+    results["b"]["f1"]["items"]["f1"] = [1.0, 1.0]
+    changes, examples = _single_items(results, settings)
+    assert (changes[0]["better"], changes[0]["same"], len(examples)) == (1, 1, 1)

@@ -11,6 +11,7 @@ from test_report import EVIL, Page
 
 from crrelu_llm.comparison import single_items
 from crrelu_llm.comparison.report import write_report
+from crrelu_llm.comparison.report.render import escape_markdown
 
 LOSS = {"metric": "loss", "label": "loss", "higher_is_better": False, "format": "{:.4f}"}
 pairs = st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), min_size=1, max_size=300)
@@ -99,6 +100,25 @@ def test_the_text_of_examples_is_escaped(tmp_path):
     assert page.open == [] and "script" not in page.tags
     assert "<script" not in source and "<script" not in markdown
     assert not any(line.startswith("# not a heading") for line in markdown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("# a heading", r"\# a heading"),
+        ("- a list", r"\- a list"),
+        ("+ a list", r"\+ a list"),
+        ("---", r"\---"),
+        ("1986. A good year", r"1986\. A good year"),
+        ("2) a list", r"2\) a list"),
+        ("~~~ python", r"\~\~\~ python"),
+        ("_so_ __init__", r"\_so\_ \_\_init\_\_"),
+        ("arc_easy #1, -1.5 +0.5", "arc_easy #1, -1.5 +0.5"),
+        ("+0.5", "+0.5"),
+    ],
+)
+def test_a_text_that_stands_first_begins_no_block(text, escaped):
+    assert escape_markdown(text) == escaped
 
 
 def test_other_candidates_and_grid_values_are_not_shown(tmp_path):

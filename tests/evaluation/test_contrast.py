@@ -1,8 +1,12 @@
 """What single items of a task are compared by."""
 
+import math
+
+import numpy as np
 import pytest
 
 from crrelu_llm.evaluation.contrast import contrast, shown
+from crrelu_llm.evaluation.measured import linearised, shares_of
 
 
 def example(responses, target="1", options=("a", "b", "c")):
@@ -33,6 +37,24 @@ def test_multiple_choice_is_compared_by_the_lead_of_the_right_answer():
 def test_other_tasks_are_compared_by_a_metric(items, examples, metric):
     found = contrast(result(items, examples))
     assert (found.metric, found.values) == (metric, items[metric])
+
+
+def test_a_ratio_is_compared_by_each_items_own():
+    """An item that did not change must not seem to, because the others did."""
+    weights = np.array([10.0, 2000.0, 300.0])
+    sums = np.array([[12.0, 1500.0, 250.0], [12.0, 1800.0, 240.0]])
+    found = []
+    for own in sums:
+        kept = {"items": {"bits_per_byte": linearised(own, weights)}, "examples": [], "higher_is_better": {}}
+        found.append(contrast(kept | {"shares": {"bits_per_byte": shares_of(own, weights)}}))
+    for value, own in zip(found, sums, strict=True):
+        assert value.values == pytest.approx(own / weights, rel=1e-9)
+
+
+@pytest.mark.parametrize("broken", [None, math.nan, -math.inf])
+def test_a_response_that_is_no_number_gives_no_lead(broken):
+    found = contrast(result({"acc": [1.0]}, [example([-1.0, broken, -2.0])]))
+    assert (found.metric, found.values) == ("acc", [1.0])
 
 
 def test_the_direction_is_the_tasks():

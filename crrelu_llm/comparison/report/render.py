@@ -110,5 +110,8 @@ def _environment(autoescape: bool) -> Environment:
 
 def escape_markdown(value: Any) -> str:
     """Text that Markdown takes literally, also within a table."""
-    escaped = re.sub(r"([\\`*\[\]|])", r"\\\1", text.one_line(value))
+    escaped = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text.one_line(value))
+    # What would begin a heading, a list, a rule or a fence where the text stands first.
+    escaped = re.sub(r"^(#{1,6}(?=\s|$)|[-+](?=[\s-]|$))", r"\\\1", escaped)
+    escaped = re.sub(r"^(\d{1,9})([.)])(?=\s|$)", r"\1\\\2", escaped)
     return html.escape(escaped, quote=False)
