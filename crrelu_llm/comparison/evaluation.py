@@ -185,7 +185,7 @@ def _single_items(
     for candidate in (model for model in results if model != baseline):
         for task in settings["tasks"]:
             sides = [results[model][task] for model in (baseline, candidate) if task in results[model]]
-            found = [value for value in map(contrast, sides) if value is not None]
+            found = [value for value in map(contrast, _what_all_have(sides)) if value is not None]
             if len({value.metric for value in found}) != 1 or len({len(value.values) for value in found}) != 1:
                 continue
             if len(found) < 2 or (found[0].metric in sides[0]["per_token"] and not alike[candidate]):
@@ -206,6 +206,19 @@ def _single_items(
                 values, look = (columns[0][i], columns[1][i]), shown(looks[0][i], looks[1][i])
                 examples.append(single_items.example(about, (baseline, candidate), i, values, look))
     return changes, examples
+
+
+def _what_all_have(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results with the items' values that each has: the reference's has no rewards, an older one no shares."""
+    shared = {part: [set(side.get(part, {})) for side in sides] for part in ("items", "shares")}
+    return [
+        side
+        | {
+            part: {key: column for key, column in side.get(part, {}).items() if all(key in found for found in keys)}
+            for part, keys in shared.items()
+        }
+        for side in sides
+    ]
 
 
 def _primaries(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
