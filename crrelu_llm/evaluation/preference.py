@@ -10,6 +10,7 @@ from crrelu_llm.data import load_dataset, sha256
 from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.measured import Measured
+from crrelu_llm.evaluation.published_pairs import SHP, as_pair
 
 _SHOWN = 600
 
@@ -34,10 +35,10 @@ class PreferenceTask:
         self._chat = chat
         pairs = get_split(load_dataset(str(path)), "train", str(path))
         missing = {"chosen", "rejected"} - set(pairs.column_names)
-        if missing:
+        if missing and not set(pairs.column_names) >= SHP:
             raise InputError(
                 f"the task {name} cannot use {path}: no column {' and '.join(sorted(missing))}; preference pairs have "
-                f"prompt, chosen and rejected, this file has {', '.join(pairs.column_names)}"
+                f"prompt, chosen and rejected, or SHP's columns; this file has {', '.join(pairs.column_names)}"
             )
         self.data = [{"name": os.path.join(*Path(path).parts[-2:]), "rows": len(pairs), "sha256": sha256(pairs)}]
         self._pairs = pairs.select(range(min(limit or len(pairs), len(pairs))))
@@ -111,12 +112,14 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
     """A row's prompt and its two answers, each a string or messages.
 
     Args:
-        row: `prompt`, `chosen` and `rejected`; without a prompt, what the two conversations share is it.
+        row: `prompt`, `chosen` and `rejected`; without a prompt, what the two conversations share is it. Or as SHP and
+            HH-RLHF were published (see `published_pairs`).
         where: The task and the row, for errors.
 
     Raises:
         InputError: A row that is no pair.
     """
+    row = as_pair(row)
     prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
     if not all(answers) or (prompt is None and isinstance(answers[0], str)):
         raise InputError(f"{where}: a pair needs a prompt and two answers that are not empty")

@@ -1,0 +1,34 @@
+"""Preference data in the columns it was published with: SHP's two replies, and HH-RLHF's transcripts."""
+
+import re
+from typing import Any
+
+SHP = frozenset({"history", "human_ref_A", "human_ref_B", "labels"})
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with `prompt`, `chosen` and `rejected`, or without a prompt two conversations; others as they are.
+
+    Args:
+        row: Of SHP (`history`, `human_ref_A`, `human_ref_B`, `labels`: 1 where A is preferred), of HH-RLHF (`chosen`
+            and `rejected`, each a transcript of "Human:" and "Assistant:" turns), or any other.
+    """
+    if row.keys() >= SHP:
+        replies = [[{"role": "assistant", "content": row[name]}] for name in ("human_ref_A", "human_ref_B")]
+        chosen, rejected = replies if row["labels"] == 1 else replies[::-1]
+        return {"prompt": [{"role": "user", "content": row["history"]}], "chosen": chosen, "rejected": rejected}
+    sides = row.get("chosen"), row.get("rejected")
+    if row.get("prompt") is None and all(isinstance(side, str) and _TURN.match(side) for side in sides):
+        return row | {"chosen": _messages(str(sides[0])), "rejected": _messages(str(sides[1]))}
+    return row
+
+
+def _messages(transcript: str) -> list[dict[str, str]]:
+    """The turns of a transcript; text between them is stripped of the space around it."""
+    _, *parts = _TURN.split(transcript)
+    return [
+        {"role": _ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
