@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("directory", metavar="D", help="output_dir of `crrelu compare` or `crrelu eval`")
     parser.add_argument("--margin", nargs="+", type=_margin, default=[], metavar="METRIC=VALUE",
         help="the largest difference that counts as none, for 'no worse' and 'equivalent' (default: 0.01 nats of "
-        "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy)")  # fmt: skip
+        "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy or a bit per byte)")  # fmt: skip
     parser.add_argument("--without_examples", action="store_true",
         help="leave out the texts of single items, as for a report to be published")  # fmt: skip
     parser.add_argument("--format", choices=("html", "md", "json", "csv"), help="print the report in this format, and "
