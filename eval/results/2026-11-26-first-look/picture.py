@@ -27,7 +27,8 @@ for place, (label, entry) in enumerate(rows):
         continue
     axes.text(0.01, y, label, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     colour = COLOURS[entry["verdict"]]
-    said = f"{entry['difference']:+.4f} ({entry['ci_low']:+.4f} to {entry['ci_high']:+.4f})".replace("-", "−").replace("−0.0000", "0.0000")
+    said = f"{entry['difference']:+.4f} ({entry['ci_low']:+.4f} to {entry['ci_high']:+.4f})"
+    said = said.replace("-0.0000", "0.0000").replace("-", "−")
     axes.text(1.01, y, said, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5, color=colour)
     if abs(entry["difference"]) > REACH:
         end = REACH if entry["difference"] > 0 else -REACH
