@@ -67,7 +67,7 @@ def alone(directory: Path, command: str) -> Iterator[None]:
         command: What to call the work, `crrelu eval`.
 
     Raises:
-        InputError: Another call does.
+        InputError: Another call does, or something that is no directory of ours stands in the way.
         DiskError: The directory cannot be made or written to.
     """
     try:
@@ -75,9 +75,16 @@ def alone(directory: Path, command: str) -> Iterator[None]:
     except ImportError:  # Windows: nothing guards it there
         yield
         return
-    with writing(str(directory)):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / _LOCK, "a")  # noqa: SIM115
+    try:
+        with writing(str(directory)):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = open(directory / _LOCK, "a")  # noqa: SIM115
+    except (FileExistsError, IsADirectoryError) as error:  # a link to nothing, or something else called as ours are
+        reason = str(error.strerror).lower()
+        raise InputError(
+            f"output_dir {directory}: {error.filename} stands in the way ({reason}); remove it, or give another "
+            "directory"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process gives it back

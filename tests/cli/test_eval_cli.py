@@ -151,6 +151,14 @@ def test_a_killed_evaluation_goes_on(place, tiny_checkpoint, patched, tmp_path_f
     assert not list((place / "out").rglob("*.tmp"))
 
 
+def test_what_stands_in_the_way_of_the_directory_is_named(place, tiny_checkpoint, capsys):
+    (place / "link").symlink_to(place / "nowhere")
+    (place / "taken" / ".lock").mkdir(parents=True)
+    for out, named in (("link", "link"), ("taken", ".lock")):
+        line = refused(capsys, *options(place, f"native={tiny_checkpoint}", tasks=["arc_easy"], out=out))
+        assert f"{named} stands in the way" in line and "give another directory" in line
+
+
 def test_two_evaluations_in_one_directory(place, tiny_checkpoint, capsys):
     from crrelu_llm.files import alone
 
