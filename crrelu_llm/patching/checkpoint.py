@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import remove, sync, writing
-from crrelu_llm.patching import families, fusion, guard, section
+from crrelu_llm.patching import guard, section
+from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
 
 logger = logging.getLogger("crrelu_llm")
@@ -222,7 +223,7 @@ def _swap_from_section(model: Any) -> set[str]:
             owner_path, _, attribute = site["path"].rpartition(".")
             owner = section.local_path(model, owner_path)
             if owner is not None:
-                families.expose(model, [f"{owner}.{attribute}"])
+                hidden.expose(model, [f"{owner}.{attribute}"])
         path = section.local_path(model, site["path"])
         if path is None:  # this is a part of the model, and the site is in another part
             continue
@@ -239,7 +240,7 @@ def _swap_from_section(model: Any) -> set[str]:
             # What the model has just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
         if found["activation"] == "crrelu":
-            fusion.fuse(model, [path], found.get("recompute_activation", False))
+            fused.fuse(model, [path], found.get("recompute_activation", False))
             names |= section.float32_names([path])
     return names
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import families
+from crrelu_llm.patching.modules.hidden import SigmoidGate, SoftcappedSiLU, hidden_activation, is_exposed
 
 # A path component that says: what is below is not the MLP of a decoder layer.
 _ELSEWHERE = {
@@ -52,7 +52,7 @@ class Site:
         original: Name of the activation found there: a name of transformers' ACT2FN where it has one.
         num_channels: Width of its input's last dimension.
         kind: `"gated"`, `"plain"`, `"experts"` (fused 3-D expert weights), or `"functional"`: the family computes it
-            inside a method, and `patch` makes it a module first (families.py); until then nothing is at `path`.
+            inside a method, and `patch` makes it a module first (modules/hidden.py); until then nothing is at `path`.
     """
 
     path: str
@@ -116,7 +116,7 @@ def survey(model: nn.Module) -> tuple[list[Site], list[LeftAlone]]:
                 f"model type {model_type} is not supported yet: cannot tell the width of {path} ({name}) "
                 f"from the modules of {type(owner).__name__}"
             )
-        functional = families.hidden_activation(owner) or families.is_exposed(owner)
+        functional = hidden_activation(owner) or is_exposed(owner)
         sites.append(Site(path, attribute, name, shape[0], "functional" if functional else shape[1]))
     _refuse_mlps_without_a_site(model, model_type, sites)
     if not sites:
@@ -163,7 +163,7 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, str]]:
         if wrapped or isinstance(module, classes) or (_named_like_one(module) and path):
             inside = path + "."
             yield path, activation_name(module)
-        elif hidden := families.hidden_activation(module):
+        elif hidden := hidden_activation(module):
             yield f"{path}.{hidden[0]}", activation_name(hidden[1])
 
 
@@ -173,7 +173,7 @@ def _activation_classes() -> tuple[type, ...]:
     entries: list[Any] = list(ACT2CLS.values())
     classes = {entry[0] if isinstance(entry, tuple) else entry for entry in entries}
     extra = (nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid)
-    return (*classes, *extra, families.SigmoidGate, families.SoftcappedSiLU, CRReLU)
+    return (*classes, *extra, SigmoidGate, SoftcappedSiLU, CRReLU)
 
 
 def _named_like_one(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import families, fusion, guard, section
+from crrelu_llm.patching import guard, section
+from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
 
 if TYPE_CHECKING:
@@ -171,11 +172,11 @@ def patch(
         return _patch(model, config, tokenizer, blocks, progress)
     except BaseException as error:
         found["weights_changed"] |= getattr(error, "weights_changed", False)
-        families.expose(model, modules)
+        hidden.expose(model, modules)
         for path, module in modules.items():
             swap_in(model, path, module, None)
         if found["activation"] == "crrelu":
-            fusion.fuse(model, modules, found.get("recompute_activation", False))
+            fused.fuse(model, modules, found.get("recompute_activation", False))
         section.put_back(model.config, found)
         _keep_epsilon_in_float32(model, modules)
         raise
@@ -205,7 +206,7 @@ def _patch(
 
     done: dict[str, Calibrated] = {}
     try:
-        families.expose(model, paths)
+        hidden.expose(model, paths)
         originals |= {path: model.get_submodule(path) for path in paths}
         keys = section.mlp_config_keys(model, sites)
         if config.calibrates:
@@ -219,10 +220,10 @@ def _patch(
     except BaseException:
         for path, original in originals.items():
             swap_in(model, path, original, None)
-        families.conceal(model, paths)
+        hidden.conceal(model, paths)
         raise
     if config.activation == "crrelu":
-        fusion.fuse(model, paths, config.recompute_activation)
+        fused.fuse(model, paths, config.recompute_activation)
     section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
     _keep_epsilon_in_float32(model, paths)
     return _report(model, config, sites, left_alone, done)
@@ -248,10 +249,10 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
     if found is None:
         raise InputError("the model is not patched: its config has no crrelu section")
     activations = {site["path"]: _original(model, site) for site in found["sites"]}
-    fusion.unfuse(model, activations)
+    fused.unfuse(model, activations)
     for path, activation in activations.items():
-        if families.is_exposed(model.get_submodule(path.rpartition(".")[0])):
-            families.conceal(model, [path])
+        if hidden.is_exposed(model.get_submodule(path.rpartition(".")[0])):
+            hidden.conceal(model, [path])
         else:
             swap_in(model, path, activation, None)
     for name in section.float32_names(site["path"] for site in found["sites"]):
@@ -273,7 +274,7 @@ def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
     owner_path, _, attribute = site["path"].rpartition(".")
     owner = model.get_submodule(owner_path)
     held = getattr(owner, attribute).__dict__.get("_original")
-    if held or families.is_exposed(owner):  # concealed, not put back: which module is returned does not matter
+    if held or hidden.is_exposed(owner):  # concealed, not put back: which module is returned does not matter
         return held[0] if held else nn.Identity()
     original = build_activation(site["original"])
     if next(original.parameters(), None) is not None:

@@ -11,8 +11,9 @@ from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, fusion, guard, section
+from crrelu_llm.patching import checkpoint, guard, section
 from crrelu_llm.patching.blend import Blend
+from crrelu_llm.patching.modules import fused
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
@@ -173,7 +174,7 @@ def recompute_activation(model: Any) -> None:
     found = section.read(base.config)
     if found is not None and found["activation"] == "crrelu":
         paths = [section.local_path(base, site["path"]) for site in found["sites"]]
-        fusion.fuse(base, [path for path in paths if path is not None], recompute=True)
+        fused.fuse(base, [path for path in paths if path is not None], recompute=True)
         found["recompute_activation"] = True
 
 

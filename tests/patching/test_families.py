@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from crrelu_llm import CRReLU, patch, unpatch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import families
+from crrelu_llm.patching.modules import hidden
 from crrelu_llm.patching.sites import survey
 
 # Blt runs its patcher, which cuts the text into patches, without gradients.
@@ -27,7 +27,7 @@ def numbered(path):
 
 
 def tree(model):
-    """The name of every module's class, by its path; families.expose gives a class, but no name, of its own."""
+    """The name of every module's class, by its path; hidden.expose gives a class, but no name, of its own."""
     return {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
 
 
@@ -132,11 +132,11 @@ def test_exposing_an_activation_changes_no_bit(family, size):
             parameter.mul_(size if parameter.dim() > 1 else 1)
     native, modules = logits(model), tree(model)
     paths = [site.path for site in survey(model)[0]]
-    families.expose(model, paths)
+    hidden.expose(model, paths)
     added = {path: name for path, name in tree(model).items() if path not in modules}
     assert set(added) <= set(paths) and added
     assert torch.equal(logits(model), native)
-    families.conceal(model, paths)
+    hidden.conceal(model, paths)
     assert tree(model) == modules
     assert torch.equal(logits(model), native)
 
@@ -144,12 +144,12 @@ def test_exposing_an_activation_changes_no_bit(family, size):
 @pytest.mark.parametrize("family", ["gpt_oss", "rwkv", "inkling2_text"])
 def test_a_method_that_transformers_has_changed_is_not_replaced(family, monkeypatch):
     model = family_model(family)
-    known = {name: replace(hidden, source="another") for name, hidden in families.HIDDEN.items()}
-    monkeypatch.setattr(families, "HIDDEN", known)
-    families._entry.cache_clear()
+    known = {name: replace(entry, source="another") for name, entry in hidden.HIDDEN.items()}
+    monkeypatch.setattr(hidden, "HIDDEN", known)
+    hidden._entry.cache_clear()
     with pytest.raises(InputError, match="of this release of transformers is not the one") as caught:
         patch(model)
-    families._entry.cache_clear()
+    hidden._entry.cache_clear()
     assert "\n" not in str(caught.value)
 
 

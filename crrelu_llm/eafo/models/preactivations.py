@@ -9,11 +9,12 @@ from torch import Tensor
 
 from crrelu_llm.eafo.density import MIN_SAMPLES, Array
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, families
+from crrelu_llm.patching import checkpoint
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
 from crrelu_llm.patching.finite import evaluating
+from crrelu_llm.patching.modules.hidden import conceal, expose
 from crrelu_llm.patching.sites import Site, find_sites
 
 
@@ -91,7 +92,7 @@ def measure(
         raise InputError(f"samples: {samples} a site are too few for a density; take at least {MIN_SAMPLES}")
     sites = find_sites(model)
     hidden = [site.path for site in sites if site.kind == "functional"]
-    families.expose(model, hidden)
+    expose(model, hidden)
     seen = {site.path: _Seen(samples, [seed, index]) for index, site in enumerate(sites)}
     backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
     device, home = computing_device(model), next(model.parameters()).device
@@ -104,7 +105,7 @@ def measure(
     finally:
         if device != home:
             model.to(home)
-        families.conceal(model, hidden)
+        conceal(model, hidden)
     return [seen[site.path].result(site) for site in sites if seen[site.path].count]
 
 

@@ -6,10 +6,10 @@ from tiny import FAMILIES, logits, tiny_lfm2, tiny_model, token_ids
 from transformers import AlbertForMaskedLM, AutoConfig
 
 from crrelu_llm import find_sites
-from crrelu_llm.patching import families
 from crrelu_llm.patching.calibration import walk as walk_module
 from crrelu_llm.patching.calibration.anatomy import find_mlps
 from crrelu_llm.patching.calibration.walk import Walk
+from crrelu_llm.patching.modules.hidden import expose
 
 BLOCKS = token_ids(6, 20, seed=3)
 
@@ -90,7 +90,7 @@ def test_a_model_whose_layers_share_their_mlp_runs_whole():
 def test_the_weights_around_a_site_give_what_the_mlp_gives(family):
     model = tiny_lfm2() if family == "lfm2" else tiny_model(family)
     sites = find_sites(model)
-    families.expose(model, [site.path for site in sites])
+    expose(model, [site.path for site in sites])
     mlps = find_mlps(model, sites, BLOCKS[:1])
     assert set(mlps) == {site.path for site in sites}
     before = logits(model)

@@ -1,5 +1,5 @@
 """Makes MLPs use what CRReLU offers beyond its value: the gated product in one pass, and no activation kept for the
-backward pass. The MLP's class is replaced by one of the same name with another forward, as in `families`."""
+backward pass. The MLP's class is replaced by one of the same name with another forward, as in `hidden`."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from crrelu_llm.kernels.recompute import recomputing
-from crrelu_llm.patching.families import fingerprint, gated_mlp, set_class
+from crrelu_llm.patching.modules.hidden import fingerprint, gated_mlp, set_class
 
 _MARK = "_unfused"
 
@@ -36,7 +36,7 @@ def _lfm2(self: Any, x: Tensor) -> Tensor:
     return self.w2(self.act_fn(self.w1(x), self.w3(x)))
 
 
-# By the method and the fingerprint of its source (see `families.fingerprint`): the same computation, with the
+# By the method and the fingerprint of its source (see `hidden.fingerprint`): the same computation, with the
 # activation and the product in one call. Other MLPs keep their forward, and multiply themselves.
 FUSED: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("forward", "1dcfd3ff5c0d"): _llama,  # and 80 more families of transformers 5.23

@@ -10,8 +10,8 @@ from tiny import tiny_config, tiny_lfm2, tiny_model
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm import CRReLU, patch, unpatch
-from crrelu_llm.patching import fusion
 from crrelu_llm.patching.blend import Blend
+from crrelu_llm.patching.modules.fused import fuse, unfuse
 
 IDS = torch.arange(6, 30).view(2, 12)
 # What one call serves: the MLPs of Llama and its kin, packed projections, fused experts, and a family whose activation
@@ -80,7 +80,7 @@ def test_gate_and_up_go_through_one_call(family):
         model.set_experts_implementation("grouped_mm")
     assert calls(model) == [2] * ONE_CALL[family]
     fused = step(model)
-    fusion.unfuse(model, paths(model))
+    unfuse(model, paths(model))
     assert calls(model) == [1] * ONE_CALL[family]
     plain = step(model)
     assert fused[0] == pytest.approx(plain[0], rel=1e-6)
@@ -160,7 +160,7 @@ def test_checkpointing_frees_as_much_with_recompute():
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     model.gradient_checkpointing_enable(**options)
     without = kept_bytes(model)
-    fusion.fuse(model, paths(model), recompute=True)
+    fuse(model, paths(model), recompute=True)
     assert kept_bytes(model) == without
 
 
@@ -185,7 +185,7 @@ def test_a_blend_of_a_gated_product_in_one_call(weight):
     model = tiny_model("llama").train()
     patch(model, epsilon_init=0.3)
     separate = copy.deepcopy(model)
-    fusion.unfuse(separate, paths(separate))
+    unfuse(separate, paths(separate))
     logits = []
     for one in (model, separate):
         found = [(one.get_submodule(path), path, "silu", torch.device("cpu")) for path in paths(one)]
