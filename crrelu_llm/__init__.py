@@ -12,7 +12,8 @@ from crrelu_llm import _transformers_hook
 if TYPE_CHECKING:
     from crrelu_llm.activation import CRReLU, crrelu
     from crrelu_llm.kernels import set_backend
-    from crrelu_llm.patching import PatchConfig, find_sites, patch, unpatch
+    from crrelu_llm.patching import PatchConfig, find_sites
+    from crrelu_llm.patching.patch import patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = ["CRReLU", "PatchConfig", "crrelu", "find_sites", "patch", "register", "set_backend", "unpatch"]

@@ -1,6 +1,6 @@
 """The activations that `bench mlp` and `bench train` compare, as patches of a model."""
 
-from crrelu_llm.patching.swap import PatchConfig
+from crrelu_llm.patching.config import PatchConfig
 
 NATIVE, GELU, CRRELU, RECOMPUTE = "native", "gelu", "crrelu", "crrelu, recompute"
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from crrelu_llm.bench.arms import GELU, arms, backend_of
 from crrelu_llm.bench.measure import Candidate, case, measure
-from crrelu_llm.patching.swap import PatchConfig, patch
+from crrelu_llm.patching.config import PatchConfig
+from crrelu_llm.patching.patch import patch
 
 KINDS = ("plain", "gated")
 

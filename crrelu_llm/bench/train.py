@@ -11,7 +11,8 @@ from crrelu_llm.bench.arms import GELU, arms, backend_of
 from crrelu_llm.bench.measure import Candidate, case, measure
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import checkpoint, section
-from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
+from crrelu_llm.patching.config import PatchConfig
+from crrelu_llm.patching.patch import patch, unpatch
 
 
 def run(

@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     output_dir = Path(args.output_dir).resolve()
     _check_writable(output_dir)
-    from crrelu_llm.patching.swap import PatchConfig
+    from crrelu_llm.patching.config import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})

@@ -30,7 +30,7 @@ def parse_arm(text: str) -> Arm:
     Raises:
         InputError: An unknown activation or option, or an option without a value.
     """
-    from crrelu_llm.patching.swap import activation_names
+    from crrelu_llm.patching.activations import activation_names
     from crrelu_llm.training.arguments import ActivationArguments
 
     activation, *parts = text.split(":")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.swap import build_activation
+from crrelu_llm.patching.activations import build_activation
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,

@@ -15,8 +15,9 @@ from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import remove, sync, writing
 from crrelu_llm.patching import guard, section
+from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
 from crrelu_llm.patching.modules import fused, hidden
-from crrelu_llm.patching.swap import build_activation, reset_activation, swap_in
+from crrelu_llm.patching.modules.replace import swap_in
 
 logger = logging.getLogger("crrelu_llm")
 
@@ -190,7 +191,7 @@ def install_hook() -> None:
     def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False) -> None:
         # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
         # whatever torch.empty gave.
-        if _is_ours(module) and not getattr(module, "_is_hf_initialized", False):
+        if is_ours(module) and not getattr(module, "_is_hf_initialized", False):
             reset_activation(module, _missing(module))
             module._is_hf_initialized = True
         else:
@@ -204,10 +205,6 @@ def install_hook() -> None:
     PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
     PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
     PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
-
-
-def _is_ours(module: Any) -> bool:
-    return isinstance(module, CRReLU) or "activation_name" in module.__dict__
 
 
 def _swap_from_section(model: Any) -> set[str]:
@@ -228,7 +225,7 @@ def _swap_from_section(model: Any) -> set[str]:
         if path is None:  # this is a part of the model, and the site is in another part
             continue
         current = model.get_submodule(path)
-        if not (_is_ours(current) and "_swapped" in current.__dict__):
+        if not (is_ours(current) and "_swapped" in current.__dict__):
             module = build_activation(
                 found["activation"],
                 site["num_channels"],

@@ -11,12 +11,11 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.config import PatchConfig
+from crrelu_llm.patching.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from crrelu_llm.patching.sites import Site
-    from crrelu_llm.patching.swap import PatchConfig
 
 VERSION = 2  # 2: CRReLU with a centre and a width; anything else is written as version 1, which it is
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
@@ -69,7 +68,7 @@ def local_path(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConfig", name: str) -> None:
+def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfig, name: str) -> None:
     """Whether a model with this section, called `name`, may be patched to `patch_config`.
 
     Raises:
@@ -92,7 +91,7 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: "PatchConf
 
 
 def write(
-    config: Any, patch_config: "PatchConfig", sites: "list[Site]", keys: dict[str, str], weights_changed: bool = False
+    config: Any, patch_config: PatchConfig, sites: list[Site], keys: dict[str, str], weights_changed: bool = False
 ) -> None:
     """Adds the section to a config, and sets the family's own activation keys to the new activation."""
     config.crrelu = {
@@ -127,7 +126,7 @@ def remove(config: Any) -> None:
     delattr(config, "crrelu")
 
 
-def mlp_config_keys(model: "PreTrainedModel", sites: "list[Site]") -> dict[str, str]:
+def mlp_config_keys(model: "PreTrainedModel", sites: list[Site]) -> dict[str, str]:
     """Config keys (dotted) that reach sites and nothing else, with their values.
 
     Found by trial: the model is built once more on the meta device with the key changed, and the key counts if the

@@ -9,6 +9,7 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.activations import PEFT_WRAPPER, activation_name
 from crrelu_llm.patching.modules.hidden import SigmoidGate, SoftcappedSiLU, hidden_activation, is_exposed
 
 # A path component that says: what is below is not the MLP of a decoder layer.
@@ -38,8 +39,6 @@ _DOWN_NAMES = (
     "output_linear",
     "out_proj",
 )
-# What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
-_PEFT_WRAPPER = "ModulesToSaveWrapper"
 
 
 @dataclass(frozen=True)
@@ -134,24 +133,6 @@ def _refuse_mlps_without_a_site(model: nn.Module, model_type: str, sites: list[S
             )
 
 
-def activation_name(module: nn.Module) -> str:
-    """The activation's name in transformers' ACT2FN, `"crrelu"` for ours, else the name of its class."""
-    from transformers.activations import ACT2CLS
-
-    if type(module).__name__ == _PEFT_WRAPPER:
-        return activation_name(cast(nn.Module, module.original_module))
-    if isinstance(module, CRReLU):
-        return "crrelu"
-    # A name remembered by a swap is exact where one class serves several names (gelu_python, gelu_10, ...).
-    remembered = module.__dict__.get("activation_name")
-    if remembered:
-        return remembered
-    for name, entry in ACT2CLS.items():
-        if type(module) is (entry[0] if isinstance(entry, tuple) else entry):
-            return name
-    return type(module).__name__
-
-
 def _activations(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Path and name of every activation, also hidden ones; a module in several places comes once for each place."""
     classes = _activation_classes()
@@ -159,7 +140,7 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, str]]:
     for path, module in model.named_modules(remove_duplicate=False):
         if inside is not None and path.startswith(inside):
             continue
-        wrapped = type(module).__name__ == _PEFT_WRAPPER and isinstance(module.original_module, classes)
+        wrapped = type(module).__name__ == PEFT_WRAPPER and isinstance(module.original_module, classes)
         if wrapped or isinstance(module, classes) or (_named_like_one(module) and path):
             inside = path + "."
             yield path, activation_name(module)

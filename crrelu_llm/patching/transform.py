@@ -18,8 +18,9 @@ from crrelu_llm.patching import checkpoint, section
 from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
+from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import require_finite
-from crrelu_llm.patching.swap import PatchConfig, patch, unpatch
+from crrelu_llm.patching.patch import patch, unpatch
 
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"

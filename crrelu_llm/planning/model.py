@@ -9,8 +9,8 @@ from torch import nn
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
+from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import survey
-from crrelu_llm.patching.swap import PatchConfig
 from crrelu_llm.planning.job import NATIVE, Job
 
 # bitsandbytes' NF4: half a byte, and a scale for each 64, which the recipes quantise too (`use_bnb_nested_quant`): one

@@ -14,7 +14,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
-from crrelu_llm.patching.swap import DENSITIES
+from crrelu_llm.patching.config import DENSITIES
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
 

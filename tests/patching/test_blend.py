@@ -11,8 +11,9 @@ from crrelu_llm import kernels
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import patch, section
+from crrelu_llm.patching.activations import build_activation
 from crrelu_llm.patching.blend import Blend, blend_weight, mix
-from crrelu_llm.patching.swap import build_activation, swap_in
+from crrelu_llm.patching.modules.replace import swap_in
 from crrelu_llm.training.blending import blend_of
 
 CPU = torch.device("cpu")

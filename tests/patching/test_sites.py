@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import find_sites
-from crrelu_llm.patching.sites import activation_name, mlp_shape, survey
+from crrelu_llm.patching.activations import activation_name
+from crrelu_llm.patching.sites import mlp_shape, survey
 
 # family -> path of the activations (# is the layer), their attribute and their original
 WHERE = {

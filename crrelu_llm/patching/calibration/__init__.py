@@ -14,22 +14,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.anatomy import Mlp, find_mlps
 from crrelu_llm.patching.calibration.density import set_moments
+from crrelu_llm.patching.calibration.progress import Progress
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import Calibrated, FitTask, MlpTask
 from crrelu_llm.patching.calibration.walk import Layer, Walk
+from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import evaluating, require_finite
 from crrelu_llm.patching.sites import Site
-
-if TYPE_CHECKING:
-    from crrelu_llm.patching.calibration.progress import Progress
-    from crrelu_llm.patching.swap import PatchConfig
 
 logger = logging.getLogger("crrelu_llm")
 _ONLY_FIT = "only epsilon was fitted: this MLP is more than linear layers around its activation"

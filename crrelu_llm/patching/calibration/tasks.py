@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from crrelu_llm.patching.calibration.epsilon import EpsilonFit, EpsilonSums
 from crrelu_llm.patching.calibration.reconstruct import reconstruct
 from crrelu_llm.patching.calibration.refit import constant_direction, fold, relative_error, ridge
 from crrelu_llm.patching.calibration.shape import Histogram, fit_shape
+from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import Site
-
-if TYPE_CHECKING:
-    from crrelu_llm.patching.swap import PatchConfig
 
 _SHAPE_TOKENS = 8192  # enough to see where a channel's inputs lie
 _HELD_BACK = 4096  # enough to judge an error by

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from crrelu_llm import CRReLU, find_sites, patch
 from crrelu_llm.patching.calibration import calibrate
 from crrelu_llm.patching.calibration.epsilon import _PRIOR
-from crrelu_llm.patching.swap import PatchConfig
+from crrelu_llm.patching.config import PatchConfig
 
 BLOCKS = token_ids(6, 40, seed=5)
 

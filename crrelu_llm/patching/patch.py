@@ -13,84 +13,20 @@ from torch import nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import guard, section
+from crrelu_llm.patching import calibration, guard, section
+from crrelu_llm.patching.activations import build_activation
+from crrelu_llm.patching.calibration.progress import Progress
+from crrelu_llm.patching.calibration.tasks import Calibrated
+from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.modules import fused, hidden
+from crrelu_llm.patching.modules.replace import swap_in
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from crrelu_llm.patching.calibration import Calibrated
-    from crrelu_llm.patching.calibration.progress import Progress
-
 logger = logging.getLogger("crrelu_llm")
-CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
-EPSILON_PER = ("layer", "channel")
-DENSITIES = ("standard", "fitted")
-
-
-@dataclass
-class PatchConfig:
-    """How to patch a model.
-
-    Attributes:
-        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
-        epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
-        epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
-        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`; `"fit"`: ε by
-            weighted least squares against the original activation; `"refit"`: also two factors a channel, folded into
-            the weights, and the following projection by ridge regression; `"reconstruct"`: then a short training of
-            each MLP toward the original MLP's output.
-        calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
-        calibration_tokens: How many tokens of it to use.
-        density: The density of pre-activations that CRReLU is the correction for: `"standard"`, N(0, 1), the paper's;
-            `"fitted"`, N(μ, σ²) with the moments of each site on the calibration text:
-            `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
-        recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
-            less memory, the same gradients bit for bit. Other activations are left as they are.
-    """
-
-    activation: str = "crrelu"
-    epsilon_init: float = 0.01
-    epsilon_per: str = "layer"
-    calibration: str = "none"
-    calibration_data: str = "builtin:docstrings"
-    calibration_tokens: int = 8192
-    density: str = "standard"
-    recompute_activation: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises InputError for the first field that holds an impossible value."""
-        names = activation_names()
-        if self.activation not in names:
-            raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
-        choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES}
-        for key, allowed in choices_of.items():
-            if getattr(self, key) not in allowed:
-                quoted = [f'"{value}"' for value in allowed]
-                choices = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
-                raise InputError(f'{key} must be {choices}, not "{getattr(self, key)}"')
-        if self.calibration_tokens <= 0:
-            raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
-        if not abs(self.epsilon_init) < float("inf"):
-            raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
-        if self.fits_density and self.activation != "crrelu":
-            raise InputError(
-                f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "
-                "density out, or set activation: crrelu"
-            )
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
-        return self.calibration in ("refit", "reconstruct") or (
-            self.activation == "crrelu" and (self.calibration == "fit" or self.fits_density)
-        )
-
-    @property
-    def fits_density(self) -> bool:
-        """Whether each site gets a centre and a width of its own."""
-        return self.density == "fitted"
 
 
 @dataclass
@@ -112,13 +48,6 @@ class PatchReport:
     config: PatchConfig
     sites: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-
-
-def activation_names() -> list[str]:
-    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN."""
-    from transformers.activations import ACT2CLS
-
-    return ["crrelu", *ACT2CLS]
 
 
 def patch(
@@ -210,10 +139,8 @@ def _patch(
         originals |= {path: model.get_submodule(path) for path in paths}
         keys = section.mlp_config_keys(model, sites)
         if config.calibrates:
-            from crrelu_llm.patching.calibration import calibrate
-
             assert blocks is not None
-            done = calibrate(model, sites, blocks, config, build, swap, progress)
+            done = calibration.calibrate(model, sites, blocks, config, build, swap, progress)
         else:
             for site in sites:
                 swap(site, build(site))
@@ -285,68 +212,9 @@ def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
     return original
 
 
-def build_activation(
-    name: str,
-    num_channels: int | None = None,
-    epsilon_per: str = "layer",
-    epsilon_init: float = 0.01,
-    fitted: bool = False,
-) -> nn.Module:
-    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`; a fitted CRReLU
-    also has a centre and a width."""
-    from transformers.activations import ACT2CLS, ACT2FN
-
-    if name == "crrelu":
-        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init, fitted=fitted)
-    if name not in ACT2CLS:
-        raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
-    module = ACT2FN[name]
-    module.__dict__["activation_name"] = name
-    return module
-
-
-def reset_activation(module: nn.Module, names: Iterable[str]) -> None:
-    """Sets parameters and buffers of an activation to their start values, in place: they were created empty."""
-    if isinstance(module, CRReLU):
-        module.reset_parameters(names)
-    else:
-        fresh = build_activation(module.__dict__["activation_name"]).state_dict()
-        state = module.state_dict()
-        for name in names:
-            state[name].copy_(fresh[name])
-
-
-def swap_in(model: nn.Module, path: str, module: nn.Module, original: nn.Module | None) -> None:
-    """Sets the activation at `path`; the original is remembered outside the module tree, for `unpatch`."""
-    owner_path, _, attribute = path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
-    device = _device(owner) or _device(model.get_submodule(owner_path.rpartition(".")[0]))
-    if device is not None and device != torch.device("cpu"):
-        module.to(device)
-    module.train(owner.training)
-    if original is not None and not isinstance(original, CRReLU):
-        # In a list, so that nn.Module does not register it: its parameters are no part of the patched model.
-        module.__dict__["_original"] = [original]
-    setattr(owner, attribute, module)
-
-
-def _device(owner: nn.Module) -> torch.device | None:
-    """Where an MLP computes: where its weights are, or where accelerate's hooks (`device_map`) bring them."""
-    for module in owner.modules():
-        hook: Any = module.__dict__.get("_hf_hook")
-        for part in getattr(hook, "hooks", (hook,)):
-            if getattr(part, "offload", False) and part.execution_device is not None:
-                return torch.device(part.execution_device)
-    reference = next(owner.parameters(), None)
-    return None if reference is None else reference.device
-
-
 def _calibration_text(
     model: PreTrainedModel, config: PatchConfig, tokenizer: Any, blocks: torch.Tensor | None
 ) -> torch.Tensor:
-    from crrelu_llm.patching.calibration.text import calibration_blocks
-
     if blocks is not None:
         return blocks
     if tokenizer is None:

@@ -1,0 +1,73 @@
+"""Activation modules by their names: builds them, resets them, and names those that a model has."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+
+# What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
+PEFT_WRAPPER = "ModulesToSaveWrapper"
+
+
+def activation_names() -> list[str]:
+    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN."""
+    from transformers.activations import ACT2CLS
+
+    return ["crrelu", *ACT2CLS]
+
+
+def build_activation(
+    name: str,
+    num_channels: int | None = None,
+    epsilon_per: str = "layer",
+    epsilon_init: float = 0.01,
+    fitted: bool = False,
+) -> nn.Module:
+    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`; a fitted CRReLU
+    also has a centre and a width."""
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    if name == "crrelu":
+        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init, fitted=fitted)
+    if name not in ACT2CLS:
+        raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
+    module = ACT2FN[name]
+    module.__dict__["activation_name"] = name
+    return module
+
+
+def reset_activation(module: nn.Module, names: Iterable[str]) -> None:
+    """Sets parameters and buffers of an activation to their start values, in place: they were created empty."""
+    if isinstance(module, CRReLU):
+        module.reset_parameters(names)
+    else:
+        fresh = build_activation(module.__dict__["activation_name"]).state_dict()
+        state = module.state_dict()
+        for name in names:
+            state[name].copy_(fresh[name])
+
+
+def is_ours(module: Any) -> bool:
+    """Whether an activation is CRReLU, or was made by `build_activation`."""
+    return isinstance(module, CRReLU) or "activation_name" in module.__dict__
+
+
+def activation_name(module: nn.Module) -> str:
+    """The activation's name in transformers' ACT2FN, `"crrelu"` for ours, else the name of its class."""
+    from transformers.activations import ACT2CLS
+
+    if type(module).__name__ == PEFT_WRAPPER:
+        return activation_name(cast(nn.Module, module.original_module))
+    if isinstance(module, CRReLU):
+        return "crrelu"
+    # A name remembered by a swap is exact where one class serves several names (gelu_python, gelu_10, ...).
+    remembered = module.__dict__.get("activation_name")
+    if remembered:
+        return remembered
+    for name, entry in ACT2CLS.items():
+        if type(module) is (entry[0] if isinstance(entry, tuple) else entry):
+            return name
+    return type(module).__name__

@@ -1,0 +1,74 @@
+"""How to patch a model: the options, checked."""
+
+from dataclasses import dataclass
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching.activations import activation_names
+
+CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
+EPSILON_PER = ("layer", "channel")
+DENSITIES = ("standard", "fitted")
+
+
+@dataclass
+class PatchConfig:
+    """How to patch a model.
+
+    Attributes:
+        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
+        epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
+        epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
+        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`; `"fit"`: ε by
+            weighted least squares against the original activation; `"refit"`: also two factors a channel, folded into
+            the weights, and the following projection by ridge regression; `"reconstruct"`: then a short training of
+            each MLP toward the original MLP's output.
+        calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
+        calibration_tokens: How many tokens of it to use.
+        density: The density of pre-activations that CRReLU is the correction for: `"standard"`, N(0, 1), the paper's;
+            `"fitted"`, N(μ, σ²) with the moments of each site on the calibration text:
+            `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
+        recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
+            less memory, the same gradients bit for bit. Other activations are left as they are.
+    """
+
+    activation: str = "crrelu"
+    epsilon_init: float = 0.01
+    epsilon_per: str = "layer"
+    calibration: str = "none"
+    calibration_data: str = "builtin:docstrings"
+    calibration_tokens: int = 8192
+    density: str = "standard"
+    recompute_activation: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for the first field that holds an impossible value."""
+        names = activation_names()
+        if self.activation not in names:
+            raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
+        choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES}
+        for key, allowed in choices_of.items():
+            if getattr(self, key) not in allowed:
+                quoted = [f'"{value}"' for value in allowed]
+                choices = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+                raise InputError(f'{key} must be {choices}, not "{getattr(self, key)}"')
+        if self.calibration_tokens <= 0:
+            raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
+        if not abs(self.epsilon_init) < float("inf"):
+            raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
+        if self.fits_density and self.activation != "crrelu":
+            raise InputError(
+                f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "
+                "density out, or set activation: crrelu"
+            )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
+        return self.calibration in ("refit", "reconstruct") or (
+            self.activation == "crrelu" and (self.calibration == "fit" or self.fits_density)
+        )
+
+    @property
+    def fits_density(self) -> bool:
+        """Whether each site gets a centre and a width of its own."""
+        return self.density == "fitted"
