@@ -34,7 +34,7 @@ def register() -> None:
 
     `import crrelu_llm` already does this, as soon as transformers itself is imported; calling it again is harmless.
     """
-    from crrelu_llm.patching.checkpoint import install_hook
+    from crrelu_llm.patching.hook import install_hook
 
     install_hook()
 

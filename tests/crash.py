@@ -81,7 +81,7 @@ def _child(argv, kill_at, limit, folder):
 def _watch_phases(state):
     """Makes the functions that begin a phase say so."""
     from crrelu_llm.comparison import report
-    from crrelu_llm.patching import calibration, checkpoint, transform
+    from crrelu_llm.patching import calibration, loading, transform
     from crrelu_llm.training import prepare, run, saving, trainers
 
     def marked(owner, name, phase):
@@ -97,9 +97,9 @@ def _watch_phases(state):
         setattr(owner, name, begins)
 
     marked(prepare, "patch_checkpoint", "patching")
-    marked(transform.checkpoint, "load_model", "patching")
+    marked(transform.loading, "load_model", "patching")
     marked(calibration, "calibrate", "calibrating")
-    marked(checkpoint, "save", "patching")
+    marked(loading, "save", "patching")
     marked(trainers.SFT, "__init__", "building")
     marked(trainers.DPO, "__init__", "building")
     marked(saving.SavingMixin, "_run_epoch", "step")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crrelu_llm.bench.arms import GELU, arms, backend_of
 from crrelu_llm.bench.measure import Candidate, case, measure
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.patch import patch, unpatch
 
@@ -68,7 +68,7 @@ def tokens_per_second(case: dict[str, Any]) -> float:
 
 def _load(name: str, dtype: str, length: int) -> Any:
     """The model with its original activations, in training mode."""
-    model = checkpoint.load_model(name, dtype=getattr(torch, dtype))
+    model = loading.load_model(name, dtype=getattr(torch, dtype))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"--length {length}: {name} takes at most {limit} tokens; give fewer")

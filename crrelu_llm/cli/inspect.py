@@ -16,11 +16,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--trust_remote_code", action="store_true", help="allow the model's own code to run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
-    from crrelu_llm.patching import checkpoint
+    from crrelu_llm.patching import loading
     from crrelu_llm.patching.section import is_fitted, mlp_config_keys, read
     from crrelu_llm.patching.sites import survey
 
-    model = checkpoint.skeleton(args.model, trust_remote_code=args.trust_remote_code)
+    model = loading.skeleton(args.model, trust_remote_code=args.trust_remote_code)
     patched = read(model.config)
     sites, left_alone = survey(model)
     keys = list(patched["config_keys"] if patched else mlp_config_keys(model, sites))

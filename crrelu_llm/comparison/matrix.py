@@ -20,7 +20,7 @@ from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, direct
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation.items import evaluate_trainer, texts
 from crrelu_llm.files import alone, is_leftover, remove, write_json
-from crrelu_llm.patching import checkpoint, find_sites, section
+from crrelu_llm.patching import find_sites, loading, section
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import from_main, main_process_first
@@ -249,7 +249,7 @@ def _how_to_go_on(comparison: Comparison, todo: list[tuple[Arm, dict[str, str], 
 def _source(comparison: Comparison, recipe: Recipe) -> str:
     """The MODEL every arm starts from; a GGUF file is converted once for all of them."""
     model = str(recipe.model.model_name_or_path)
-    if not checkpoint.is_gguf(model):
+    if not loading.is_gguf(model):
         return model
     converted = comparison.output_dir / "converted" / Path(model).stem
     return starting_checkpoint(model, None, converted, recipe.model.dtype or "float32")
@@ -265,7 +265,7 @@ def _check_everything(comparison: Comparison) -> Recipe:
             recipe.activation.patch_config(f"{recipe.source}: ")
             require_bitsandbytes(recipe)
     model = str(base.model.model_name_or_path)
-    skeleton = checkpoint.skeleton(model, trust_remote_code=base.training.trust_remote_code)
+    skeleton = loading.skeleton(model, trust_remote_code=base.training.trust_remote_code)
     found = section.read(skeleton.config)
     if found is not None:
         raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.suites import is_name
-from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching import loading, section
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _ADAPTER = "adapter_config.json"
@@ -80,11 +80,11 @@ def identity(model: NamedModel) -> dict[str, Any]:
     """
     if model.is_adapter:
         return {"adapter": _files(Path(model.path)), "base": identity(NamedModel(model.name, model.base))}
-    source = checkpoint.resolve(model.path)
+    source = loading.resolve(model.path)
     path = Path(source)
     if path.exists():
         return {"files": _files(path)}
-    commit = getattr(checkpoint.load_config(source), "_commit_hash", None)
+    commit = getattr(loading.load_config(source), "_commit_hash", None)
     return {"hub": source, "commit": commit}
 
 
@@ -96,7 +96,7 @@ def load_tokenizer(model: NamedModel) -> Any:
     """
     own = model.is_adapter and (Path(model.path) / "tokenizer_config.json").is_file()
     if not own:
-        return require_tokenizer(checkpoint.load_tokenizer(model.base), model)
+        return require_tokenizer(loading.load_tokenizer(model.base), model)
     from transformers import AutoTokenizer
 
     try:
@@ -148,7 +148,7 @@ def require_weights(model: NamedModel) -> None:
         require_weights(NamedModel(model.name, model.base))
         directory = Path(model.path).expanduser()
     else:
-        directory = Path(checkpoint.resolve(model.path))
+        directory = Path(loading.resolve(model.path))
     if not directory.is_dir():  # a file of its own, or of the hub
         return
     files = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
@@ -197,7 +197,7 @@ def load(model: NamedModel, dtype: str = "float32") -> Any:
     import torch
 
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    loaded = checkpoint.load_model(model.base, dtype=kind)
+    loaded = loading.load_model(model.base, dtype=kind)
     if model.is_adapter:
         from peft import PeftModel
 

@@ -14,7 +14,7 @@ import torch
 
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import DiskError, InputError
-from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
@@ -35,7 +35,7 @@ def patch_checkpoint(
     dtype: str = "float32",
     perplexity: Callable[[Any, Any], float] | None = None,
     perplexity_of: dict[str, Any] | None = None,
-    **loading: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Loads a MODEL, patches it and saves it. A patched MODEL gets its original activations back first.
 
@@ -50,7 +50,7 @@ def patch_checkpoint(
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
             after the plain swap.
         perplexity_of: What it was measured on (`tokens`, `data`), for the report.
-        **loading: `revision`, `trust_remote_code`.
+        **options: `revision`, `trust_remote_code`.
 
     Returns:
         The patch report, as written to patch_report.json.
@@ -62,14 +62,14 @@ def patch_checkpoint(
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
-    options = {key: value for key, value in loading.items() if value}
-    tokenizer = checkpoint.load_tokenizer(model, **options)
+    options = {key: value for key, value in options.items() if value}
+    tokenizer = loading.load_tokenizer(model, **options)
     blocks = None
     if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
-        about = checkpoint.load_config(model, **options)
+        about = loading.load_config(model, **options)
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
-    with checkpoint.loading_whole():
-        loaded = checkpoint.load_model(model, dtype=getattr(torch, dtype), **options)
+    with loading.loading_whole():
+        loaded = loading.load_model(model, dtype=getattr(torch, dtype), **options)
     progress = None
     made_from = origin(model, config, dtype, options.get("revision"))
     if config is not None and blocks is not None:
@@ -85,7 +85,7 @@ def patch_checkpoint(
         else:
             report |= _patch(model, loaded, tokenizer, config, blocks, progress, perplexity, perplexity_of or {})
         report |= {"seconds": time.perf_counter() - started, "versions": versions()}
-        checkpoint.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
+        loading.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
 
 
@@ -185,7 +185,7 @@ def read_report(directory: str | Path) -> dict[str, Any] | None:
 
 def origin(model: str, config: PatchConfig | None, dtype: str, revision: str | None) -> dict[str, Any]:
     """All that decides what a patched copy of a MODEL is; of a local one also its files' names, sizes and times."""
-    path = Path(checkpoint.resolve(model))
+    path = Path(loading.resolve(model))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors*")) + sorted(path.glob("config.json"))
     if config is not None and config.calibrates and Path(config.calibration_data).is_file():
         files.append(Path(config.calibration_data))

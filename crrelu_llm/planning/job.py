@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint
+from crrelu_llm.patching import loading
 
 NATIVE = "native"  # the model's own activation, as in a comparison's arms
 
@@ -66,7 +66,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
         InputError: No such model, or no config.
     """
     if not model.endswith(".json"):
-        return checkpoint.load_config(model, trust_remote_code=trust_remote_code)
+        return loading.load_config(model, trust_remote_code=trust_remote_code)
     if not Path(model).expanduser().is_file():
         raise InputError(f"no such file: {model}")
     from transformers import AutoConfig

@@ -8,7 +8,7 @@ from torch import Tensor
 from trl.trainer.utils import create_model_from_path
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, section
+from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.transform import read_origin
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.prepare import starting_checkpoint
@@ -108,10 +108,7 @@ def teacher_source(recipe: Recipe, model: str) -> str:
         InputError: `model` is patched, and does not say what from or names a checkpoint that is gone or patched too.
     """
     trust = recipe.training.trust_remote_code
-    if (
-        section.read(checkpoint.load_config(model, revision=recipe.model.model_revision, trust_remote_code=trust))
-        is None
-    ):
+    if section.read(loading.load_config(model, revision=recipe.model.model_revision, trust_remote_code=trust)) is None:
         return model
     origin = read_origin(model) if Path(model).is_dir() else None
     where = f"{recipe.source}: distill_weight: the teacher is the model before the patch, but"
@@ -126,7 +123,7 @@ def teacher_source(recipe: Recipe, model: str) -> str:
             revision=origin["revision"],
             trust_remote_code=trust,
         )
-        patched = section.read(checkpoint.load_config(source, revision=origin["revision"], trust_remote_code=trust))
+        patched = section.read(loading.load_config(source, revision=origin["revision"], trust_remote_code=trust))
     except InputError as error:
         raise InputError(f"{where} it is gone from where {model} was made: {error}") from error
     if patched is not None:

@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import remove
-from crrelu_llm.patching import PatchConfig, checkpoint, section
+from crrelu_llm.patching import PatchConfig, loading, section
 from crrelu_llm.patching.transform import origin, patch_checkpoint, progress_dir, read_origin
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.processes import main_process_first
@@ -17,7 +17,7 @@ logger = logging.getLogger("crrelu_llm")
 
 
 def starting_checkpoint(
-    model: str, config: PatchConfig | None, directory: Path, dtype: str = "float32", **loading: Any
+    model: str, config: PatchConfig | None, directory: Path, dtype: str = "float32", **options: Any
 ) -> str:
     """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
 
@@ -29,14 +29,14 @@ def starting_checkpoint(
         InputError: The model is already patched to another activation or ε granularity, or `directory` holds another
             copy.
     """
-    source = checkpoint.resolve(model)
-    if config is None and not checkpoint.is_gguf(source):
+    source = loading.resolve(model)
+    if config is None and not loading.is_gguf(source):
         return source
-    found = section.read(checkpoint.load_config(source, **{key: value for key, value in loading.items() if value}))
+    found = section.read(loading.load_config(source, **{key: value for key, value in options.items() if value}))
     if config is not None and found is not None:
         _check_same_patch(model, config, found)
         return source
-    wanted = origin(model, config, dtype, loading.get("revision"))
+    wanted = origin(model, config, dtype, options.get("revision"))
     with main_process_first():
         if directory.is_dir() and any(directory.iterdir()):
             if read_origin(directory) != wanted:
@@ -47,7 +47,7 @@ def starting_checkpoint(
             if PartialState().is_local_main_process:
                 remove(progress_dir(directory))  # the call that made it may have been killed right then
         else:
-            patch_checkpoint(model, config, directory, dtype, **loading)
+            patch_checkpoint(model, config, directory, dtype, **options)
     return str(directory.resolve())  # an adapter remembers it, wherever it is loaded from
 
 

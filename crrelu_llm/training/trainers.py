@@ -11,7 +11,7 @@ from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint, guard, section
+from crrelu_llm.patching import guard, loading, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
@@ -205,7 +205,7 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     if config is None:
         return None
     found = section.read(
-        checkpoint.load_config(
+        loading.load_config(
             model, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
         )
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from crrelu_llm import CRReLU
 from crrelu_llm.bench import arms, mlp, train
-from crrelu_llm.patching import checkpoint
+from crrelu_llm.patching import loading
 
 
 @pytest.mark.parametrize("kind", mlp.KINDS)
@@ -55,7 +55,7 @@ def test_the_arms_of_a_model_share_weights_and_train(tiny_checkpoint):
 def test_a_patched_model_starts_from_its_original(tiny_checkpoint, tmp_path):
     from crrelu_llm import patch
 
-    model = checkpoint.load_model(str(tiny_checkpoint))
+    model = loading.load_model(str(tiny_checkpoint))
     patch(model, "crrelu")
     model.save_pretrained(tmp_path)
     assert not any(isinstance(module, CRReLU) for module in train._load(str(tmp_path), "float32", 16).modules())

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from crrelu_llm import CRReLU, find_sites, patch, unpatch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint
+from crrelu_llm.patching import loading
 
 
 def tree(model):
@@ -293,13 +293,13 @@ def test_save_is_whole_or_absent(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(Broken(), None, tmp_path / "out")
+        loading.save(Broken(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_save_fills_an_empty_directory_and_writes_the_documents(tmp_path, tokenizer):
     (tmp_path / "deep" / "out").mkdir(parents=True)
-    checkpoint.save(tiny_model("llama"), tokenizer, tmp_path / "deep/out", {"note.json": {"a": 1}})
+    loading.save(tiny_model("llama"), tokenizer, tmp_path / "deep/out", {"note.json": {"a": 1}})
     assert json.loads((tmp_path / "deep/out/note.json").read_text()) == {"a": 1}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in (tmp_path / "deep/out").iterdir()
@@ -311,7 +311,7 @@ def test_the_skeleton_has_every_site_and_no_weights(tmp_path):
     AutoConfig.for_model("llama", num_hidden_layers=80, hidden_size=8192, intermediate_size=28672).save_pretrained(
         tmp_path
     )
-    model = checkpoint.skeleton(str(tmp_path))
+    model = loading.skeleton(str(tmp_path))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert [site.num_channels for site in find_sites(model)] == [28672] * 80
 
@@ -327,21 +327,21 @@ def test_the_skeleton_has_every_site_and_no_weights(tmp_path):
 )
 def test_models_that_cannot_be_had(name, words):
     with pytest.raises(InputError) as caught:
-        checkpoint.load_model(name)
+        loading.load_model(name)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_directories_that_are_no_model(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json in this directory"):
-        checkpoint.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="an adapter: give the model it belongs to"):
-        checkpoint.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{ not json")
     with pytest.raises(InputError, match="cannot be loaded") as caught:
-        checkpoint.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
     (tmp_path / "weights.bin").write_text("")
     with pytest.raises(InputError, match=r"a hub name, a directory or a \.gguf file"):
-        checkpoint.resolve(str(tmp_path / "weights.bin"))
+        loading.resolve(str(tmp_path / "weights.bin"))

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import crrelu_llm
 from crrelu_llm.cli.main import main
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint
+from crrelu_llm.patching import loading
 from crrelu_llm.training import launch, processes
 from crrelu_llm.training.optimizer import epsilon_modules
 
@@ -98,12 +98,12 @@ def test_a_patch_loads_the_whole_model_whatever_the_launch_shards(monkeypatch, t
     try:
         monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
         assert integration.is_deepspeed_zero3_enabled()
-        with checkpoint.loading_whole():
+        with loading.loading_whole():
             assert not integration.is_deepspeed_zero3_enabled()
             assert "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ
         assert integration.is_deepspeed_zero3_enabled()
         assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
-        assert checkpoint.skeleton(str(tiny_llama_checkpoint)).lm_head.weight.shape[0] > 0
+        assert loading.skeleton(str(tiny_llama_checkpoint)).lm_head.weight.shape[0] > 0
     finally:
         integration.unset_hf_deepspeed_config()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crrelu_llm.eafo.density import MIN_SAMPLES, Array
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import checkpoint
+from crrelu_llm.patching import loading
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
@@ -42,21 +42,21 @@ class Preactivations:
     samples: Array
 
 
-def load(model: str, data: str, tokens: int, **loading: Any) -> tuple[Any, Tensor]:
+def load(model: str, data: str, tokens: int, **options: Any) -> tuple[Any, Tensor]:
     """A MODEL in float32, and text for it as token ids, `(blocks, tokens)`, int64.
 
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         data: `builtin:` data, a local file, or a hub name.
         tokens: How many tokens to read.
-        **loading: For transformers' `from_pretrained`: `trust_remote_code`.
+        **options: For transformers' `from_pretrained`: `trust_remote_code`.
 
     Raises:
         InputError: A model or text that cannot be read, or too little text.
     """
-    tokenizer = checkpoint.load_tokenizer(model, **loading)
-    blocks = calibration_blocks(data, tokenizer, tokens, checkpoint.load_config(model, **loading))
-    return checkpoint.load_model(model, **loading), blocks
+    tokenizer = loading.load_tokenizer(model, **options)
+    blocks = calibration_blocks(data, tokenizer, tokens, loading.load_config(model, **options))
+    return loading.load_model(model, **options), blocks
 
 
 def untrained(model: Any, seed: int = 0) -> Any:

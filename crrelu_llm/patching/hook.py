@@ -1,0 +1,119 @@
+"""The hook into transformers: `from_pretrained` and `from_config` build a patched model where the config says so."""
+
+import logging
+from typing import Any
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import guard, section
+from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
+from crrelu_llm.patching.modules import fused, hidden
+from crrelu_llm.patching.modules.replace import swap_in
+
+logger = logging.getLogger("crrelu_llm")
+
+
+def install_hook() -> None:
+    """Makes transformers build patched models: called once, when transformers' modeling_utils has been imported."""
+    from transformers import PreTrainedModel
+    from transformers.activations import ACT2FN
+
+    if "crrelu" in ACT2FN:
+        return
+    ACT2FN["crrelu"] = CRReLU
+    guard.install()
+    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+    initialize_missing = PreTrainedModel._initialize_missing_keys
+
+    def swap_then_post_init(self: Any) -> None:
+        names = _swap_from_section(self)
+        post_init(self)
+        self._keep_in_fp32_modules_strict.update(names)
+
+    def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False) -> None:
+        # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
+        # whatever torch.empty gave.
+        if is_ours(module) and not getattr(module, "_is_hf_initialized", False):
+            reset_activation(module, _missing(module))
+            module._is_hf_initialized = True
+        else:
+            initialize(self, module, is_custom_code)
+
+    def warn_then_initialize_missing(self: Any, is_quantized: bool) -> None:
+        _check_swapped(self)
+        _warn_of_missing(self)
+        initialize_missing(self, is_quantized)
+
+    PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
+    PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
+    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
+
+
+def _swap_from_section(model: Any) -> set[str]:
+    """Swaps the sites that the config names; returns the parameter names that must stay float32."""
+    from transformers.activations import ACT2CLS
+
+    found = section.read(model.config)
+    if found is None:
+        return set()
+    names = set()
+    for site in found["sites"]:
+        if site.get("kind") == "functional":
+            owner_path, _, attribute = site["path"].rpartition(".")
+            owner = section.local_path(model, owner_path)
+            if owner is not None:
+                hidden.expose(model, [f"{owner}.{attribute}"])
+        path = section.local_path(model, site["path"])
+        if path is None:  # this is a part of the model, and the site is in another part
+            continue
+        current = model.get_submodule(path)
+        if not (is_ours(current) and "_swapped" in current.__dict__):
+            module = build_activation(
+                found["activation"],
+                site["num_channels"],
+                found["epsilon_per"],
+                found["epsilon_init"],
+                section.is_fitted(found),
+            )
+            module.__dict__["_swapped"] = True
+            # What the model has just built is the original only where no config key was changed.
+            swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
+        if found["activation"] == "crrelu":
+            fused.fuse(model, [path], found.get("recompute_activation", False))
+            names |= section.float32_names([path])
+    return names
+
+
+def _check_swapped(model: Any) -> None:
+    found = section.read(model.config)
+    for site in found["sites"] if found else ():
+        path = section.local_path(model, site["path"])
+        # A head on the base model, or another class of the same family, keeps the base model under its prefix.
+        if path is None:
+            raise InputError(
+                f"{model.config._name_or_path}: config.json names the site {site['path']}, "
+                f"which {type(model).__name__} does not have; load it with the class it was saved from"
+            )
+
+
+def _warn_of_missing(model: Any) -> None:
+    sites: dict[tuple[str, float], list[str]] = {}
+    for path, module in model.named_modules():
+        for name in _missing(module) if isinstance(module, CRReLU) else ():
+            if not getattr(module, name).is_meta:  # device_map leaves it on the disk; a missing one never is there
+                sites.setdefault((name, module.start_values[name]), []).append(path)
+    for (name, start), paths in sites.items():
+        logger.warning(
+            "%s: the checkpoint has no %s for %d of its sites (first: %s); they start at %g",
+            model.config._name_or_path,
+            name,
+            len(paths),
+            paths[0],
+            start,
+        )
+
+
+def _missing(module: Any) -> list[str]:
+    """Names of an activation's parameters and buffers that no checkpoint gave a value."""
+    tensors = module.state_dict(keep_vars=True)
+    return [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
