@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import find_sites
-from crrelu_llm.patching.activations import activation_name
 from crrelu_llm.patching.sites import mlp_shape, survey
 
 # family -> path of the activations (# is the layer), their attribute and their original
@@ -198,12 +197,6 @@ def test_an_mlp_that_hides_its_activation_is_refused_even_beside_others():
     ) as caught:
         find_sites(model)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ACT2FN)
-def test_activation_name_leads_back_to_the_same_class(name):
-    module = ACT2FN[name]
-    assert type(ACT2FN[activation_name(module)]) is type(module)
 
 
 sizes = st.integers(1, 40)

@@ -1,4 +1,4 @@
-"""Checkpoints: a patched model saved and reloaded by plain transformers is the same model, and errors are loud."""
+"""The hook: a patched model saved and reloaded by plain transformers is the same model, and errors are loud."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from crrelu_llm import CRReLU, find_sites, patch, unpatch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import loading
 
 
 def tree(model):
@@ -229,22 +228,6 @@ def edit_config(directory, **changes):
     file.write_text(json.dumps(config))
 
 
-def test_a_newer_section_is_refused_in_one_line(tmp_path):
-    saved(tmp_path)
-    edit_config(tmp_path, version=3)
-    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 3.*upgrade") as caught:
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_section_of_another_program_is_refused(tmp_path):
-    saved(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"crrelu": True}))
-    with pytest.raises(InputError, match="not one that crrelu_llm wrote"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 def test_a_section_whose_site_the_model_lacks_is_refused(tmp_path):
     saved(tmp_path)
     sites = [{"path": "model.layers.7.mlp.act_fn", "original": "silu", "num_channels": 48, "kind": "gated"}]
@@ -283,65 +266,3 @@ def test_importing_this_package_loads_nothing_heavy():
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'numpy'}"
     done = python(f"import sys, crrelu_llm; print(sorted({heavy} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_save_is_whole_or_absent(tmp_path):
-    class Broken(torch.nn.Module):
-        def save_pretrained(self, directory):
-            directory.mkdir()
-            (directory / "model.safetensors").write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        loading.save(Broken(), None, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_save_fills_an_empty_directory_and_writes_the_documents(tmp_path, tokenizer):
-    (tmp_path / "deep" / "out").mkdir(parents=True)
-    loading.save(tiny_model("llama"), tokenizer, tmp_path / "deep/out", {"note.json": {"a": 1}})
-    assert json.loads((tmp_path / "deep/out/note.json").read_text()) == {"a": 1}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        p.name for p in (tmp_path / "deep/out").iterdir()
-    }
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-
-
-def test_the_skeleton_has_every_site_and_no_weights(tmp_path):
-    AutoConfig.for_model("llama", num_hidden_layers=80, hidden_size=8192, intermediate_size=28672).save_pretrained(
-        tmp_path
-    )
-    model = loading.skeleton(str(tmp_path))
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert [site.num_channels for site in find_sites(model)] == [28672] * 80
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("builtin:giant", "unknown model builtin:giant"),
-        ("./no/such/model", "no such directory: ./no/such/model"),
-        ("nowhere.gguf", "no such file: nowhere.gguf"),
-        ("an/unknown-hub-name", "an/unknown-hub-name: cannot be loaded"),
-    ],
-)
-def test_models_that_cannot_be_had(name, words):
-    with pytest.raises(InputError) as caught:
-        loading.load_model(name)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_directories_that_are_no_model(tmp_path):
-    with pytest.raises(InputError, match=r"no config\.json in this directory"):
-        loading.load_model(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="an adapter: give the model it belongs to"):
-        loading.load_model(str(tmp_path))
-    (tmp_path / "config.json").write_text("{ not json")
-    with pytest.raises(InputError, match="cannot be loaded") as caught:
-        loading.load_model(str(tmp_path))
-    assert "\n" not in str(caught.value)
-    (tmp_path / "weights.bin").write_text("")
-    with pytest.raises(InputError, match=r"a hub name, a directory or a \.gguf file"):
-        loading.resolve(str(tmp_path / "weights.bin"))

@@ -14,7 +14,6 @@ from transformers.activations import ACT2FN
 
 from crrelu_llm import CRReLU, PatchConfig, find_sites, patch, unpatch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.section import mlp_config_keys
 
 
 def tree(model):
@@ -138,41 +137,6 @@ def test_a_shared_instance_becomes_a_module_for_each_layer():
     assert len({id(module.epsilon) for module in activations(model).values()}) == 3
     unpatch(model)
     assert all(block.mlp.act is shared for block in model.transformer.h)
-
-
-@pytest.mark.parametrize(
-    ("family", "keys"),
-    [
-        ("llama", {"hidden_act": "silu"}),
-        ("gpt2", {"activation_function": "gelu_new"}),
-        ("gemma3_text", {"hidden_activation": "gelu_pytorch_tanh"}),
-        ("mixtral", {"hidden_act": "silu"}),
-        ("falcon", {"activation": "gelu"}),
-        ("bloom", {}),
-    ],
-)
-def test_config_keys_that_mean_the_mlp_are_set(family, keys):
-    model = tiny_model(family)
-    patch(model)
-    assert model.config.crrelu["config_keys"] == keys
-    assert all(getattr(model.config, key) == "crrelu" for key in keys)
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid"])
-def test_a_key_that_also_reaches_a_convolution_is_left_alone(family):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=4))
-    assert mlp_config_keys(model, find_sites(model)) == {}
-
-
-def test_config_names_the_sites():
-    model = tiny_model("gpt2")
-    patch(model, epsilon_per="channel", epsilon_init=0.2)
-    section = model.config.to_dict()["crrelu"]
-    assert section["sites"][1] == {
-        "path": "transformer.h.1.mlp.act", "original": "gelu_new", "num_channels": 128, "kind": "plain"
-    }  # fmt: skip
-    assert (section["epsilon_per"], section["epsilon_init"], section["version"]) == ("channel", 0.2, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -302,21 +266,6 @@ def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():
     refused(lambda: patch(model, calibration="fit"), "tokenizer")
     assert tree(model) == modules
     assert model.config.to_dict() == config
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"activation": "crelu"}, ["'crelu'", "crrelu", "gelu_new"]),
-        ({"epsilon_per": "neuron"}, ["epsilon_per", '"layer" or "channel"', '"neuron"']),
-        ({"calibration": "refits"}, ["calibration", '"none", "fit", "refit" or "reconstruct"', '"refits"']),
-        ({"calibration_tokens": 0}, ["calibration_tokens", "0"]),
-        ({"epsilon_init": float("nan")}, ["epsilon_init", "nan"]),
-        ({"epsilon_init": float("inf")}, ["epsilon_init", "inf"]),
-    ],
-)
-def test_impossible_options_are_refused(options, words):
-    refused(lambda: PatchConfig(**options), *words)
 
 
 @settings(max_examples=10)
