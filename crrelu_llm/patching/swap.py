@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import families, fusion, guard, section
 from crrelu_llm.patching.sites import LeftAlone, Site, survey
@@ -296,7 +297,7 @@ def build_activation(
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name == "crrelu":
-        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init, fitted=fitted)
+        return (FittedCRReLU if fitted else CRReLU)(num_channels if epsilon_per == "channel" else None, epsilon_init)
     if name not in ACT2CLS:
         raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
     module = ACT2FN[name]
@@ -374,8 +375,8 @@ def _report(
             "original": site.original,
             "num_channels": site.num_channels,
             "epsilon_mean": module.epsilon.mean().item() if isinstance(module, CRReLU) else None,
-            "center": module.center.item() if isinstance(module, CRReLU) and module.center is not None else None,
-            "width": module.width.item() if isinstance(module, CRReLU) and module.width is not None else None,
+            "center": module.center.item() if isinstance(module, FittedCRReLU) else None,
+            "width": module.width.item() if isinstance(module, FittedCRReLU) else None,
             "scale_mean": 1.0,
             "relative_error": None,
             "relative_error_naive": None,
