@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crrelu_llm.bench.functions import Function
-from crrelu_llm.bench.inputs import inputs_of, make_tensors
+from crrelu_llm.bench.inputs import constants_of, inputs_of, make_tensors
 
 _SHAPE = (256, 256)
 
@@ -45,17 +45,19 @@ def errors(found: list[Function], dtype: str, epsilon_per: str, device: torch.de
 def _evaluate(function: Function, tensors: dict[str, Tensor], exact: bool = False) -> list[Tensor]:
     """Value and gradients, in float64."""
     inputs, grad, compute = inputs_of(function, tensors), tensors["grad"], function.compute
+    constants = constants_of(function, tensors)
     if exact:
         inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        constants = [tensor.double() for tensor in constants]
         grad, compute = grad.double(), function.exact
     function.prepare()
-    value = compute(*inputs)
+    value = compute(*inputs, *constants)
     return [tensor.detach().double() for tensor in (value, *torch.autograd.grad(value, inputs, grad))]
 
 
 def _compare(function: Function, given: list[Tensor], exact: list[Tensor]) -> dict[str, float | None]:
     pairs = list(zip(given, exact, strict=True))
-    last = pairs.pop() if function.inputs[-1] == "epsilon" else None
+    last = pairs.pop() if function.inputs[-1] in ("epsilon", "epsilons") else None
     differences = [(left - right).abs() for left, right in pairs]
     gradients = torch.cat([difference.flatten() for difference in differences[1:]])
     return {

@@ -21,7 +21,8 @@ class Function:
         name: Which function.
         backend: Which way.
         kind: `activation` or `gated`.
-        inputs: Names of its arguments: `x`, `gate`, `up`, `gate_up`, `epsilon`.
+        inputs: Names of its arguments: `x`, `gate`, `up`, `gate_up`, `epsilon`; `epsilons`, one ε a channel.
+        constants: Names of those that follow and get no gradient: `affine`.
         compute: Computes it, after `prepare`.
         exact: Computes the same function in float64.
         forced: Which of CRReLU's backends must be set while it runs.
@@ -36,6 +37,7 @@ class Function:
     exact: Callable[..., Tensor]
     forced: str | None = None
     overwrites: bool = False
+    constants: tuple[str, ...] = ()
 
     def prepare(self) -> None:
         """Sets the backend, also before the backward pass, which looks at it too."""
@@ -49,10 +51,16 @@ class Function:
         return None if self.forced in (None, name) else reason
 
 
+# Name, kind, arguments, how it is computed, the same in float64.
 _CRRELU: tuple[tuple[str, str, tuple[str, ...], Any, Any], ...] = (
     ("crrelu", "activation", ("x", "epsilon"), kernels.crrelu, formula.crrelu),
     ("crrelu_gated", "gated", ("gate", "up", "epsilon"), kernels.crrelu_gated, formula.crrelu_gated),
     ("crrelu_packed", "gated", ("gate_up", "epsilon"), kernels.crrelu_packed, formula.crrelu_packed),
+)
+# The same as calibration leaves them, with one ε a channel and the four.
+_CALIBRATED = tuple(
+    (f"{name}_calibrated", kind, (*inputs[:-1], "epsilons"), compute, exact)
+    for name, kind, inputs, compute, exact in _CRRELU
 )
 
 
@@ -72,6 +80,11 @@ def functions(device: torch.device) -> tuple[list[Function], list[dict[str, str]
             Function(name, backend, kind, inputs, compute, exact, forced=backend)
             for name, kind, inputs, compute, exact in _CRRELU
         ]
+        if backend != "reference":  # a definition; one form of it shows what it costs
+            found += [
+                Function(name, backend, kind, inputs, compute, exact, forced=backend, constants=("affine",))
+                for name, kind, inputs, compute, exact in _CALIBRATED
+            ]
     found += [
         Function(name, "torch.compile", kind, inputs, _compiled(exact), exact)
         for name, kind, inputs, _, exact in _CRRELU[:2]

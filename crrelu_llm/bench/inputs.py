@@ -11,7 +11,8 @@ def make_tensors(
 ) -> dict[str, Tensor]:
     """The inputs, normal with deviation 2, that want gradients, and the gradient of the result, `grad`.
 
-    `gate_up` is `(..., 2·channels)`; ε is 0.01 in float32, `(1,)` or `(channels,)`.
+    `gate_up` is `(..., 2·channels)`; ε is 0.01 in float32, `(1,)` or `(channels,)`; `epsilons` is `(channels,)`
+    whatever `epsilon_per` is. `affine`, `(4, channels)`, are scale, shift, gain and offset; it wants no gradient.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -21,11 +22,19 @@ def make_tensors(
     tensors = {name: draw(*shape) for name in ("x", "gate", "up")}
     tensors["gate_up"] = torch.cat((tensors["gate"], tensors["up"]), dim=-1)
     tensors["epsilon"] = torch.full((shape[-1] if epsilon_per == "channel" else 1,), 0.01, device=device)
+    tensors["epsilons"] = torch.full((shape[-1],), 0.01, device=device)
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    return tensors | {"grad": draw(*shape)}
+    spread = torch.linspace(-1, 1, shape[-1], device=device)
+    affine = torch.stack([1 + spread / 4, spread / 4, 1 - spread / 4, spread / 8])
+    return tensors | {"affine": affine, "grad": draw(*shape)}
 
 
 def inputs_of(function: Function, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The arguments of a function; copies where it overwrites them."""
+    """The arguments of a function that want gradients; copies where it overwrites them."""
     found = [tensors[name] for name in function.inputs]
     return [tensor.detach().clone().requires_grad_() for tensor in found] if function.overwrites else found
+
+
+def constants_of(function: Function, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The arguments that follow them, which want none."""
+    return [tensors[name] for name in function.constants]

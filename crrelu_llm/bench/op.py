@@ -9,7 +9,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from crrelu_llm.bench.errors import errors
 from crrelu_llm.bench.functions import Function, functions
-from crrelu_llm.bench.inputs import inputs_of, make_tensors
+from crrelu_llm.bench.inputs import constants_of, inputs_of, make_tensors
 from crrelu_llm.bench.measure import Candidate, case, measure
 from crrelu_llm.kernels import choice
 
@@ -91,23 +91,23 @@ def _copy(tensor: Tensor, kind: str) -> Candidate:
 
 
 def _candidate(function: Function, direction: str, tensors: dict[str, Tensor]) -> Candidate:
-    inputs, grad = inputs_of(function, tensors), tensors["grad"]
+    inputs, constants, grad = inputs_of(function, tensors), constants_of(function, tensors), tensors["grad"]
     edge: list[Any] = []
 
     def forward() -> object:
         function.prepare()
         with torch.no_grad():
-            return function.compute(*inputs)
+            return function.compute(*inputs, *constants)
 
     def backward() -> object:
         function.prepare()
         if not edge:  # the first run; the result itself need not stay in memory
-            edge.append(get_gradient_edge(function.compute(*inputs)))
+            edge.append(get_gradient_edge(function.compute(*inputs, *constants)))
         return torch.autograd.grad(edge, inputs, grad, retain_graph=True)
 
     def both() -> object:
         function.prepare()
-        return torch.autograd.grad(function.compute(*inputs), inputs, grad)
+        return torch.autograd.grad(function.compute(*inputs, *constants), inputs, grad)
 
     counts = _TENSORS[function.kind]
     count = sum(counts.values()) if direction == "both" else counts[direction]

@@ -14,63 +14,65 @@ __all__ = ["BACKENDS", "crrelu", "crrelu_gated", "crrelu_packed", "set_backend"]
 _FEW = 1 << 14
 
 
-def crrelu(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
-    """Evaluates CRReLU. Checks nothing: see `crrelu_llm.activation.crrelu`.
+def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
+    """Evaluates CRReLU, f, or with the four `gain·f(scale·(x + shift)) + offset`.
+
+    Checks nothing: see `crrelu_llm.activation.crrelu`.
 
     Args:
         x: floating point, any shape and strides; with a per-channel ε, `(..., channels)`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
-        moments: μ and σ of the bump, `(2, 1)` or `(2, channels)` as ε is; they get no gradient. None: 0 and 1.
+        affine: scale, shift, gain and offset, `(4, channels)`, which get no gradient. None: 1, 0, 1 and 0.
 
     Returns:
         Shape and dtype of `x`.
     """
     if _plain(x, epsilon):
-        return formula.crrelu(x, epsilon, moments)
+        return formula.crrelu(x, epsilon, affine)
     if choice.forced() == "reference":
-        return reference.crrelu(x, epsilon, moments)
-    return ops.crrelu(x, epsilon, moments)
+        return reference.crrelu(x, epsilon, affine)
+    return ops.crrelu(x, epsilon, affine)
 
 
-def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """Evaluates CRReLU(gate)·up, the product of a gated MLP, in one pass, rounded once.
 
     Args:
         gate: floating point, any shape and strides; with a per-channel ε, `(..., channels)`.
         up: shape and dtype of `gate`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
-        moments: μ and σ of the bump, `(2, 1)` or `(2, channels)` as ε is; they get no gradient. None: 0 and 1.
+        affine: scale, shift, gain and offset, `(4, channels)`, which get no gradient. None: 1, 0, 1 and 0.
 
     Returns:
         Shape and dtype of `gate`.
     """
     if _plain(gate, up, epsilon):
-        return formula.crrelu_gated(gate, up, epsilon, moments)
+        return formula.crrelu_gated(gate, up, epsilon, affine)
     if choice.forced() == "reference":
-        return reference.crrelu(gate, epsilon, moments) * up
+        return reference.crrelu(gate, epsilon, affine) * up
     whole = _whole(gate, up)
     if whole is None:
-        return ops.crrelu_gated(gate, up, epsilon, moments)
-    return ops.crrelu_packed(whole, epsilon, moments)
+        return ops.crrelu_gated(gate, up, epsilon, affine)
+    return ops.crrelu_packed(whole, epsilon, affine)
 
 
-def crrelu_packed(gate_up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """Evaluates CRReLU(gate)·up of a tensor that holds both, as a fused gate and up-projection gives it.
 
     Args:
         gate_up: floating point, `(..., 2·channels)`, the gate's channels first.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
-        moments: μ and σ of the bump, `(2, 1)` or `(2, channels)` as ε is; they get no gradient. None: 0 and 1.
+        affine: scale, shift, gain and offset, `(4, channels)`, which get no gradient. None: 1, 0, 1 and 0.
 
     Returns:
         `(..., channels)`, dtype of `gate_up`.
     """
     if _plain(gate_up, epsilon):
-        return formula.crrelu_packed(gate_up, epsilon, moments)
+        return formula.crrelu_packed(gate_up, epsilon, affine)
     if choice.forced() == "reference":
         gate, up = gate_up.chunk(2, dim=-1)
-        return reference.crrelu(gate, epsilon, moments) * up
-    return ops.crrelu_packed(gate_up, epsilon, moments)
+        return reference.crrelu(gate, epsilon, affine) * up
+    return ops.crrelu_packed(gate_up, epsilon, affine)
 
 
 def _whole(gate: Tensor, up: Tensor) -> Tensor | None:

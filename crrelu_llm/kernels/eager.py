@@ -12,70 +12,66 @@ from crrelu_llm.kernels.formula import SUPPORT
 _BLOCK = 1 << 17
 
 
-def forward(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def forward(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """CRReLU of `x`.
 
     Args:
         x: floating point, `(rows, columns)`, contiguous.
         epsilon: the dtype of the computation (float64 for a float64 `x`, else float32), `(1,)` or `(columns,)`.
-        moments: μ and σ of the bump, `(2, 1)` or `(2, columns)` as ε is `(1,)` or `(columns,)`, dtype of ε; None for
-            0 and 1.
+        affine: scale, shift, gain and offset, `(4, 1)` or `(4, columns)` as ε is `(1,)` or `(columns,)`, dtype of ε;
+            None for 1, 0, 1 and 0.
 
     Returns:
         Shape and dtype of `x`.
     """
     y = torch.empty_like(x)
     for (x_part, y_part), (wide, t, b) in _blocks((x, y), epsilon, 3):
-        wide_x = _wide(x_part, wide)
-        _bump(wide_x, moments, t, b)
-        torch.clamp_min(wide_x, 0, out=t)
-        y_part.copy_(t.addcmul_(b, epsilon))
+        y_part.copy_(_value(_inner(x_part, affine, wide), epsilon, affine, t, b))
     return y
 
 
-def backward(grad: Tensor, x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of `x` and of ε.
 
     Args:
         grad: the gradient of the result; like `x`.
-        x: as for `forward`, and so are `epsilon` and `moments`.
+        x: as for `forward`, and so are `epsilon` and `affine`.
 
     Returns:
         Shape and dtype of `x`; shape and dtype of ε, summed in that dtype.
     """
     grad_x = torch.empty_like(x)
-    total = _Total(epsilon)
+    total, steepness = _Total(epsilon, affine), _steepness(affine)
     for (g_part, x_part, out), (wide, t, b, slope, g) in _blocks((grad, x, grad_x), epsilon, 5):
-        wide_x, wide_grad = _wide(x_part, wide), _wide(g_part, g)
-        _bump_and_slope(wide_x, epsilon, moments, t, b, slope)
+        inner, wide_grad = _inner(x_part, affine, wide), _wide(g_part, g)
+        _bump_and_slope(inner, epsilon, t, b, slope)
+        if steepness is not None:
+            slope.mul_(steepness)
         out.copy_(slope.mul_(wide_grad))
         total.add(b.mul_(wide_grad))
     return grad_x, total.value
 
 
-def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """CRReLU(gate)·up, rounded once.
 
     Args:
         gate: floating point, `(rows, columns)`; rows may be apart (one half of a packed tensor).
         up: like `gate`.
-        epsilon: as for `forward`, and so are the moments.
+        epsilon: as for `forward`, and so are the four.
 
     Returns:
         Shape and dtype of `gate`, contiguous.
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     for (gate_part, up_part, y_part), (wide, t, b) in _blocks((gate, up, y), epsilon, 3):
-        wide_gate = _wide(gate_part, wide)
-        _bump(wide_gate, moments, t, b)
-        torch.clamp_min(wide_gate, 0, out=t)
-        t.addcmul_(b, epsilon)
+        _value(_inner(gate_part, affine, wide), epsilon, affine, t, b)
         y_part.copy_(t.mul_(_wide(up_part, b)))
     return y
 
 
 def gated_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool, moments: Tensor | None = None
+    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of gate, of up and of ε.
 
@@ -84,7 +80,7 @@ def gated_backward(
         gate: as for `gated_forward`, and so is `up`.
         epsilon: as for `forward`.
         packed: Both gradients in one tensor `(rows, 2·columns)`, the first of the result; the second is None.
-        moments: as for `forward`.
+        affine: as for `forward`.
 
     Returns:
         Two tensors like `grad`, or one and None; shape and dtype of ε, summed in that dtype.
@@ -93,14 +89,17 @@ def gated_backward(
         torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device) if packed else None
     )
     grad_gate, grad_up = (torch.empty_like(grad), torch.empty_like(grad)) if both is None else both.chunk(2, dim=-1)
-    total = _Total(epsilon)
+    total, steepness = _Total(epsilon, affine), _steepness(affine)
     tensors = (grad, gate, up, grad_gate, grad_up)
     for (g_part, gate_part, up_part, gate_out, up_out), buffers in _blocks(tensors, epsilon, 6):
         wide, t, b, slope, g, other = buffers
-        wide_gate, wide_grad, wide_up = _wide(gate_part, wide), _wide(g_part, g), _wide(up_part, other)
-        _bump_and_slope(wide_gate, epsilon, moments, t, b, slope)
-        torch.clamp_min(wide_gate, 0, out=t)
-        up_out.copy_(t.addcmul_(b, epsilon).mul_(wide_grad))
+        inner, wide_grad, wide_up = _inner(gate_part, affine, wide), _wide(g_part, g), _wide(up_part, other)
+        _bump_and_slope(inner, epsilon, t, b, slope)
+        torch.clamp_min(inner, 0, out=t).addcmul_(b, epsilon)
+        if affine is not None and steepness is not None:
+            torch.addcmul(affine[3], t, affine[2], out=t)
+            slope.mul_(steepness)
+        up_out.copy_(t.mul_(wide_grad))
         torch.mul(wide_grad, wide_up, out=t)
         gate_out.copy_(slope.mul_(t))
         total.add(b.mul_(t))
@@ -110,12 +109,16 @@ def gated_backward(
 class _Total:
     """The gradient of ε, summed block by block: always in the same order."""
 
-    def __init__(self, epsilon: Tensor) -> None:
-        self.value = torch.zeros_like(epsilon)
-        self.per_channel = epsilon.numel() > 1
+    def __init__(self, epsilon: Tensor, affine: Tensor | None) -> None:
+        self._sum, self._affine = torch.zeros_like(epsilon), affine
+        self._per_channel = epsilon.numel() > 1
 
     def add(self, product: Tensor) -> None:
-        self.value.add_(product.sum(0) if self.per_channel else product.sum())
+        self._sum.add_(product.sum(0) if self._per_channel else product.sum())
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum if self._affine is None else self._sum * self._affine[2]
 
 
 def _blocks(
@@ -142,28 +145,30 @@ def _wide(x: Tensor, buffer: Tensor) -> Tensor:
     return x if x.dtype == buffer.dtype else buffer.copy_(x)
 
 
-def _bump(x: Tensor, moments: Tensor | None, t: Tensor, b: Tensor) -> None:
-    """Sets b = (x − μ)·exp(−t²/2), t = (x − μ)/σ within the bump's support."""
-    _standardised(x, moments, t)
+def _inner(x: Tensor, affine: Tensor | None, buffer: Tensor) -> Tensor:
+    """What f is given, in the dtype of the buffer: x, or scale·(x + shift)."""
+    x = _wide(x, buffer)
+    return x if affine is None else torch.add(x, affine[1], out=buffer).mul_(affine[0])
+
+
+def _steepness(affine: Tensor | None) -> Tensor | None:
+    """What the derivative of f is multiplied by: gain·scale."""
+    return None if affine is None else affine[0] * affine[2]
+
+
+def _value(x: Tensor, epsilon: Tensor, affine: Tensor | None, t: Tensor, b: Tensor) -> Tensor:
+    """Sets t = gain·f(x) + offset and returns it; b is overwritten."""
+    torch.clamp(x, -SUPPORT, SUPPORT, out=t)  # exp(−t²/2) is 0 beyond, and NaN stays NaN
     torch.mul(t, t, out=b).mul_(-0.5).exp_().mul_(t)
-    if moments is not None:
-        b.mul_(moments[1])
+    torch.clamp_min(x, 0, out=t).addcmul_(b, epsilon)
+    return t if affine is None else torch.addcmul(affine[3], t, affine[2], out=t)
 
 
-def _bump_and_slope(x: Tensor, epsilon: Tensor, moments: Tensor | None, t: Tensor, b: Tensor, slope: Tensor) -> None:
-    """Sets b = (x − μ)·exp(−t²/2), slope = 1[x > 0] + ε·(1 − t²)·exp(−t²/2), t = (x − μ)/σ; t is overwritten."""
-    _standardised(x, moments, t)
+def _bump_and_slope(x: Tensor, epsilon: Tensor, t: Tensor, b: Tensor, slope: Tensor) -> None:
+    """Sets b = x·exp(−x²/2), slope = 1[x > 0] + ε·(1 − x²)·exp(−x²/2); t is overwritten."""
+    torch.clamp(x, -SUPPORT, SUPPORT, out=t)
     torch.mul(t, t, out=slope)
     torch.mul(slope, -0.5, out=b).exp_()
     slope.neg_().add_(1).mul_(b).mul_(epsilon)
     b.mul_(t)
-    if moments is not None:
-        b.mul_(moments[1])
     slope.add_(torch.gt(x, 0, out=t))
-
-
-def _standardised(x: Tensor, moments: Tensor | None, t: Tensor) -> None:
-    """Sets t = (x − μ)/σ, within the bump's support: exp(−t²/2) is 0 beyond, and NaN stays NaN."""
-    if moments is not None:
-        torch.sub(x, moments[0], out=t).div_(moments[1])
-    torch.clamp(x if moments is None else t, -SUPPORT, SUPPORT, out=t)

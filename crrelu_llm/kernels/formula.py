@@ -16,29 +16,27 @@ def widen(x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(wide), epsilon.to(wide).squeeze()
 
 
-def _wide(x: Tensor, epsilon: Tensor, moments: Tensor | None) -> Tensor:
-    if moments is None:
+def _wide(x: Tensor, epsilon: Tensor, affine: Tensor | None) -> Tensor:
+    if affine is None:
         t = torch.where(x.abs() > SUPPORT, 0.0, x)
         return torch.addcmul(torch.relu(x), epsilon, t * torch.exp(t.square() * -0.5))
-    center, width = (part.squeeze() for part in moments.to(x.dtype))
-    t = (x - center) / width
-    t = torch.where(t.abs() > SUPPORT, 0.0, t)
-    return torch.addcmul(torch.relu(x), epsilon * width, t * torch.exp(t.square() * -0.5))
+    scale, shift, gain, offset = (part.squeeze() for part in affine.to(x.dtype).unbind())
+    return torch.addcmul(offset, _wide((x + shift) * scale, epsilon, None), gain)
 
 
-def crrelu(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
-    """CRReLU: `x` of any shape, ε of `(1,)` or `(channels,)`, moments of `(2, 1)` or `(2, channels)`; gives the shape
-    and dtype of `x`."""
-    return _wide(*widen(x, epsilon), moments).to(x.dtype)
+def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
+    """CRReLU: `x` of any shape, ε of `(1,)` or `(channels,)`, the four of `(4, channels)`; gives the shape and dtype
+    of `x`."""
+    return _wide(*widen(x, epsilon), affine).to(x.dtype)
 
 
-def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """CRReLU(gate)·up, rounded once: two tensors of one shape and dtype, which is also the result's."""
     wide, wide_epsilon = widen(gate, epsilon)
-    return (_wide(wide, wide_epsilon, moments) * up.to(wide.dtype)).to(gate.dtype)
+    return (_wide(wide, wide_epsilon, affine) * up.to(wide.dtype)).to(gate.dtype)
 
 
-def crrelu_packed(gate_up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """CRReLU(gate)·up of `(..., 2·channels)`, the gate's channels first; gives `(..., channels)`."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return crrelu_gated(gate, up, epsilon, moments)
+    return crrelu_gated(gate, up, epsilon, affine)

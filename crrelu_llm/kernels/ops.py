@@ -24,13 +24,20 @@ def _shaped(result: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return torch.ops.aten._unsafe_view(result, shape)
 
 
-def _wide(epsilon: Tensor, x: Tensor) -> Tensor:
-    """ε or the moments in the dtype of the computation."""
-    return epsilon.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+def _wide(epsilon: Tensor, affine: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """ε and the four in the dtype of the computation. With the four ε is one a channel, as they are."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    epsilon = epsilon.detach().to(wide)
+    if affine is None:
+        return epsilon.contiguous(), None
+    return epsilon.expand(affine.shape[1]).contiguous(), affine.detach().to(wide).contiguous()
 
 
-def _wide_moments(moments: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if moments is None else _wide(moments, x)
+def _total(total: Tensor, epsilon: Tensor) -> Tensor:
+    """The gradient of ε as ε is: one for all channels is their sum."""
+    if total.numel() != epsilon.numel():
+        total = total.sum(0, keepdim=True)
+    return total.to(epsilon.dtype)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -38,98 +45,97 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("crrelu_llm::crrelu", mutates_args=())
-def crrelu(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """See `kernels.crrelu`."""
     if x.numel() == 0:
         return _like(x)
-    return _shaped(run("forward", _rows(x).contiguous(), _wide(epsilon, x), _wide_moments(moments, x)), x.shape)
+    return _shaped(run("forward", _rows(x).contiguous(), *_wide(epsilon, affine, x)), x.shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_backward", mutates_args=())
-def crrelu_backward(grad: Tensor, x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def crrelu_backward(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of `x` and ε, given that of the result, of the shape and dtype of `x`."""
     if x.numel() == 0:
         return _like(x), torch.zeros_like(epsilon)
-    flat, wide = _rows(x).contiguous(), _wide(epsilon, x)
-    grad_x, total = run("backward", _rows(grad).contiguous(), flat, wide, _wide_moments(moments, x))
-    return _shaped(grad_x, x.shape), total.to(epsilon.dtype)
+    tensors = (_rows(grad).contiguous(), _rows(x).contiguous())
+    grad_x, total = run("backward", *tensors, *_wide(epsilon, affine, x))
+    return _shaped(grad_x, x.shape), _total(total, epsilon)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_gated", mutates_args=())
-def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """See `kernels.crrelu_gated`."""
     if gate.numel() == 0:
         return _like(gate)
-    return _shaped(
-        run("gated_forward", _rows(gate), _rows(up), _wide(epsilon, gate), _wide_moments(moments, gate)), gate.shape
-    )
+    return _shaped(run("gated_forward", _rows(gate), _rows(up), *_wide(epsilon, affine, gate)), gate.shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_gated_backward", mutates_args=())
 def crrelu_gated_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None
+    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of gate, up and ε, given that of the result."""
     if gate.numel() == 0:
         return _like(gate), _like(gate), torch.zeros_like(epsilon)
-    tensors = (_rows(grad).contiguous(), _rows(gate), _rows(up), _wide(epsilon, gate))
-    grad_gate, grad_up, total = run("gated_backward", *tensors, False, _wide_moments(moments, gate))
-    return _shaped(grad_gate, gate.shape), _shaped(grad_up, gate.shape), total.to(epsilon.dtype)
+    wide, four = _wide(epsilon, affine, gate)
+    tensors = (_rows(grad).contiguous(), _rows(gate), _rows(up), wide)
+    grad_gate, grad_up, total = run("gated_backward", *tensors, False, four)
+    return _shaped(grad_gate, gate.shape), _shaped(grad_up, gate.shape), _total(total, epsilon)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_packed", mutates_args=())
-def crrelu_packed(gate_up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """See `kernels.crrelu_packed`."""
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     if gate_up.numel() == 0:
         return gate_up.new_empty(shape)
     gate, up = _rows(gate_up).chunk(2, dim=-1)
-    return _shaped(run("gated_forward", gate, up, _wide(epsilon, gate_up), _wide_moments(moments, gate_up)), shape)
+    return _shaped(run("gated_forward", gate, up, *_wide(epsilon, affine, gate_up)), shape)
 
 
 @torch.library.custom_op("crrelu_llm::crrelu_packed_backward", mutates_args=())
 def crrelu_packed_backward(
-    grad: Tensor, gate_up: Tensor, epsilon: Tensor, moments: Tensor | None = None
+    grad: Tensor, gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate_up and ε, given that of the result."""
     if gate_up.numel() == 0:
         return _like(gate_up), torch.zeros_like(epsilon)
     gate, up = _rows(gate_up).chunk(2, dim=-1)
-    tensors = (_rows(grad).contiguous(), gate, up, _wide(epsilon, gate_up))
-    both, _, total = run("gated_backward", *tensors, True, _wide_moments(moments, gate_up))
-    return _shaped(both, gate_up.shape), total.to(epsilon.dtype)
+    wide, four = _wide(epsilon, affine, gate_up)
+    both, _, total = run("gated_backward", _rows(grad).contiguous(), gate, up, wide, True, four)
+    return _shaped(both, gate_up.shape), _total(total, epsilon)
 
 
 @crrelu.register_fake
-def _(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def _(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     return _like(x)
 
 
 @crrelu_gated.register_fake
-def _(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def _(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     return _like(gate)
 
 
 @crrelu_packed.register_fake
-def _(gate_up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def _(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @crrelu_backward.register_fake
 @crrelu_packed_backward.register_fake
-def _(grad: Tensor, x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, ...]:
+def _(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, ...]:
     return _like(x), _like(epsilon)
 
 
 @crrelu_gated_backward.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, ...]:
+def _(grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, ...]:
     return _like(gate), _like(up), _like(epsilon)
 
 
 def _differentiable(op: Any, backward_op: Any, plain: Callable[..., Tensor]) -> None:
     """Gives an operator its gradient, and that gradient its own, the plain formula's: training never asks for it.
 
-    The moments, always the last input, get none: they are measured, not learned.
+    The four, always the last input, get none: where they are learned, `activation` composes what surrounds f.
     """
 
     def save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
@@ -139,10 +145,10 @@ def _differentiable(op: Any, backward_op: Any, plain: Callable[..., Tensor]) -> 
         return *backward_op(grad, *ctx.saved_tensors), None
 
     def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, moments = ctx.saved_tensors
+        *inputs, affine = ctx.saved_tensors
 
         def plain_backward(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(functools.partial(plain, moments=moments), *inputs)[1](grad)
+            return torch.func.vjp(functools.partial(plain, affine=affine), *inputs)[1](grad)
 
         return *torch.func.vjp(plain_backward, *inputs)[1](grads), None
 

@@ -35,14 +35,12 @@ def _tile(pid, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _bump(x, center, width, FITTED: tl.constexpr):
-    """(x − μ)·exp(−t²/2), its slope (1 − t²)·exp(−t²/2), t = (x − μ)/σ: 0 beyond the bump's support, NaN for NaN."""
-    t = (x - center) / width if FITTED else x
+def _bump(t):
+    """t·exp(−t²/2), its slope (1 − t²)·exp(−t²/2): 0 beyond the bump's support, NaN for NaN."""
     t = tl.where(tl.abs(t) > _SUPPORT, _SUPPORT, t)  # where both are exactly 0; at 0 the slope would be 1
     square = t * t
     bell = tl.exp(square * -0.5)
-    bump = t * bell * width if FITTED else t * bell
-    return bump, bell - square * bell
+    return t * bell, bell - square * bell
 
 
 @triton.jit
@@ -51,30 +49,31 @@ def _relu(x):
 
 
 @triton.jit
-def _epsilon(pointer, column, offsets, mask, PER_CHANNEL: tl.constexpr):
+def _coefficient(pointer, column, offsets, mask, PER_CHANNEL: tl.constexpr):
     return tl.load(pointer + column + offsets, mask=mask, other=0.0)[None, :] if PER_CHANNEL else tl.load(pointer)
 
 
 @triton.jit
-def _moments(pointer, columns, column, offsets, mask, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr):
-    """μ and σ; without them, whatever stands in their place is not used."""
-    if FITTED:
-        if PER_CHANNEL:
-            center = tl.load(pointer + column + offsets, mask=mask, other=0.0)[None, :]
-            width = tl.load(pointer + columns + column + offsets, mask=mask, other=1.0)[None, :]
-        else:
-            center = tl.load(pointer)
-            width = tl.load(pointer + 1)
+def _four(pointer, columns, column, offsets, mask, PER_CHANNEL: tl.constexpr, AFFINE: tl.constexpr):
+    """Scale, shift, gain and offset; where there are none, whatever stands in their place is not used."""
+    if AFFINE:
+        step = columns if PER_CHANNEL else 1  # of a single channel, all of a tensor may be one row
+        scale = _coefficient(pointer, column, offsets, mask, PER_CHANNEL)
+        shift = _coefficient(pointer + step, column, offsets, mask, PER_CHANNEL)
+        gain = _coefficient(pointer + 2 * step, column, offsets, mask, PER_CHANNEL)
+        offset = _coefficient(pointer + 3 * step, column, offsets, mask, PER_CHANNEL)
     else:
-        center = 0.0
-        width = 1.0
-    return center, width
+        scale = 1.0
+        shift = 0.0
+        gain = 1.0
+        offset = 0.0
+    return scale, shift, gain, offset
 
 
 @triton.jit
 def _forward(
-    y_pointer, x_pointer, up_pointer, epsilon_pointer, moments_pointer, rows, columns, x_stride, up_stride,
-    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr, BLOCK_R: tl.constexpr,
+    y_pointer, x_pointer, up_pointer, epsilon_pointer, affine_pointer, rows, columns, x_stride, up_stride,
+    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, AFFINE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, column = _tile(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_C)
@@ -82,12 +81,18 @@ def _forward(
     column_offsets = tl.arange(0, BLOCK_C)
     column_mask = column + column_offsets < columns
     mask = (row + row_offsets < rows)[:, None] & column_mask[None, :]
-    epsilon = _epsilon(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
+    epsilon = _coefficient(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
     r, c = row_offsets.to(tl.int64)[:, None], column_offsets[None, :]
     x = tl.load(x_pointer + row * x_stride + column + (r * x_stride + c), mask=mask, other=0.0).to(epsilon.dtype)
-    center, width = _moments(moments_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, FITTED)
-    bump, _ = _bump(x, center, width, FITTED)
+    scale, shift, gain, offset = _four(
+        affine_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, AFFINE
+    )
+    if AFFINE:
+        x = scale * (x + shift)
+    bump, _ = _bump(x)
     y = _relu(x) + epsilon * bump
+    if AFFINE:
+        y = gain * y + offset
     if GATED:
         up = tl.load(up_pointer + row * up_stride + column + (r * up_stride + c), mask=mask, other=0.0)
         y *= up.to(epsilon.dtype)
@@ -97,16 +102,18 @@ def _forward(
 @triton.jit
 def _backward(
     grad_x_pointer, grad_up_pointer, partial_pointer, grad_pointer, x_pointer, up_pointer, epsilon_pointer,
-    moments_pointer, rows, columns, x_stride, up_stride, out_stride,
-    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, FITTED: tl.constexpr, TILES: tl.constexpr,
+    affine_pointer, rows, columns, x_stride, up_stride, out_stride,
+    GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, AFFINE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     first_row, column = _tile(pid, rows, columns, BLOCK_R * TILES, BLOCK_C)
     column_offsets = tl.arange(0, BLOCK_C)
     column_mask = column + column_offsets < columns
-    epsilon = _epsilon(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
-    center, width = _moments(moments_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, FITTED)
+    epsilon = _coefficient(epsilon_pointer, column, column_offsets, column_mask, PER_CHANNEL)
+    scale, shift, gain, offset = _four(
+        affine_pointer, columns, column, column_offsets, column_mask, PER_CHANNEL, AFFINE
+    )
     r, c = tl.arange(0, BLOCK_R).to(tl.int64)[:, None], column_offsets[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=epsilon.dtype)
     for tile in range(TILES):
@@ -115,14 +122,21 @@ def _backward(
         x = tl.load(x_pointer + row * x_stride + column + (r * x_stride + c), mask=mask, other=0.0).to(epsilon.dtype)
         grad = tl.load(grad_pointer + row * columns + column + (r * columns + c), mask=mask, other=0.0)
         grad = grad.to(epsilon.dtype)
-        bump, bump_slope = _bump(x, center, width, FITTED)
+        if AFFINE:
+            x = scale * (x + shift)
+        bump, bump_slope = _bump(x)
         out = row * out_stride + column + (r * out_stride + c)
         if GATED:
             up = tl.load(up_pointer + row * up_stride + column + (r * up_stride + c), mask=mask, other=0.0)
-            grad_up = grad * (_relu(x) + epsilon * bump)
+            value = _relu(x) + epsilon * bump
+            if AFFINE:
+                value = gain * value + offset
+            grad_up = grad * value
             tl.store(grad_up_pointer + out, grad_up.to(grad_up_pointer.dtype.element_ty), mask=mask)
             grad *= up.to(epsilon.dtype)
         grad_x = grad * (tl.where(x > 0, 1.0, 0.0) + epsilon * bump_slope)
+        if AFFINE:
+            grad_x *= gain * scale
         tl.store(grad_x_pointer + out, grad_x.to(grad_x_pointer.dtype.element_ty), mask=mask)
         total += grad * bump
     if PER_CHANNEL:
@@ -132,39 +146,39 @@ def _backward(
         tl.store(partial_pointer + pid, tl.sum(total))
 
 
-def forward(x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def forward(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """See `eager.forward`."""
     y = torch.empty_like(x)
-    _run_forward(y, x, None, epsilon, moments)
+    _run_forward(y, x, None, epsilon, affine)
     return y
 
 
-def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> Tensor:
+def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """See `eager.gated_forward`."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _run_forward(y, gate, up, epsilon, moments)
+    _run_forward(y, gate, up, epsilon, affine)
     return y
 
 
-def backward(grad: Tensor, x: Tensor, epsilon: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `eager.backward`."""
     grad_x = torch.empty_like(x)
-    return grad_x, _run_backward(grad_x, None, grad, x, None, epsilon, moments)
+    return grad_x, _run_backward(grad_x, None, grad, x, None, epsilon, affine)
 
 
 def gated_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool, moments: Tensor | None = None
+    grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, packed: bool, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `eager.gated_backward`."""
     if packed:
         both = grad.new_empty((grad.shape[0], 2 * grad.shape[1]))
         grad_gate, grad_up = both.chunk(2, dim=-1)
-        return both, None, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, moments)
+        return both, None, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, affine)
     grad_gate, grad_up = torch.empty_like(grad), torch.empty_like(grad)
-    return grad_gate, grad_up, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, moments)
+    return grad_gate, grad_up, _run_backward(grad_gate, grad_up, grad, gate, up, epsilon, affine)
 
 
-def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor, moments: Tensor | None) -> None:
+def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor, affine: Tensor | None) -> None:
     other = x if up is None else up
     if epsilon.numel() == 1 and x.is_contiguous() and other.is_contiguous():
         y, x, other = y.view(1, -1), x.view(1, -1), other.view(1, -1)  # full tiles, whatever the shape is
@@ -173,9 +187,9 @@ def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor, momen
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
     with _on(x.device):
         _forward[grid](
-            y, x, other, epsilon, epsilon if moments is None else moments,
+            y, x, other, epsilon, epsilon if affine is None else affine,
             rows, columns, x.stride(0), other.stride(0),
-            GATED=up is not None, PER_CHANNEL=epsilon.numel() > 1, FITTED=moments is not None, BLOCK_R=block_r,
+            GATED=up is not None, PER_CHANNEL=epsilon.numel() > 1, AFFINE=affine is not None, BLOCK_R=block_r,
             BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
 
@@ -187,7 +201,7 @@ def _run_backward(
     x: Tensor,
     up: Tensor | None,
     epsilon: Tensor,
-    moments: Tensor | None,
+    affine: Tensor | None,
 ) -> Tensor:
     """Fills `grad_x` and, of a gated product, `grad_up` (one row stride for both); returns the gradient of ε."""
     per_channel = epsilon.numel() > 1
@@ -203,11 +217,12 @@ def _run_backward(
     with _on(x.device):
         _backward[(down * across,)](
             grad_x, other_out, partial, grad, x, other, epsilon,
-            epsilon if moments is None else moments, rows, columns, x.stride(0), other.stride(0), grad_x.stride(0),
-            GATED=up is not None, PER_CHANNEL=per_channel, FITTED=moments is not None, TILES=tiles,
+            epsilon if affine is None else affine, rows, columns, x.stride(0), other.stride(0), grad_x.stride(0),
+            GATED=up is not None, PER_CHANNEL=per_channel, AFFINE=affine is not None, TILES=tiles,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
-    return partial.sum(0) if per_channel else partial.sum(0, keepdim=True)
+    total = partial.sum(0) if per_channel else partial.sum(0, keepdim=True)
+    return total if affine is None else total * affine[2]  # the gain is one a channel, so it need not be in the loop
 
 
 def _block(rows: int, columns: int) -> tuple[int, int]:

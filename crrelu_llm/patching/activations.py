@@ -6,6 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 
 # What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
@@ -31,7 +32,8 @@ def build_activation(
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name == "crrelu":
-        return CRReLU(num_channels if epsilon_per == "channel" else None, epsilon_init, fitted=fitted)
+        made = FittedCRReLU if fitted else CRReLU
+        return made(num_channels if epsilon_per == "channel" else None, epsilon_init)
     if name not in ACT2CLS:
         raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
     module = ACT2FN[name]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AFFINE, CRReLU
+from crrelu_llm.eafo.fitted import MOMENTS
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import Site
@@ -54,7 +55,7 @@ def is_fitted(section: dict[str, Any]) -> bool:
 def float32_names(paths: Iterable[str]) -> set[str]:
     """Ends of the names of what stays float32 in a model of a lower dtype, for the sites at `paths`."""
     attributes = {path.rpartition(".")[2] for path in paths}
-    return {f"{attribute}.{name}" for attribute in attributes for name in ("epsilon", "center", "width")}
+    return {f"{attribute}.{name}" for attribute in attributes for name in ("epsilon", *MOMENTS, *AFFINE)}
 
 
 def local_path(model: nn.Module, path: str) -> str | None:

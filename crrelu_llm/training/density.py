@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.training.optimizer import epsilon_modules
 
 logger = logging.getLogger("crrelu_llm")
@@ -35,7 +35,7 @@ class MomentTracker:
 
     def __init__(self, model: nn.Module):
         found = epsilon_modules(model)
-        self.modules: dict[str, CRReLU] = {path: module for path, module in found.items() if module.fitted}
+        self.modules = {path: module for path, module in found.items() if isinstance(module, FittedCRReLU)}
         self._sums: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
         trained: Any = model
@@ -177,22 +177,20 @@ def warn_of_refit(calibration: str) -> None:
 
 def density_means(model: nn.Module) -> tuple[float, float] | None:
     """The means of the centre and of the width over the fitted sites; None where there is no such site."""
-    pairs = [(m.center, m.width) for m in epsilon_modules(model).values() if m.center is not None]
+    pairs = [(m.center, m.width) for m in epsilon_modules(model).values() if isinstance(m, FittedCRReLU)]
     if not pairs:
         return None
     center, width = (torch.cat([part.detach().float().cpu() for part in parts]) for parts in zip(*pairs, strict=True))
     return center.mean().item(), width.mean().item()
 
 
-def _moments_of(module: CRReLU) -> list[float]:
+def _moments_of(module: FittedCRReLU) -> list[float]:
     """Mean and mean square of the density that a module stands for."""
-    assert module.center is not None and module.width is not None
     center, width = module.center.item(), module.width.item()
     return [center, width * width + center * center]
 
 
 @torch.no_grad()
-def _set_density(module: CRReLU, first: float, second: float) -> None:
-    assert module.center is not None and module.width is not None
+def _set_density(module: FittedCRReLU, first: float, second: float) -> None:
     module.center.fill_(first)
     module.width.fill_(max(max(second - first * first, 0.0) ** 0.5, MIN_WIDTH))

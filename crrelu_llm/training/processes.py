@@ -14,10 +14,9 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list, 
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
-from crrelu_llm.activation import MOMENTS, CRReLU
+from crrelu_llm.activation import AffineModule
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.training.launch import PROCESSES_ASKED
-from crrelu_llm.training.optimizer import epsilon_modules
 
 _PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer than the half hour of a collective
 
@@ -128,7 +127,8 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     """Sets what FSDP2 will do to a model, before Accelerate or TRL shards it; does nothing under anything else.
 
     Outputs keep the dtype they are computed in: Accelerate would round them to that of mixed precision, so that a DPO
-    loss of ln 2 became 0.6914. And an ε of another dtype than the layer around it becomes a unit of its own.
+    loss of ln 2 became 0.6914. And an activation whose parameters have another dtype than the layer around it becomes
+    a unit of its own.
     """
     if distribution(accelerator) != "FSDP2":
         return
@@ -139,27 +139,32 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     if accelerator.mixed_precision != "no" and not quantised:
         return  # Accelerate makes all that is trained float32
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if len(dtypes) > 1 and epsilon_modules(model):
+    ours = {type(module).__name__ for module in _affine_modules(model) if next(module.parameters(), None) is not None}
+    if len(dtypes) > 1 and ours:
         names = plugin.transformer_cls_names_to_wrap or model._no_split_modules
-        plugin.transformer_cls_names_to_wrap = list({*names, CRReLU.__name__})
+        plugin.transformer_cls_names_to_wrap = list({*names, *ours})
 
 
 def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
-    """Accelerate's `fsdp2_prepare_model`, for models that have a centre and a width too; every process must call it.
+    """Accelerate's `fsdp2_prepare_model`, for models whose activations have buffers; every process must call it.
 
     It takes all that a state dict holds for sharded parameters. Buffers outside the state dict it keeps, but each
     process its own, and only the main one of a host may have read the checkpoint.
     """
-    fitted = [module for module in model.modules() if isinstance(module, CRReLU) and module.fitted]
-    for module in fitted:
-        for name in MOMENTS:
-            setattr(module, name, broadcast(getattr(module, name).to(accelerator.device)))
-        module._non_persistent_buffers_set.update(MOMENTS)
+    held = {module: dict(module.named_buffers(recurse=False)) for module in _affine_modules(model)}
+    for module, buffers in held.items():
+        for name, value in buffers.items():
+            setattr(module, name, broadcast(value.to(accelerator.device)))
+        module._non_persistent_buffers_set.update(buffers)
     try:
         return fsdp2_prepare_model(accelerator, model)
     finally:
-        for module in fitted:
-            module._non_persistent_buffers_set.difference_update(MOMENTS)
+        for module, buffers in held.items():
+            module._non_persistent_buffers_set.difference_update(buffers)
+
+
+def _affine_modules(model: Any) -> list[AffineModule]:
+    return [module for module in model.modules() if isinstance(module, AffineModule)]
 
 
 @contextlib.contextmanager

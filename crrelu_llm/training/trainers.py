@@ -9,7 +9,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer import dpo_trainer
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AffineModule
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard, loading, section
 from crrelu_llm.patching.blend import Blend
@@ -179,7 +179,8 @@ def recompute_activation(model: Any) -> None:
 
 
 def restore_float32(model: Any) -> None:
-    """Makes every ε float32 again, with its exact value, after a library has cast all that is trained (TRL, QLoRA).
+    """Makes ε and the four that are trained float32 again, with their exact values, after a library has cast what is
+    trained (TRL, QLoRA).
 
     ZeRO-3 wants one dtype for all parameters, and has their float32 values in the optimiser.
     """
@@ -188,12 +189,13 @@ def restore_float32(model: Any) -> None:
     originals = {
         name.removesuffix(".original_module"): module
         for name, module in model.named_modules()
-        if name.endswith(".original_module") and isinstance(module, CRReLU)
+        if name.endswith(".original_module") and isinstance(module, AffineModule)
     }
     for name, module in model.named_modules():
-        if isinstance(module, CRReLU) and module.epsilon.dtype != torch.float32:
-            exact = originals.get(name.split(".modules_to_save.")[0], module).epsilon
-            module.epsilon.data = exact.detach().float().clone()
+        for key, value in module.named_parameters(recurse=False) if isinstance(module, AffineModule) else ():
+            if value.dtype != torch.float32:
+                exact = getattr(originals.get(name.split(".modules_to_save.")[0], module), key)
+                value.data = exact.detach().float().clone()
 
 
 def _peft_config(recipe: Recipe, model: str) -> Any:

@@ -89,7 +89,7 @@ def test_unknown_names_are_refused_with_the_choices(monkeypatch):
 
 def test_the_chosen_backend_is_the_one_that_computes(compiler, monkeypatch):
     kernels.set_backend("inductor")
-    monkeypatch.setattr(inductor, "forward", lambda x, epsilon, moments=None: x + 100)
+    monkeypatch.setattr(inductor, "forward", lambda x, epsilon, affine=None: x + 100)
     assert kernels.crrelu(torch.ones(2), torch.ones(1)).tolist() == [101.0, 101.0]
 
 

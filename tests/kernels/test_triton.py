@@ -32,7 +32,7 @@ def ptx(kernel, dtype, constants, arch):
             return "constexpr"
         if not name.endswith("pointer"):
             return "i32"
-        return "*" + ("fp32" if name[:3] in ("eps", "mom", "par") else dtype)
+        return "*" + ("fp32" if name[:3] in ("eps", "aff", "par") else dtype)
     signature = {name: kind(name) for name in kernel.arg_names}
     constants = {name: value for name, value in constants.items() if name in signature}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if not name.isupper()}
@@ -42,11 +42,11 @@ def ptx(kernel, dtype, constants, arch):
 
 found, arch = [], int(sys.argv[1])
 for dtype in ("bf16", "fp16", "fp32"):
-    for gated, per_channel, fitted in itertools.product((False, True), repeat=3):
-        if fitted and (dtype == "fp16" or arch == 80):
+    for gated, per_channel, affine in itertools.product((False, True), repeat=3):
+        if affine and (dtype == "fp16" or arch == 80):
             continue  # the same code as for the others, and compiling takes time
         rows, width = kernels._block(1 << 12 if per_channel else 1, 1 << 13)
-        constants = dict(GATED=gated, PER_CHANNEL=per_channel, FITTED=fitted, BLOCK_R=rows, BLOCK_C=width)
+        constants = dict(GATED=gated, PER_CHANNEL=per_channel, AFFINE=affine, BLOCK_R=rows, BLOCK_C=width)
         constants["TILES"] = kernels._TILES if per_channel else 1
         for kernel in (kernels._forward, kernels._backward):
             text = ptx(kernel, dtype, constants, arch)

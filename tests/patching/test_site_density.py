@@ -11,6 +11,7 @@ from tiny import logits, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm import CRReLU, PatchConfig, patch, unpatch
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration import _Work, reconstruct
 from crrelu_llm.patching.calibration.progress import Progress
@@ -109,7 +110,7 @@ def test_config_section_and_unpatch(family):
     assert not any(name.endswith(("center", "width")) for name in model.state_dict())
     patch(model, density="fitted", blocks=BLOCKS)
     assert (model.config.crrelu["version"], model.config.crrelu["density"]) == (VERSION, "fitted") == (2, "fitted")
-    assert all(module.fitted for module in ours(model))
+    assert all(isinstance(module, FittedCRReLU) for module in ours(model))
     assert not torch.equal(logits(model), before)
     once = copy.deepcopy(model)
     patch(model, density="fitted", blocks=BLOCKS)
@@ -148,7 +149,7 @@ def test_a_cast_leaves_the_moments_float32():
 def test_moments_are_float32_also_where_a_library_makes_new_tensors_bfloat16(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).bfloat16())  # as ZeRO-3 does
-    assert {tensor.dtype for tensor in CRReLU(fitted=True).buffers()} == {torch.float32}
+    assert {tensor.dtype for tensor in FittedCRReLU().buffers()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("name", "start"), [("center", 0.0), ("width", 1.0), ("epsilon", 0.05)])

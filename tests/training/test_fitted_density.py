@@ -10,7 +10,8 @@ from runs import LORA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from crrelu_llm import CRReLU, PatchConfig
+from crrelu_llm import PatchConfig
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.training import processes
@@ -117,7 +118,7 @@ def test_a_checkpoint_of_another_density_is_refused(workshop, options, text_file
 
 def test_fsdp2_is_given_parameters_alone_and_the_main_process_its_moments(monkeypatch):
     """Accelerate takes whatever is in the state dict for a sharded parameter (tests/distributed runs it)."""
-    model, seen = CRReLU(fitted=True), []
+    model, seen = FittedCRReLU(), []
 
     def prepare(accelerator, model):
         seen.append(sorted(model.state_dict()))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import not_finite
@@ -77,6 +77,6 @@ def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: di
                 f"{site.path}: its pre-activations on the calibration text have mean {found.mean:g} and standard "
                 f"deviation {found.std:g}: there is no density to fit; use density: standard, or other text"
             )
-        assert isinstance(activation, CRReLU) and activation.center is not None and activation.width is not None
+        assert isinstance(activation, FittedCRReLU)
         activation.center.fill_(found.mean)
         activation.width.fill_(found.std)

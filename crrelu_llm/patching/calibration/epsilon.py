@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 
 # Weight of the layer's ε in the fit of a channel's, as a share of an average channel's own evidence. A channel whose
 # inputs stay away from 0 says nothing about its ε: it is drawn to the layer's.
@@ -100,7 +101,7 @@ def slope_of(activation: CRReLU, x: Tensor) -> Tensor:
 
 
 def _standardised(activation: CRReLU, x: Tensor) -> tuple[Tensor, Tensor | float]:
-    if activation.center is None or activation.width is None:
+    if not isinstance(activation, FittedCRReLU):
         return x, 1.0
     width = activation.width.to(x)
     return (x - activation.center.to(x)) / width, width
