@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 
@@ -26,30 +26,38 @@ def build_activation(
     epsilon_per: str = "layer",
     epsilon_init: float = 0.01,
     fitted: bool = False,
+    calibrated: bool = False,
 ) -> nn.Module:
     """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`; a fitted CRReLU
-    also has a centre and a width."""
+    also has a centre and a width, and a calibrated activation scale, shift, gain and offset, `(num_channels,)`."""
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name == "crrelu":
         made = FittedCRReLU if fitted else CRReLU
-        return made(num_channels if epsilon_per == "channel" else None, epsilon_init)
+        width = num_channels if epsilon_per == "channel" else None
+        return made(width, epsilon_init, calibrated=num_channels if calibrated else None)
     if name not in ACT2CLS:
         raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
-    module = ACT2FN[name]
+    module: nn.Module = ACT2FN[name]
+    if calibrated:
+        assert num_channels is not None
+        module = Calibrated(module, num_channels)
     module.__dict__["activation_name"] = name
     return module
 
 
 def reset_activation(module: nn.Module, names: Iterable[str]) -> None:
     """Sets parameters and buffers of an activation to their start values, in place: they were created empty."""
-    if isinstance(module, CRReLU):
-        module.reset_parameters(names)
-    else:
+    names = list(names)
+    own = names if isinstance(module, CRReLU) else [name for name in names if name in AFFINE]
+    if isinstance(module, AffineModule):
+        module.reset_parameters(own)
+    if len(own) < len(names):
         fresh = build_activation(module.__dict__["activation_name"]).state_dict()
         state = module.state_dict()
         for name in names:
-            state[name].copy_(fresh[name])
+            if name not in own:
+                state[name].copy_(fresh[name.removeprefix("activation.")])
 
 
 def is_ours(module: Any) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.activations import activation_names
 
-CALIBRATIONS = ("none", "fit", "refit", "reconstruct")
+CALIBRATIONS = ("none", "fit", "refit")
 EPSILON_PER = ("layer", "channel")
 DENSITIES = ("standard", "fitted")
 
@@ -18,10 +18,10 @@ class PatchConfig:
         activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
         epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
         epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
-        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`; `"fit"`: ε by
-            weighted least squares against the original activation; `"refit"`: also two factors a channel, folded into
-            the weights, and the following projection by ridge regression; `"reconstruct"`: then a short training of
-            each MLP toward the original MLP's output.
+        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`: not at all, the
+            plain swap; `"fit"`: ε, and scale, shift, gain and offset of each channel inside the activation, by
+            weighted least squares against the original activation, no weight touched; `"refit"`: then also the
+            following projection, by ridge regression, where that lowers the error on held-back text.
         calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens: How many tokens of it to use.
         density: The density of pre-activations that CRReLU is the correction for: `"standard"`, N(0, 1), the paper's;
@@ -34,7 +34,7 @@ class PatchConfig:
     activation: str = "crrelu"
     epsilon_init: float = 0.01
     epsilon_per: str = "layer"
-    calibration: str = "none"
+    calibration: str = "fit"
     calibration_data: str = "builtin:docstrings"
     calibration_tokens: int = 8192
     density: str = "standard"
@@ -63,10 +63,13 @@ class PatchConfig:
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration text will be read: `fit` has nothing to fit in an activation without ε."""
-        return self.calibration in ("refit", "reconstruct") or (
-            self.activation == "crrelu" and (self.calibration == "fit" or self.fits_density)
-        )
+        """Whether calibration text will be read."""
+        return self.fits or self.fits_density
+
+    @property
+    def fits(self) -> bool:
+        """Whether each site gets scale, shift, gain and offset."""
+        return self.calibration != "none"
 
     @property
     def fits_density(self) -> bool:

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard, section
 from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
@@ -74,12 +74,14 @@ def _swap_from_section(model: Any) -> set[str]:
                 found["epsilon_per"],
                 found["epsilon_init"],
                 section.is_fitted(found),
+                section.is_calibrated(found),
             )
             module.__dict__["_swapped"] = True
             # What the model has just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
         if found["activation"] == "crrelu":
             fused.fuse(model, [path], found.get("recompute_activation", False))
+        if found["activation"] == "crrelu" or section.is_calibrated(found):
             names |= section.float32_names([path])
     return names
 
@@ -99,9 +101,18 @@ def _check_swapped(model: Any) -> None:
 def _warn_of_missing(model: Any) -> None:
     sites: dict[tuple[str, float], list[str]] = {}
     for path, module in model.named_modules():
-        for name in _missing(module) if isinstance(module, CRReLU) else ():
-            if not getattr(module, name).is_meta:  # device_map leaves it on the disk; a missing one never is there
-                sites.setdefault((name, module.start_values[name]), []).append(path)
+        if not isinstance(module, AffineModule):
+            continue
+        # device_map leaves on the disk what is on the meta device; a missing one never is there
+        missing = [name for name in _missing(module) if name in module.start_values and not getattr(module, name).is_meta]
+        some = [name for name in AFFINE if name in missing]
+        if some and len(some) < len(AFFINE):
+            raise InputError(
+                f"{model.config._name_or_path}: the checkpoint has only a part of {path}'s {', '.join(AFFINE)}, without "
+                f"{', '.join(some)}; its files do not belong together: patch the original checkpoint again"
+            )
+        for name in missing:
+            sites.setdefault((name, module.start_values[name]), []).append(path)
     for (name, start), paths in sites.items():
         logger.warning(
             "%s: the checkpoint has no %s for %d of its sites (first: %s); they start at %g",

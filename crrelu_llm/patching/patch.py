@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import calibration, guard, section
 from crrelu_llm.patching.activations import build_activation
 from crrelu_llm.patching.calibration.progress import Progress
-from crrelu_llm.patching.calibration.tasks import Calibrated
+from crrelu_llm.patching.calibration.records import Record
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.modules import fused, hidden
@@ -37,10 +38,9 @@ class PatchReport:
         sites: `{path, original, num_channels, epsilon_mean, center, width, scale_mean, relative_error,
             relative_error_naive, kept, note}` each. `center` and `width` are None unless the density is fitted.
             `relative_error` is the root mean square of (new − original) over that of the original, given the same
-            input, at the MLP's output on tokens that the weights were not fitted to (`fit`: at its product, on all
-            tokens), `relative_error_naive` the same with ε at its start (and the centre and width of the site, where
-            the density is fitted); None where no calibration text was read. `kept` is the level that the site ended
-            with, `note` says why it is a lower one than asked for.
+            input, at the MLP's product on tokens that were held back; `relative_error_naive` the same with ε at its
+            start (and the centre and width of the site, where the density is fitted); None where no calibration text
+            was read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
         skipped: `{path, reason}` each.
     """
 
@@ -107,7 +107,7 @@ def patch(
         if found["activation"] == "crrelu":
             fused.fuse(model, modules, found.get("recompute_activation", False))
         section.put_back(model.config, found)
-        _keep_epsilon_in_float32(model, modules)
+        _keep_in_float32(model, modules)
         raise
 
 
@@ -127,13 +127,18 @@ def _patch(
 
     def build(site: Site) -> nn.Module:
         return build_activation(
-            config.activation, site.num_channels, config.epsilon_per, config.epsilon_init, config.fits_density
+            config.activation,
+            site.num_channels,
+            config.epsilon_per,
+            config.epsilon_init,
+            config.fits_density,
+            config.fits,
         )
 
     def swap(site: Site, module: nn.Module) -> None:
         swap_in(model, site.path, module, originals[site.path])
 
-    done: dict[str, Calibrated] = {}
+    done: dict[str, Record] = {}
     try:
         hidden.expose(model, paths)
         originals |= {path: model.get_submodule(path) for path in paths}
@@ -152,7 +157,7 @@ def _patch(
     if config.activation == "crrelu":
         fused.fuse(model, paths, config.recompute_activation)
     section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
-    _keep_epsilon_in_float32(model, paths)
+    _keep_in_float32(model, paths)
     return _report(model, config, sites, left_alone, done)
 
 
@@ -163,8 +168,8 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
 
     Args:
         model: A patched model.
-        original: The model before the patch, whose weights are copied; without it, weights that a calibration has
-            folded or refitted stay changed, and a warning says so.
+        original: The model before the patch, whose weights are copied; without it, projections that `refit` has
+            changed stay changed, and a warning says so. With `none` and `fit` the model is what it was, bit for bit.
 
     Raises:
         InputError: The model is not patched, its original activations had parameters that its checkpoint lacks, or
@@ -218,12 +223,13 @@ def _calibration_text(
     if blocks is not None:
         return blocks
     if tokenizer is None:
-        what = f'calibration="{config.calibration}"' if config.calibration != "none" else f'density="{config.density}"'
-        raise InputError(f"{what} needs the tokenizer: patch(model, ..., tokenizer=...)")
+        what = f'calibration="{config.calibration}"' if config.fits else f'density="{config.density}"'
+        plain = '; or swap plainly: calibration="none"' if config.fits else ""
+        raise InputError(f"{what} needs the tokenizer: patch(model, ..., tokenizer=...){plain}")
     return calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
 
 
-def _keep_epsilon_in_float32(model: PreTrainedModel, paths: Iterable[str]) -> None:
+def _keep_in_float32(model: PreTrainedModel, paths: Iterable[str]) -> None:
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | section.float32_names(paths)
 
@@ -233,7 +239,7 @@ def _report(
     config: PatchConfig,
     sites: list[Site],
     left_alone: list[LeftAlone],
-    done: dict[str, Calibrated],
+    done: dict[str, Record],
 ) -> PatchReport:
     report = PatchReport(model.config.model_type, copy.copy(config))
     for site in sites:
@@ -243,8 +249,8 @@ def _report(
             "original": site.original,
             "num_channels": site.num_channels,
             "epsilon_mean": module.epsilon.mean().item() if isinstance(module, CRReLU) else None,
-            "center": module.center.item() if isinstance(module, CRReLU) and module.center is not None else None,
-            "width": module.width.item() if isinstance(module, CRReLU) and module.width is not None else None,
+            "center": module.center.item() if isinstance(module, FittedCRReLU) else None,
+            "width": module.width.item() if isinstance(module, FittedCRReLU) else None,
             "scale_mean": 1.0,
             "relative_error": None,
             "relative_error_naive": None,

@@ -18,7 +18,7 @@ from crrelu_llm.patching.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 2  # 2: CRReLU with a centre and a width; anything else is written as version 1, which it is
+VERSION = 3  # 2: CRReLU with a centre and a width; 3: calibrated activations; anything else is written as version 1
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
 _SITE_KEYS = {"path", "original", "num_channels"}
 _KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
@@ -50,6 +50,11 @@ def read(config: Any) -> dict[str, Any] | None:
 def is_fitted(section: dict[str, Any]) -> bool:
     """Whether the activations of a patched model have a centre and a width of their own."""
     return section.get("density", "standard") == "fitted"
+
+
+def is_calibrated(section: dict[str, Any]) -> bool:
+    """Whether the activations of a patched model have scale, shift, gain and offset."""
+    return section.get("calibrated", False)
 
 
 def float32_names(paths: Iterable[str]) -> set[str]:
@@ -85,9 +90,9 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfi
         return
     # keys that older versions did not write
     section = {"recompute_activation": False, "density": "standard"} | section
-    keys = ("epsilon_per", "epsilon_init", "recompute_activation", "density")
+    keys = ("epsilon_per", "epsilon_init", "recompute_activation", "density") if activation == "crrelu" else ()
     same = all(section[key] == getattr(patch_config, key) for key in keys)
-    if activation != "crrelu" or (same and not patch_config.calibrates):
+    if same and not patch_config.calibrates and not is_calibrated(section):
         raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
 
 
@@ -96,7 +101,7 @@ def write(
 ) -> None:
     """Adds the section to a config, and sets the family's own activation keys to the new activation."""
     config.crrelu = {
-        "version": VERSION if patch_config.fits_density else 1,
+        "version": VERSION if patch_config.fits else 2 if patch_config.fits_density else 1,
         "activation": patch_config.activation,
         "epsilon_per": patch_config.epsilon_per,
         "epsilon_init": patch_config.epsilon_init,
@@ -104,6 +109,7 @@ def write(
         "weights_changed": weights_changed,
         "recompute_activation": patch_config.recompute_activation,
         **({"density": patch_config.density} if patch_config.fits_density else {}),
+        **({"calibrated": True, "calibration": patch_config.calibration} if patch_config.fits else {}),
         "sites": [
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
             for site in sites

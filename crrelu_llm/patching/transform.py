@@ -75,7 +75,7 @@ def patch_checkpoint(
     if config is not None and blocks is not None:
         loaded.to(_device_for(loaded))
         progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
-    changes_weights = progress is not None and config is not None and config.calibration not in ("none", "fit")
+    changes_weights = progress is not None and config is not None and config.calibration == "refit"
     require_space(loaded, output_dir, copies=2 if changes_weights else 1)
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     with _keeping(progress):

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from crrelu_llm.environment import versions
 from crrelu_llm.files import plain, remove, sync, write_json, writing
-from crrelu_llm.patching.calibration.anatomy import Mlp, Weights
-from crrelu_llm.patching.calibration.tasks import Calibrated
+from crrelu_llm.patching.calibration.following import weights_of
+from crrelu_llm.patching.calibration.records import Record
 
 _IDENTITY = "calibration.json"
-_ACTIVATION, _MLP = "activation", "mlp"
+_ACTIVATION, _FOLLOWING = "activation", "following"
 
 
 class Progress:
@@ -60,27 +60,24 @@ class Progress:
         """Removes everything: the result is on the disk, or nobody wants it."""
         remove(self.directory)
 
-    def save(self, index: int, done: dict[str, tuple[Calibrated, nn.Module, Mlp | None]]) -> None:
+    def save(self, index: int, done: dict[str, tuple[Record, nn.Module, nn.Module | None]]) -> None:
         """Keeps a finished layer.
 
         Args:
             index: Its number.
-            done: By the path of each site that was calibrated in it: the record, the new activation, and the MLP
-                where its weights were changed.
+            done: By the path of each site that was calibrated in it: the record, the new activation, and the
+                projection that follows where its weights were changed.
 
         Raises:
             DiskError: The disk is full or read-only.
         """
         tensors: dict[str, Tensor] = {}
-        for path, (record, activation, mlp) in done.items():
+        for path, (record, activation, following) in done.items():
             for name, value in activation.state_dict().items():
                 tensors[f"{path}/{_ACTIVATION}/{name}"] = value.detach().cpu().contiguous().clone()
-            if mlp is not None and record.changed_weights:
-                dtype = cast(Tensor, mlp.down.weight).dtype
-                for name, value in mlp.read().tensors().items():
-                    small = value.to(dtype)  # what the model holds, as a rule
-                    exact = small if torch.equal(small.float(), value) else value
-                    tensors[f"{path}/{_MLP}/{name}"] = exact.cpu().contiguous()
+            if following is not None and record.changed_weights:
+                for name, value in weights_of(following).items():
+                    tensors[f"{path}/{_FOLLOWING}/{name}"] = value.cpu().contiguous().clone()
         records = {path: asdict(record) for path, (record, _, _) in done.items()}
         file = self._file(index)
         scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -95,14 +92,14 @@ class Progress:
                 scratch.unlink(missing_ok=True)
 
     def load(
-        self, index: int, activations: dict[str, nn.Module], mlps: dict[str, Mlp]
-    ) -> dict[str, Calibrated] | None:
+        self, index: int, activations: dict[str, nn.Module], following: dict[str, nn.Module]
+    ) -> dict[str, Record] | None:
         """Puts a finished layer back; None where its file cannot be read: then the layer is to be calibrated.
 
         Args:
             index: Its number.
             activations: New activations by path; their parameters are set.
-            mlps: The MLPs by path; the weights of those that were changed are written.
+            following: The projections that follow, by path; the weights of those that were changed are written.
         """
         try:
             with safe_open(self._file(index), "pt") as file:
@@ -114,10 +111,9 @@ class Progress:
             return None
         for path, activation in activations.items():
             activation.load_state_dict(_below(tensors, f"{path}/{_ACTIVATION}/"))
-            weights = _below(tensors, f"{path}/{_MLP}/")
-            if weights:
-                mlps[path].write(_as_weights(weights))
-        return {path: Calibrated(**record) for path, record in records.items()}
+            for name, value in _below(tensors, f"{path}/{_FOLLOWING}/").items():
+                weights_of(following[path])[name].copy_(value)
+        return {path: Record(**record) for path, record in records.items()}
 
     def _file(self, index: int) -> Path:
         return self.directory / f"layer-{index:04d}.safetensors"
@@ -132,7 +128,3 @@ def identity(origin: dict[str, Any], blocks: Tensor, device: torch.device) -> di
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-
-def _as_weights(tensors: dict[str, Tensor]) -> Weights:
-    optional = {name: tensors.get(name) for name in ("up", "gate_bias", "up_bias", "down_bias")}
-    return Weights(gate=tensors["gate"], down=tensors["down"], **optional)

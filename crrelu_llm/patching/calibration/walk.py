@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from crrelu_llm.patching.sites import Site
 
 logger = logging.getLogger("crrelu_llm")
 _PROBE_TOKENS = 48
+_EVERY = 8
 
 
 @dataclass
@@ -44,14 +46,23 @@ class Walk:
         sites: Its sites.
         blocks: Token ids, `(blocks, tokens)`, int64.
         batch_size: Blocks in a forward pass.
-        progress: Called after each forward pass.
+
+    Attributes:
+        held_back: While it runs: whether the text that runs is there to judge by, not to fit to.
+        passes: How often all of the text has run through a layer, on average over the layers.
+        seconds: What that took, without what was done `aside`.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor, batch_size: int = 4):
         self.backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
         self.model = model
         self.home = next(model.parameters()).device
-        self.batches = list(blocks.to(self.home).split(batch_size))
+        fitted, judging = _divided(blocks.to(self.home))
+        self.batches = [*fitted.split(batch_size), *(judging.split(batch_size) if len(judging) else ())]
+        self._judging = -(-len(fitted) // batch_size)  # from this batch on
+        self.held_back = False
+        self.passes = self.seconds = 0.0
+        self._aside = 0.0
         self.layers = self._in_order(_layers(model, sites))
         self.stepwise = self._hands_through()
         if not self.stepwise:
@@ -82,14 +93,33 @@ class Walk:
                 for layer in self.layers:
                     _move(self.model.get_submodule(layer.path), self.home)
 
-    def run(self, batches: int | None = None) -> None:
-        """Runs the current layer, as it is now, on all of the text or on its first few batches."""
-        for index, batch in enumerate(self.batches[:batches]):
-            self._forward(batch, self._stream[index], lambda output: None)
+    def run(self) -> None:
+        """Runs the current layer, as it is now, on all of the text."""
+        with self._timed():
+            for index, batch in enumerate(self.batches):
+                self.held_back = index >= self._judging
+                self._forward(batch, self._stream[index], lambda output: None)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Its time does not count as that of a forward pass."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside += time.perf_counter() - started
 
     def _advance(self) -> None:
-        for index, batch in enumerate(self.batches):
-            self._forward(batch, self._stream[index], functools.partial(self._stream.__setitem__, index))
+        with self._timed():
+            for index, batch in enumerate(self.batches):
+                self._forward(batch, self._stream[index], functools.partial(self._stream.__setitem__, index))
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started, self._aside = time.perf_counter(), 0.0
+        yield
+        self.seconds += time.perf_counter() - started - self._aside
+        self.passes += 1 / len(self.layers) if self.stepwise else 1
 
     def _forward(self, batch: Tensor, stream: Any, keep: Callable[[Any], None]) -> None:
         if not self.stepwise:
@@ -165,6 +195,15 @@ class Walk:
             if not found or not _same(found[0], outputs[index]):
                 return False
         return True
+
+
+def _divided(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks to fit to and blocks to judge by: one in eight, or the last of a few; none where there is only one."""
+    judging = torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
+    judging[_EVERY - 1 :: _EVERY] = True
+    if len(blocks) > 1 and not judging.any():
+        judging[-1] = True
+    return blocks[~judging], blocks[judging]
 
 
 def computing_device(model: nn.Module) -> torch.device:

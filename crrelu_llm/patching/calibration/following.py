@@ -1,0 +1,161 @@
+"""The projection that follows a site, found as the model runs, and its refit: the level `refit`."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crrelu_llm.patching.calibration.taps import tapped
+from crrelu_llm.patching.sites import Site
+
+_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the features' mean square
+
+
+def find_following(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[str, nn.Module]:
+    """The linear layer that each site's product feeds, found by what flows where.
+
+    Args:
+        model: The model, as it is before the patch.
+        sites: Its sites.
+        input_ids: A few tokens, `(1, tokens)`.
+
+    Returns:
+        By the site's path. A site whose product goes elsewhere (fused experts, a norm in between), or to a layer that
+        is used more than once, shared, quantised or more than a matrix, is not in it.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    uses = [id(linear.weight) for linear in linears]
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    products: dict[str, list[Tensor]] = {}
+
+    def called(module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
+            calls.append((module, args[0].detach().clone(), output.detach().clone()))
+
+    def seen(path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:
+        products.setdefault(path, []).append(result)
+
+    hooks = [linear.register_forward_hook(called) for linear in linears]
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    try:
+        with tapped(model, sites, seen), torch.no_grad():
+            backbone(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for site in sites:
+        used = products.get(site.path, [])
+        if len(used) != 1 or site.kind == "experts":
+            continue
+        after = [(module, given, output) for module, given, output in calls if _equal(given, used[0])]
+        # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
+        if len(after) == 1 and uses.count(id(after[0][0].weight)) == 1 and _is_a_matrix(*after[0]):
+            found[site.path] = after[0][0]
+    return found
+
+
+class Refit:
+    """Finds the change of a projection that makes up for what is left of a new activation's error.
+
+    Solves argmin ‖(W + ΔW)·h' − W·h‖² + λ‖ΔW‖² (the bias is not penalised), h and h' the old and the new products;
+    the λ of a few, or no change, that leaves the least error on held-back text. Only sums are kept.
+
+    Args:
+        linear: The projection, `(outputs, width)`.
+        original: The old activation.
+        activation: The new one, calibrated.
+    """
+
+    def __init__(self, linear: nn.Module, original: nn.Module, activation: nn.Module):
+        self.linear, self.original, self.activation = linear, original, activation
+        self._fitted: list[Tensor] = []
+        self._held_back: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, x: Tensor, factor: Tensor | None, held_back: bool) -> None:
+        """Counts a use of the activation: its inputs, `(…, channels)`, and what its outputs are multiplied by."""
+        old, new = (activation(x).reshape(-1, x.shape[-1]).float() for activation in (self.original, self.activation))
+        if factor is not None:
+            factor = factor.reshape(-1, factor.shape[-1]).float()
+            old, new = old * factor, new * factor
+        wanted = (old - new) @ _matrix(self.linear).float().T
+        features = new
+        if getattr(self.linear, "bias", None) is not None:
+            features = torch.cat([new, new.new_ones(len(new), 1)], 1)
+        parts = (features.T @ features, features.T @ wanted, wanted.square().sum())
+        sums = self._held_back if held_back else self._fitted
+        if not sums:
+            sums.extend(part.double() for part in parts)
+        else:
+            for total, part in zip(sums, parts, strict=True):
+                total += part.double()
+
+    @torch.no_grad()
+    def solve(self) -> bool:
+        """Writes the change into the projection; whether there was one that lowers the error on held-back text."""
+        if not self._fitted or not self._held_back:
+            return False
+        gram, moment, _ = self._fitted
+        width = _matrix(self.linear).shape[1]
+        unit = gram.diagonal()[:width].mean()
+        best, change = self._error(torch.zeros_like(moment)), None
+        for penalty in _PENALTIES:
+            matrix = gram.clone()
+            matrix.diagonal()[:width] += penalty * unit
+            matrix.diagonal()[width:] += 1e-9 * unit
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed or not unit > 0:
+                continue
+            candidate = torch.cholesky_solve(moment, factor)
+            error = self._error(candidate)
+            if math.isfinite(error) and error < best:
+                best, change = error, candidate
+        if change is None:
+            return False
+        _matrix(self.linear).add_(change[:width].T.to(_matrix(self.linear)))
+        if len(change) > width:
+            cast(Tensor, self.linear.bias).add_(change[width].to(_matrix(self.linear)))
+        return True
+
+    def _error(self, change: Tensor) -> float:
+        gram, moment, square = self._held_back
+        return float((change * (gram @ change)).sum() - 2 * (change * moment).sum() + square)
+
+
+def weights_of(linear: nn.Module) -> dict[str, Tensor]:
+    """A projection's weight and, where it has one, its bias: the tensors themselves."""
+    found = {"weight": linear.weight, "bias": getattr(linear, "bias", None)}
+    return {name: cast(Tensor, value).detach() for name, value in found.items() if value is not None}
+
+
+def _is_a_matrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
+    """Whether a layer does no more than multiply and add, in weights that can be changed."""
+    weight = cast(Tensor, module.weight)
+    if not weight.is_floating_point() or weight.is_meta or type(weight).__module__.startswith("bitsandbytes"):
+        return False
+    bias = cast(Tensor | None, getattr(module, "bias", None))
+    expected = nn.functional.linear(given.float(), _matrix(module).float(), None if bias is None else bias.float())
+    tolerance = 1e-4 if given.dtype == torch.float32 else 5e-2
+    return torch.allclose(output.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """The weight as `(outputs, inputs)`: a view."""
+    weight = cast(Tensor, linear.weight).detach()
+    return weight.T if _is_conv1d(linear) else weight
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same rows, whatever their leading dimensions."""
+    return (
+        first.numel() == second.numel()
+        and first.shape[-1] == second.shape[-1]
+        and torch.equal(first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1]))
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"

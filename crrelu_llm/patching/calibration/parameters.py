@@ -1,0 +1,335 @@
+"""The numbers of a calibrated activation, `gain·f(scale·(x + shift)) + offset`, and ε, by weighted least squares.
+
+What is fitted is a sum of known curves of t = scale·(x + shift), each with a factor: for CRReLU relu(t) and the bump
+t·exp(−t²/2), whose factors are the gain and gain·ε; for other activations f(t) alone; and a constant, the offset. The
+factors have a closed form for each scale and shift. So a grid of those two gives a start, and a few
+Levenberg–Marquardt steps in all of them the end.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from crrelu_llm.activation import CRReLU
+from crrelu_llm.eafo.fitted import FittedCRReLU
+from crrelu_llm.patching.calibration.statistics import Histogram
+
+Curve = Callable[[Tensor], Tensor]
+
+# Weight of the layer's average channel in the fit of each, as a share of an average channel's own: a channel that is
+# hardly ever active is drawn to what fits the others.
+_OF_THE_LAYER = 1e-2
+# Weight of inputs that never occurred, spread as a Cauchy distribution around those that did, as a share of the
+# channel's own: as if half a token more had been seen. It bounds what the fit does beyond the text's range.
+_UNSEEN_TOKENS = 0.5
+_BEYOND = 1.0  # where that distribution ends, as a multiple of the largest input of the layer
+_LEAST_UNSEEN = 1e-5
+# A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
+LARGEST_EPSILON = 8.0
+# Around these the bump of CRReLU has the width that a smooth activation's bend has; beyond, it is a ReLU.
+_SCALES = torch.logspace(-3.5, 1.0, 10, base=2, dtype=torch.float64)
+_SHIFTS = torch.linspace(-4.0, 4.0, 17, dtype=torch.float64)
+_EPSILONS = torch.linspace(-2.0, 6.0, 33, dtype=torch.float64)  # candidates where one serves all channels
+_STEPS = 12
+_SAMPLE = 192  # channels that choose the layer's ε
+_CHANNELS = 4096  # at once: bounds the memory
+_TINY = 1e-30
+
+
+@dataclass
+class Parameters:
+    """A calibrated activation's numbers, float32: ε `(1,)` or `(channels,)`, None without one; the others
+    `(channels,)`.
+
+    Attributes:
+        loss: `(channels,)`, float64: the squared error that is left, as a share of the channel's own square.
+    """
+
+    epsilon: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    gain: Tensor
+    offset: Tensor
+    loss: Tensor
+
+    @torch.no_grad()
+    def write(self, activation: nn.Module) -> None:
+        """Sets them in a calibrated activation."""
+        for name in ("scale", "shift", "gain", "offset", "epsilon"):
+            value = getattr(self, name)
+            if value is not None:
+                getattr(activation, name).copy_(value)
+
+
+def fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_per: str) -> Parameters:
+    """Minimises Σ w(x)·(original(x) − gain·f(scale·(x + shift)) − offset)² for each channel.
+
+    Args:
+        original: The old activation, elementwise.
+        target: The new one, without the four: CRReLU, whose ε is fitted too, or any elementwise activation.
+        histogram: The inputs, and w.
+        epsilon_per: One ε for the `"layer"`, or one for each `"channel"`.
+    """
+    original, target = (copy.deepcopy(activation).cpu().double().eval() for activation in (original, target))
+    with _one_thread():
+        return _fit(original, target, histogram, epsilon_per)
+
+
+def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_per: str) -> Parameters:
+    x = histogram.points
+    weights = _with_priors(histogram, x)
+    with torch.no_grad():
+        y = original(x)
+    if not isinstance(target, CRReLU):
+        return _of_channels([lambda t: target(t)], weights, x, y)
+    relu, bump = _parts(target)
+    if epsilon_per == "channel":
+        return _of_channels([relu, bump], weights, x, y)
+    epsilon = _common_epsilon(relu, bump, weights, x, y)
+    found = _of_channels([lambda t: relu(t) + epsilon * bump(t)], weights, x, y)
+    found.epsilon = torch.tensor([epsilon], dtype=torch.float32)
+    return found
+
+
+@torch.no_grad()
+def relative_error(original: nn.Module, activation: nn.Module, histogram: Histogram) -> float:
+    """Root mean square of (activation − original) over that of the original, weighted, on the text that judges.
+
+    Where nothing was held back, on the text that was fitted to.
+
+    Args:
+        original: The old activation.
+        activation: The new one as it is now, calibrated or not; `(…, channels)` to the same.
+        histogram: The inputs.
+    """
+    weights = histogram.held_back if float(histogram.held_back.sum()) > 0 else histogram.weights
+    x = histogram.points
+    y = copy.deepcopy(original).cpu().double()(x)
+    new = copy.deepcopy(activation).cpu()(x[:, None].expand(-1, len(weights)).float()).T.double()
+    total = float((weights @ (y * y)).sum())
+    return math.sqrt(float((weights * (new - y) ** 2).sum()) / total) if total > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Many small operations: one thread does them as fast as two, and ten times as fast where others compute too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
+    """The weights, and a little of what the layer's other channels saw and of what nobody saw."""
+    weights = histogram.weights + _OF_THE_LAYER * histogram.weights.mean(0)
+    total = weights.sum(1, keepdim=True).clamp_min(_TINY)
+    mean = (weights @ x)[:, None] / total
+    deviation = ((weights @ (x * x))[:, None] / total - mean * mean).clamp_min(0).sqrt()
+    width = torch.gradient(x)[0] * (x.abs() <= _BEYOND * x[weights.sum(0) > 0].abs().max())
+    cauchy = width / (1 + ((x - mean) / (deviation + 1e-3 * x.abs().median() + _TINY)).square())
+    unseen = max(_LEAST_UNSEEN, _UNSEEN_TOKENS / max(histogram.tokens, 1))
+    return weights / total + unseen * cauchy / cauchy.sum(1, keepdim=True)
+
+
+def _parts(target: CRReLU) -> tuple[Curve, Curve]:
+    """relu, and what ε is multiplied by."""
+    if isinstance(target, FittedCRReLU):
+        center, width = float(target.center), float(target.width)
+    else:
+        center, width = 0.0, 1.0
+
+    def bump(t: Tensor) -> Tensor:
+        v = (t - center) / width
+        return width * v * torch.exp(-0.5 * v * v)
+
+    return torch.relu, bump
+
+
+def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor) -> Parameters:
+    """The best numbers of each channel; with two curves, the factor of the second over that of the first is ε."""
+    parts = []
+    for some in weights.split(_CHANNELS):
+        scale, shift = _start(curves, some, x, y)
+        parts.append(_refine(curves, some.float(), x.float(), y.float(), scale.float(), shift.float()))
+    numbers, loss = (torch.cat(found) for found in zip(*parts, strict=True))
+    scale, shift, offset, gain = numbers[:, 0], numbers[:, 1], numbers[:, 2], numbers[:, 3]
+    epsilon = None if len(curves) == 1 else torch.where(gain == 0, 0.0, numbers[:, 4] / gain)
+    return Parameters(epsilon, scale, shift, gain, offset, loss.double())
+
+
+@torch.no_grad()
+def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the shift of a grid that leave each channel the least error, `(channels,)` each."""
+    best = torch.full((len(weights),), math.inf, dtype=torch.float64)
+    scale, shift = torch.ones_like(best), torch.zeros_like(best)
+    scales = torch.cat([_SCALES, -_SCALES])
+    for candidate in _SHIFTS:
+        left = _Moments(curves, weights, x, y, scales, candidate).left()
+        least, row = left.min(0)
+        better = least < best
+        best = torch.where(better, least, best)
+        scale = torch.where(better, scales[row], scale)
+        shift = torch.where(better, candidate, shift)
+    return scale, shift
+
+
+class _Moments:
+    """Weighted moments of the curves and of the original's output at one shift, each `(scales, channels)`."""
+
+    def __init__(
+        self, curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor, shift: Tensor
+    ) -> None:
+        t = scales[:, None] * (x + shift)
+        values = [curve(t) for curve in curves]
+        pairs = [(i, j) for i in range(len(values)) for j in range(i, len(values))]
+        columns = [values[i] * values[j] for i, j in pairs] + values + [value * y for value in values]
+        sums = (torch.stack(columns) @ weights.T).unbind()
+        count = len(values)
+        one, mean = weights.sum(1), weights @ y
+        means, matches = sums[len(pairs) : len(pairs) + count], sums[len(pairs) + count :]
+        # beside a constant
+        self.gram = {
+            pair: found - means[pair[0]] * means[pair[1]] / one for pair, found in zip(pairs, sums, strict=False)
+        }
+        self.match = [found - own * mean / one for found, own in zip(matches, means, strict=True)]
+
+    def left(self) -> Tensor:
+        """The squared error with the best factors, beside a constant."""
+        aa = self.gram[0, 0] * (1 + 1e-6) + _TINY
+        if len(self.match) == 1:
+            return -self.match[0].square() / aa
+        return self._of_two(self.gram[1, 1] * (1 + 1e-6) + _TINY, aa)
+
+    def _of_two(self, bb: Tensor, aa: Tensor) -> Tensor:
+        ab, ay, by = self.gram[0, 1], self.match[0], self.match[1]
+        determinant = (aa * bb - ab * ab).clamp_min(_TINY)
+        first, second = (ay * bb - by * ab) / determinant, (by * aa - ay * ab) / determinant
+        left = -(first * ay + second * by)
+        # Outside what ε may be, each factor serves alone as well as it can.
+        for bound in (LARGEST_EPSILON, -LARGEST_EPSILON):
+            size = aa + 2 * bound * ab + bound * bound * bb
+            ends = -(ay + bound * by).square() / size
+            left = torch.where(second.abs() > LARGEST_EPSILON * first.abs(), torch.minimum(ends, -ay * ay / aa), left)
+        return left
+
+    def with_epsilon(self, epsilon: float) -> Tensor:
+        """The squared error with this ε and the best gain, beside a constant."""
+        size = self.gram[0, 0] + 2 * epsilon * self.gram[0, 1] + epsilon * epsilon * self.gram[1, 1]
+        return -(self.match[0] + epsilon * self.match[1]).square() / (size * (1 + 1e-6) + _TINY)
+
+
+@torch.no_grad()
+def _common_epsilon(relu: Curve, bump: Curve, weights: Tensor, x: Tensor, y: Tensor) -> float:
+    """One ε, where each channel takes the scale, shift, gain and offset that suit it: the best of a grid, refined."""
+    some = weights[:: max(1, len(weights) // _SAMPLE)]
+    scales = torch.cat([_SCALES, -_SCALES])
+    moments = [_Moments([relu, bump], some, x, y, scales, shift) for shift in _SHIFTS]
+    own = some @ (y * y)
+
+    def start(epsilon: float) -> tuple[float, Tensor, Tensor]:
+        """The loss on the grid, and where it is least."""
+        left = torch.stack([entry.with_epsilon(epsilon) for entry in moments]).flatten(0, 1)
+        least, place = left.min(0)
+        return float(least.sum()), scales[place % len(scales)], _SHIFTS[place // len(scales)]
+
+    def loss(epsilon: float) -> float:
+        curve = lambda t: relu(t) + epsilon * bump(t)  # noqa: E731
+        _, scale, shift = start(epsilon)
+        numbers = (part.float() for part in (some, x, y, scale, shift))
+        return float((_refine([curve], *numbers)[1].double() * own).sum())
+
+    best = min(_EPSILONS.tolist(), key=lambda epsilon: start(epsilon)[0])
+    step = float(_EPSILONS[1] - _EPSILONS[0])
+    known = {epsilon: loss(epsilon) for epsilon in (best - step, best, best + step)}
+    for _ in range(3):
+        best = min(known, key=known.__getitem__)
+        below, middle, above = (known.get(best + offset) for offset in (-step, 0.0, step))
+        if below is None or above is None:
+            known[best - step if below is None else best + step] = loss(best - step if below is None else best + step)
+            continue
+        assert middle is not None
+        curvature = below - 2 * middle + above  # the bottom of a parabola
+        lowest = best + (0.5 * step * (below - above) / curvature if curvature > 0 else 0.0)
+        known[lowest] = loss(lowest)
+        break
+    return min(known, key=known.__getitem__)
+
+
+def _refine(
+    curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Levenberg–Marquardt steps from a start, each channel on its own.
+
+    Returns:
+        Scale, shift, offset and the curves' factors, `(channels, 3 + curves)`; and the squared error over the
+        channel's own square, `(channels,)`.
+    """
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(_TINY)
+    sign, logarithm = scale.sign(), scale.abs().log()
+    own = (weights @ (y * y)).clamp_min(_TINY)
+
+    def at(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared error, Gauss–Newton matrix and gradient."""
+        factor = sign * numbers[:, 0].exp()
+        t = factor[:, None] * (x + numbers[:, 1:2])
+        values, slopes = zip(*(_value_and_slope(curve, t) for curve in curves), strict=True)
+        residual, slope = y - numbers[:, 2:3], torch.zeros_like(t)
+        for index, (value, its_slope) in enumerate(zip(values, slopes, strict=True)):
+            amount = numbers[:, 3 + index, None]
+            residual = residual - amount * value
+            slope = slope + amount * its_slope
+        columns = torch.stack([slope * t, slope * factor[:, None], torch.ones_like(t), *values], 1)
+        weighted = columns * weights[:, None]
+        error = (weights * residual * residual).sum(1)
+        return error, weighted @ columns.mT, (weighted @ residual[..., None])[..., 0]
+
+    # The factors first, in closed form.
+    numbers = torch.zeros(len(weights), 3 + len(curves))
+    numbers[:, 0], numbers[:, 1] = logarithm, shift
+    _, matrix, gradient = at(numbers)
+    numbers[:, 2:] = _solve(matrix[:, 2:, 2:], gradient[:, 2:], 1e-6)
+    numbers = _bounded(numbers)
+    damping = torch.full((len(weights),), 1e-2)
+    error, matrix, gradient = at(numbers)
+    for _ in range(_STEPS):
+        step = _solve(matrix, gradient, damping)
+        step[:, 0].clamp_(-0.5, 0.5)
+        step[:, 1].clamp_(-1.0, 1.0)
+        proposed = _bounded(numbers + step)
+        found = at(proposed)
+        better = found[0] < error
+        numbers = torch.where(better[:, None], proposed, numbers)
+        error = torch.where(better, found[0], error)
+        matrix = torch.where(better[:, None, None], found[1], matrix)
+        gradient = torch.where(better[:, None], found[2], gradient)
+        damping = torch.where(better, damping * 0.3, damping * 4).clamp(1e-9, 1e9)
+    return torch.cat([(sign * numbers[:, 0].exp())[:, None], numbers[:, 1:]], 1), error / own
+
+
+def _bounded(numbers: Tensor) -> Tensor:
+    if numbers.shape[1] == 5:
+        bound = LARGEST_EPSILON * numbers[:, 3].abs()
+        numbers = torch.cat([numbers[:, :4], numbers[:, 4].clamp(-bound, bound)[:, None]], 1)
+    return numbers
+
+
+def _solve(matrix: Tensor, gradient: Tensor, damping: Tensor | float) -> Tensor:
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    relative = damping if isinstance(damping, float) else damping[:, None]
+    extra = relative * diagonal + 1e-8 * diagonal.mean(1, keepdim=True) + _TINY
+    return torch.linalg.solve(matrix + torch.diag_embed(extra), gradient[..., None])[..., 0]
+
+
+def _value_and_slope(curve: Curve, t: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        value = curve(t)
+        (slope,) = torch.autograd.grad(value.sum(), t)
+    return value.detach(), slope
