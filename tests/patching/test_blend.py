@@ -30,7 +30,7 @@ def patched():
     """A tiny Llama, and the same patched to CRReLU, in training mode (it has no dropout), with its blend."""
     original = tiny_model("llama")
     model = copy.deepcopy(original)
-    patch(model, "crrelu", epsilon_init=0.2)
+    patch(model, "crrelu", epsilon_init=0.2, calibration="none")
     return original, model.train(), blend_of(model, section.read(model.config))
 
 
@@ -99,7 +99,7 @@ def test_the_ends_are_the_two_models(patched):
     original, model, blend = patched
     assert torch.equal(logits(model), logits(original))
     plain = tiny_model("llama")
-    patch(plain, "crrelu", epsilon_init=0.2)
+    patch(plain, "crrelu", epsilon_init=0.2, calibration="none")
     blend.set(1.0)
     assert torch.equal(logits(model), logits(plain))
     blend.set(0.5)
@@ -128,7 +128,7 @@ def test_the_original_can_be_asked_for_without_touching_lambda(patched):
 def test_parameters_and_the_state_dict_stay_those_of_the_plain_model(patched, tmp_path):
     _, model, blend = patched
     plain = tiny_model("llama")
-    patch(plain, "crrelu", epsilon_init=0.2)
+    patch(plain, "crrelu", epsilon_init=0.2, calibration="none")
     blend.set(0.5)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -151,7 +151,7 @@ def test_a_copy_blends_by_itself(patched):
 @pytest.mark.parametrize("target", ["gelu", "relu", "prelu"])
 def test_other_targets_blend_alike(target):
     model = tiny_model("llama")
-    patch(model, target)
+    patch(model, target, calibration="none")
     wanted = logits(model)
     blend = blend_of(model.train(), section.read(model.config))
     assert len(blend.modules) == 2

@@ -11,7 +11,7 @@ from crrelu_llm.errors import InputError
     [
         ({"activation": "crelu"}, ["'crelu'", "crrelu", "gelu_new"]),
         ({"epsilon_per": "neuron"}, ["epsilon_per", '"layer" or "channel"', '"neuron"']),
-        ({"calibration": "refits"}, ["calibration", '"none", "fit", "refit" or "reconstruct"', '"refits"']),
+        ({"calibration": "refits"}, ["calibration", '"none", "fit" or "refit"', '"refits"']),
         ({"calibration_tokens": 0}, ["calibration_tokens", "0"]),
         ({"epsilon_init": float("nan")}, ["epsilon_init", "nan"]),
         ({"epsilon_init": float("inf")}, ["epsilon_init", "inf"]),

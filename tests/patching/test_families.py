@@ -63,7 +63,7 @@ def test_patched_whole_and_nothing_else(family, tmp_path):
     assert {numbered(item.path): item.reason for item in left_alone} == FACTS[family]["left_alone"]
     native, modules = logits(model), tree(model)
 
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model, paths)
     patched_modules = tree(model)
     changed = {path for path, name in patched_modules.items() if modules.get(path) != name}
@@ -107,7 +107,7 @@ def test_recompute_changes_no_bit_of_any_gradient(family):
     found = []
     for recompute in (False, True):
         model = family_model(family).train()
-        patch(model, epsilon_init=0.3, recompute_activation=recompute)
+        patch(model, epsilon_init=0.3, recompute_activation=recompute, calibration="none")
         torch.manual_seed(0)  # the same dropout
         model(input_ids=token_ids()).logits.float().square().mean().backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters() if has_gradient(parameter)})
@@ -121,7 +121,7 @@ def test_refused_in_one_line(family):
     model = family_model(family)
     native, modules = logits(model), tree(model)
     with pytest.raises(InputError, match=FACTS[family]["refused"]) as caught:
-        patch(model)
+        patch(model, calibration="none")
     assert "\n" not in str(caught.value)
     assert tree(model) == modules
     assert torch.equal(logits(model), native)

@@ -29,7 +29,10 @@ def test_a_model_with_such_kernels_is_not_patched():
     model = tiny_model("llama")
     replace_mlps(model)
     before = logits(model)
-    refused(lambda: patch(model), r"model\.layers\.0\.mlp: a kernel library has replaced the forward of LlamaMLP")
+    refused(
+        lambda: patch(model, calibration="none"),
+        r"model\.layers\.0\.mlp: a kernel library has replaced the forward of LlamaMLP",
+    )
     assert not hasattr(model.config, "crrelu")
     assert torch.equal(logits(model), before)
 
@@ -37,7 +40,7 @@ def test_a_model_with_such_kernels_is_not_patched():
 @pytest.mark.parametrize("adapters", [False, True])
 def test_such_kernels_in_a_patched_model_are_noticed(adapters):
     base = tiny_model("llama")
-    patch(base)
+    patch(base, calibration="none")
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2)) if adapters else base
     guard.check(model)
     replace_mlps(base)
@@ -46,7 +49,7 @@ def test_such_kernels_in_a_patched_model_are_noticed(adapters):
 
 def test_a_replaced_layer_counts_too_and_other_modules_do_not():
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     norm = model.model.norm
     norm.forward = MethodType(lambda self, x: x, norm)
     layer_norm = model.model.layers[0].input_layernorm
@@ -70,13 +73,16 @@ def test_experts_that_choose_their_activation_by_name_are_refused(family):
         model.config._experts_implementation_internal = name
         guard.check_forwards(model, ["model.layers.0.mlp.experts.act_fn"])
     model.config._experts_implementation_internal = "sonicmoe"
-    refused(lambda: patch(model), "the experts implementation sonicmoe does not call the activation module")
+    refused(
+        lambda: patch(model, calibration="none"),
+        "the experts implementation sonicmoe does not call the activation module",
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "hy_v4"])
 def test_every_other_experts_implementation_computes_the_new_activation(family):
     model = family_model(family)
-    patch(model, epsilon_init=0.5)
+    patch(model, epsilon_init=0.5, calibration="none")
     found = {}
     for name in ("eager", "batched_mm", "grouped_mm"):
         model.set_experts_implementation(name)
@@ -96,7 +102,7 @@ def hub_kernels(monkeypatch):
 def test_use_kernels_is_refused_where_it_replaces_mlps(hub_kernels, tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "native")
-    patch(model)
+    patch(model, calibration="none")
     model.save_pretrained(tmp_path / "patched")
     AutoModelForCausalLM.from_pretrained(tmp_path / "native", use_kernels=True)
     refused(
@@ -115,7 +121,7 @@ def fake_liger(monkeypatch):
 @pytest.mark.parametrize("adapters", [False, True])
 def test_liger_leaves_the_mlps_of_a_patched_model_alone(adapters, fake_liger, caplog):
     model = tiny_model("llama")
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     before = logits(model)
     if adapters:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).eval()
@@ -132,7 +138,7 @@ def test_liger_is_used_whole_on_other_models(fake_liger):
 
 def test_liger_mlp_kernels_that_are_asked_for_are_refused(fake_liger):
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     refused(
         lambda: liger.apply_liger_kernel(model, {"swiglu": True}),
         "liger_kernel_config: swiglu: true replaces the MLPs",
@@ -145,7 +151,7 @@ def test_liger_kernels_under_another_name_are_noticed(fake_liger, monkeypatch):
     package = sys.modules["liger_kernel.transformers"]
     monkeypatch.setattr(package, "_apply_liger_kernel_to_instance", lambda model, **options: replace_mlps(model))
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     refused(lambda: liger.apply_liger_kernel(model, None), "kernel library has replaced")
 
 

@@ -35,7 +35,7 @@ def ours(model):
 def saved(directory, family="llama", activation="crrelu", **options):
     """Saves a patched tiny model with random ε; returns it."""
     model = tiny_model(family)
-    patch(model, activation, **options)
+    patch(model, activation, **options, calibration="none")
     randomise(model)
     model.save_pretrained(directory)
     return model
@@ -111,7 +111,7 @@ def test_odd_families_reload_and_keep_their_other_activations(family, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **overrides)).eval()
     native, before = tree(model), logits(model)
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model)
     assert not torch.equal(logits(model), before)
     model.save_pretrained(tmp_path)
@@ -141,7 +141,7 @@ def test_epsilon_stays_float32(family, dtype, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "mixtral"])
 def test_a_missing_epsilon_gets_its_start_value(family, tmp_path, caplog):
     patched = tiny_model(family)
-    patch(patched, epsilon_init=0.05)
+    patch(patched, epsilon_init=0.05, calibration="none")
     patched.save_pretrained(tmp_path)
     drop(tmp_path, "epsilon")
     with caplog.at_level(logging.WARNING, logger="crrelu_llm"):
@@ -202,7 +202,7 @@ def test_a_base_model_saved_alone_reloads(tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_new_model_from_the_config_is_patched(family):
     donor = tiny_model(family)
-    patch(donor, epsilon_per="channel", epsilon_init=0.2)
+    patch(donor, epsilon_per="channel", epsilon_init=0.2, calibration="none")
     model = AutoModelForCausalLM.from_config(donor.config)
     assert tree(model) == tree(donor)
     assert all((module.epsilon == 0.2).all() for module in ours(model))

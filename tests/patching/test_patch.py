@@ -31,7 +31,7 @@ def activations(model):
 def test_every_site_is_swapped_and_learns(family, epsilon_per):
     model = tiny_model(family)
     before, sites = logits(model), find_sites(model)
-    patch(model, epsilon_per=epsilon_per, epsilon_init=0.25)
+    patch(model, epsilon_per=epsilon_per, epsilon_init=0.25, calibration="none")
     assert not torch.allclose(logits(model), before)
     for site in sites:
         module = model.get_submodule(site.path)
@@ -52,7 +52,7 @@ def test_unpatch_restores_modules_config_and_logits(family, name):
     model = tiny_model(family)
     config, modules, before = copy.deepcopy(model.config.to_dict()), tree(model), logits(model)
     keys = list(model.state_dict())
-    patch(model, name)
+    patch(model, name, calibration="none")
     assert {model.get_submodule(path).__class__ for path in activations(model)} == {
         CRReLU if name == "crrelu" else type(ACT2FN[name])
     }
@@ -66,7 +66,7 @@ def test_unpatch_restores_modules_config_and_logits(family, name):
 @pytest.mark.parametrize("name", ACT2FN)
 def test_every_activation_of_transformers_can_be_the_target(name):
     model = tiny_model("llama")
-    report = patch(model, name)
+    report = patch(model, name, calibration="none")
     assert type(model.model.layers[0].mlp.act_fn) is type(ACT2FN[name])
     assert torch.isfinite(logits(model)).all()
     expected = pytest.approx(0.01) if name == "crrelu" else None
@@ -76,7 +76,7 @@ def test_every_activation_of_transformers_can_be_the_target(name):
 
 def test_the_formula_is_what_the_model_computes():
     model = tiny_model("gpt2")
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     mlp, x = model.transformer.h[1].mlp, torch.randn(2, 5, 32)
     h = mlp.c_fc(x)
     with torch.no_grad():
@@ -85,23 +85,23 @@ def test_the_formula_is_what_the_model_computes():
 
 def test_relu_is_crrelu_without_epsilon():
     one, other = tiny_model("llama"), tiny_model("llama")
-    patch(one, "relu")
-    patch(other, epsilon_init=0.0)
+    patch(one, "relu", calibration="none")
+    patch(other, epsilon_init=0.0, calibration="none")
     assert torch.equal(logits(one), logits(other))
 
 
 def test_a_swap_for_the_own_activation_changes_nothing():
     model = tiny_model("llama")
     before = logits(model)
-    patch(model, "silu")
+    patch(model, "silu", calibration="none")
     assert torch.equal(logits(model), before)
 
 
 def test_report():
     model = tiny_model("llama")
-    report = patch(model, epsilon_init=0.2, epsilon_per="channel")
+    report = patch(model, epsilon_init=0.2, epsilon_per="channel", calibration="none")
     assert report.model_type == "llama"
-    assert report.config == PatchConfig("crrelu", epsilon_init=0.2, epsilon_per="channel")
+    assert report.config == PatchConfig("crrelu", epsilon_init=0.2, epsilon_per="channel", calibration="none")
     assert [site["path"] for site in report.sites] == ["model.layers.0.mlp.act_fn", "model.layers.1.mlp.act_fn"]
     for site in report.sites:
         assert site["original"] == "silu"
@@ -118,7 +118,7 @@ def test_what_is_left_alone_is_untouched_and_reported():
         is_decoder=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    report = patch(model)
+    report = patch(model, calibration="none")
     assert type(model.cls.predictions.transform.transform_act_fn) is type(ACT2FN["gelu"])
     (skipped,) = report.skipped
     assert skipped["path"] == "cls.predictions.transform.transform_act_fn"
@@ -133,7 +133,7 @@ def test_a_shared_instance_becomes_a_module_for_each_layer():
     model = AutoModelForCausalLM.from_config(config)
     shared = model.transformer.h[0].mlp.act
     assert model.transformer.h[1].mlp.act is shared
-    patch(model)
+    patch(model, calibration="none")
     assert len({id(module.epsilon) for module in activations(model).values()}) == 3
     unpatch(model)
     assert all(block.mlp.act is shared for block in model.transformer.h)
@@ -142,7 +142,7 @@ def test_a_shared_instance_becomes_a_module_for_each_layer():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_epsilon_is_float32_in_a_low_precision_model(dtype):
     model = tiny_model("llama").to(dtype)
-    patch(model)
+    patch(model, calibration="none")
     assert {module.epsilon.dtype for module in activations(model).values()} == {torch.float32}
     found = logits(model)
     assert found.dtype == dtype
@@ -152,7 +152,7 @@ def test_epsilon_is_float32_in_a_low_precision_model(dtype):
 def test_modes_follow_the_model():
     for training in (True, False):
         model = tiny_model("llama").train(training)
-        patch(model)
+        patch(model, calibration="none")
         assert all(module.training is training for module in model.modules())
         unpatch(model)
         assert all(module.training is training for module in model.modules())
@@ -161,7 +161,7 @@ def test_modes_follow_the_model():
 def test_a_deep_copy_is_independent():
     model = tiny_model("llama")
     native = logits(model)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     twin, before = copy.deepcopy(model), logits(model)
     with torch.no_grad():
         model.model.layers[0].mlp.act_fn.epsilon.fill_(-0.7)
@@ -174,7 +174,7 @@ def test_a_deep_copy_is_independent():
 
 def test_a_patched_model_compiles():
     model = tiny_model("llama", num_hidden_layers=1)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     compiled = torch.compile(model, backend="eager")
     ids = token_ids()
     torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -195,9 +195,11 @@ def refused(call, *words):
 @pytest.mark.parametrize("options", [{}, {"epsilon_per": "channel", "epsilon_init": 0.3}])
 def test_the_same_patch_twice_is_refused(options):
     model = tiny_model("llama")
-    patch(model, **options)
+    patch(model, **options, calibration="none")
     before = logits(model)
-    refused(lambda: patch(model, **options), "the model is already patched to crrelu", "nothing to do")
+    refused(
+        lambda: patch(model, **options, calibration="none"), "the model is already patched to crrelu", "nothing to do"
+    )
     assert torch.equal(logits(model), before)
 
 
@@ -209,9 +211,9 @@ def test_another_patch_starts_from_the_original(family, second):
     model, fresh = tiny_model(family), tiny_model(family)
     native = logits(model)
     originals = [site.original for site in find_sites(model)]
-    patch(model, epsilon_init=0.2)
-    report = patch(model, **second)
-    assert report.sites == patch(fresh, **second).sites
+    patch(model, epsilon_init=0.2, calibration="none")
+    report = patch(model, **second, calibration="none")
+    assert report.sites == patch(fresh, **second, calibration="none").sites
     assert [site["original"] for site in report.sites] == originals
     assert model.config.to_dict() == fresh.config.to_dict()
     assert tree(model) == tree(fresh)
@@ -222,7 +224,7 @@ def test_another_patch_starts_from_the_original(family, second):
 
 def test_a_patch_that_fails_leaves_the_earlier_one():
     model = tiny_model("llama")
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     before, modules, config = logits(model), tree(model), copy.deepcopy(model.config.to_dict())
     refused(lambda: patch(model, calibration="fit"), "tokenizer")
     assert (tree(model), model.config.to_dict()) == (modules, config)
@@ -234,27 +236,31 @@ def test_a_patch_that_fails_leaves_the_earlier_one():
 
 def test_weights_that_a_calibration_changed_allow_no_other_patch():
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     model.config.crrelu["weights_changed"] = True
     before = logits(model)
-    refused(lambda: patch(model, "gelu"), "weights were fitted to that", "start from the original checkpoint")
+    refused(
+        lambda: patch(model, "gelu", calibration="none"),
+        "weights were fitted to that",
+        "start from the original checkpoint",
+    )
     assert torch.equal(logits(model), before)
 
 
 def test_unpatching_what_is_not_patched_is_refused():
     model = tiny_model("llama")
     refused(lambda: unpatch(model), "not patched")
-    patch(model)
+    patch(model, calibration="none")
     unpatch(model)
     refused(lambda: unpatch(model), "not patched")
 
 
 def test_adapters_are_refused():
     model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
-    refused(lambda: patch(model), "adapters", "base model")
+    refused(lambda: patch(model, calibration="none"), "adapters", "base model")
     assert "silu" in {site.original for site in find_sites(model)}
     base = tiny_model("llama")
-    patch(base)
+    patch(base, calibration="none")
     refused(
         lambda: unpatch(get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))), "adapters", "base model"
     )
@@ -263,7 +269,7 @@ def test_adapters_are_refused():
 def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():
     model = tiny_model("llama")
     modules, config = tree(model), model.config.to_dict()
-    refused(lambda: patch(model, calibration="fit"), "tokenizer")
+    refused(lambda: patch(model), 'calibration="fit" needs the tokenizer', 'or swap plainly: calibration="none"')
     assert tree(model) == modules
     assert model.config.to_dict() == config
 
@@ -275,7 +281,7 @@ def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():
 def test_patch_then_unpatch_is_the_identity(epsilon, epsilon_per, seed):
     model = tiny_model("gpt2", seed=seed, n_layer=1)
     before = logits(model)
-    patch(model, epsilon_init=epsilon, epsilon_per=epsilon_per)
+    patch(model, epsilon_init=epsilon, epsilon_per=epsilon_per, calibration="none")
     assert torch.isfinite(logits(model)).all()
     unpatch(model)
     assert torch.equal(logits(model), before)
@@ -283,5 +289,5 @@ def test_patch_then_unpatch_is_the_identity(epsilon, epsilon_per, seed):
 
 def test_patching_is_silent(caplog):
     with caplog.at_level(logging.INFO):
-        patch(tiny_model("llama"))
+        patch(tiny_model("llama"), calibration="none")
     assert [record for record in caplog.records if record.name.startswith("crrelu_llm")] == []

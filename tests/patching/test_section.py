@@ -25,7 +25,7 @@ from crrelu_llm.patching.section import mlp_config_keys
 )
 def test_config_keys_that_mean_the_mlp_are_set(family, keys):
     model = tiny_model(family)
-    patch(model)
+    patch(model, calibration="none")
     assert model.config.crrelu["config_keys"] == keys
     assert all(getattr(model.config, key) == "crrelu" for key in keys)
 
@@ -39,7 +39,7 @@ def test_a_key_that_also_reaches_a_convolution_is_left_alone(family):
 
 def test_config_names_the_sites():
     model = tiny_model("gpt2")
-    patch(model, epsilon_per="channel", epsilon_init=0.2)
+    patch(model, epsilon_per="channel", epsilon_init=0.2, calibration="none")
     section = model.config.to_dict()["crrelu"]
     assert section["sites"][1] == {
         "path": "transformer.h.1.mlp.act", "original": "gelu_new", "num_channels": 128, "kind": "plain"
@@ -50,7 +50,7 @@ def test_config_names_the_sites():
 def write_section(directory, change):
     """Saves a patched tiny model whose section has been changed."""
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     model.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config["crrelu"] = change(config["crrelu"])
@@ -58,8 +58,8 @@ def write_section(directory, change):
 
 
 def test_a_newer_section_is_refused_in_one_line(tmp_path):
-    write_section(tmp_path, lambda section: section | {"version": 3})
-    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 3.*upgrade") as caught:
+    write_section(tmp_path, lambda section: section | {"version": 4})
+    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 4.*upgrade") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -13,19 +13,12 @@ from transformers import AutoModelForCausalLM
 from crrelu_llm import CRReLU, PatchConfig, patch, unpatch
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.calibration import _Work, reconstruct
+from crrelu_llm.patching.calibration import _Work
 from crrelu_llm.patching.calibration.progress import Progress
-from crrelu_llm.patching.section import VERSION
 
 BLOCKS = token_ids(8, 64, seed=5)
-LEVELS = ("none", "fit", "refit", "reconstruct")
+LEVELS = ("none", "fit", "refit")
 KEPT = ("epsilon", "center", "width")
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """A reconstruction that is short."""
-    monkeypatch.setattr(reconstruct, "STEPS", 6)
 
 
 def ours(model):
@@ -88,7 +81,7 @@ def test_the_formula_with_the_sites_moments_is_what_the_model_computes():
 def test_every_level_reloads_exactly_and_lowers_the_error(family, level, tmp_path):
     model, sites = fitted(family, level, epsilon_per="channel")
     for site in sites:
-        assert site["kept"] == level or (level, site["kept"]) == ("reconstruct", "refit")
+        assert site["kept"] == level
         if level == "none":
             assert 0 < site["relative_error"] == site["relative_error_naive"]
         else:
@@ -105,15 +98,15 @@ def test_config_section_and_unpatch(family):
     native = tiny_model(family)
     before, config = logits(native), native.config.to_dict()
     model = copy.deepcopy(native)
-    patch(model)
+    patch(model, calibration="none")
     assert model.config.crrelu["version"] == 1 and "density" not in model.config.crrelu
     assert not any(name.endswith(("center", "width")) for name in model.state_dict())
-    patch(model, density="fitted", blocks=BLOCKS)
-    assert (model.config.crrelu["version"], model.config.crrelu["density"]) == (VERSION, "fitted") == (2, "fitted")
+    patch(model, density="fitted", blocks=BLOCKS, calibration="none")
+    assert (model.config.crrelu["version"], model.config.crrelu["density"]) == (2, "fitted")
     assert all(isinstance(module, FittedCRReLU) for module in ours(model))
     assert not torch.equal(logits(model), before)
     once = copy.deepcopy(model)
-    patch(model, density="fitted", blocks=BLOCKS)
+    patch(model, density="fitted", blocks=BLOCKS, calibration="none")
     assert same(once, model)
     unpatch(model)
     assert model.config.to_dict() == config
@@ -196,7 +189,7 @@ def test_an_interrupted_calibration_ends_with_the_same_moments(level, tmp_path, 
 def test_without_epsilon_it_is_relu_and_a_planted_epsilon_is_found():
     native = tiny_model("llama")
     relu = copy.deepcopy(native)
-    patch(relu, "relu")
+    patch(relu, "relu", calibration="none")
     zero, _ = fitted(epsilon_init=0.0)
     assert torch.equal(logits(zero), logits(relu))
     extreme, sites = fitted(level="fit", epsilon_init=-1.0)
@@ -235,7 +228,7 @@ def broken(model):
 )
 def test_refusals_change_nothing(options, said):
     model = tiny_model("gpt2")
-    options = {"density": "fitted", "blocks": BLOCKS} | options
+    options = {"density": "fitted", "blocks": BLOCKS, "calibration": "none"} | options
     options.pop("damage", lambda model: None)(model)
     before, config = logits(model), model.config.to_dict()
     with pytest.raises(InputError) as caught:
@@ -247,6 +240,7 @@ def test_refusals_change_nothing(options, said):
 
 
 def test_options_of_other_activations_read_no_text():
-    assert not PatchConfig("gelu").calibrates
-    assert PatchConfig(density="fitted").calibrates
-    assert not PatchConfig().calibrates
+    assert not PatchConfig("gelu", calibration="none").calibrates
+    assert PatchConfig(density="fitted", calibration="none").calibrates
+    assert not PatchConfig(calibration="none").calibrates
+    assert PatchConfig().calibrates

@@ -72,7 +72,7 @@ def test_a_model_that_a_device_map_has_spread_out(family, calibration, tmp_path)
 def test_a_patched_checkpoint_loads_with_a_device_map(family, tmp_path, caplog):
     model = family_model(family)
     native = logits(model)
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model)
     model.save_pretrained(tmp_path / "model")
     with caplog.at_level(logging.WARNING, logger="crrelu_llm"):
@@ -132,7 +132,7 @@ def test_quantised_base(family, bits, calibration, trainable_bits, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_patched_checkpoint_loads_in_fewer_bits(bits, tmp_path):
     model = family_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     randomise(model)
     model.save_pretrained(tmp_path)
     quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
@@ -148,7 +148,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     config = family_config("llama")
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config).eval()
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 def test_layers_that_share_their_weights_have_an_epsilon_each(tmp_path):
     model = family_model("zamba")
-    patch(model)
+    patch(model, calibration="none")
     first, second = ours(model).values()
     shared = [model.get_submodule(site.owner).up_proj.weight for site in find_sites(model)]
     assert shared[0] is shared[1]
@@ -176,7 +176,7 @@ def test_layers_that_share_their_weights_have_an_epsilon_each(tmp_path):
 )
 def test_compiled_models_compute_and_learn_the_same(family):
     model = family_model(family)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     outputs, learnt = [], []
     for call in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
@@ -191,7 +191,7 @@ def test_compiled_models_compute_and_learn_the_same(family):
 @pytest.mark.parametrize("family", KINDS)
 def test_adapters_on_a_patched_base(family):
     model = family_model(family)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     paths = list(ours(model))
     before = logits(model)
     config = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=paths)
@@ -205,7 +205,7 @@ def test_adapters_on_a_patched_base(family):
     assert all(gradient.abs().max() > 0 for gradient in learnt)
     guard.check(adapted)
     with pytest.raises(InputError, match="the model has adapters: patch the base model"):
-        patch(adapted)
+        patch(adapted, calibration="none")
     adapted.eval()
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), before)
@@ -233,7 +233,7 @@ def test_classification_and_reward_models_are_patched_and_reload(family, labels,
     sites = [site.path for site in find_sites(model)]
     assert sites == [site.path for site in find_sites(family_model(family))]
     native = logits(model)
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model)
     assert list(ours(model)) == sites
     assert not torch.equal(logits(model), native)
@@ -251,7 +251,7 @@ def test_classification_and_reward_models_are_patched_and_reload(family, labels,
 @pytest.mark.parametrize("family", HEADS)
 def test_a_reward_model_made_from_a_patched_causal_lm_keeps_the_swap(family, tmp_path):
     model = family_model(family)
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     randomise(model)
     model.save_pretrained(tmp_path)
     reward = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, pad_token_id=0)
@@ -265,7 +265,7 @@ def test_a_reward_model_made_from_a_patched_causal_lm_keeps_the_swap(family, tmp
 def test_a_deep_copy_is_independent(family):
     model = family_model(family)
     native = logits(model)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     twin, patched = copy.deepcopy(model), logits(model)
     randomise(model)
     assert torch.equal(logits(twin), patched)
@@ -277,11 +277,11 @@ def test_a_deep_copy_is_independent(family):
 @pytest.mark.parametrize("family", KINDS)
 def test_another_patch_of_a_reloaded_model(family, tmp_path):
     model = family_model(family)
-    patch(model)
+    patch(model, calibration="none")
     randomise(model)
     model.save_pretrained(tmp_path)
     again, fresh = AutoModelForCausalLM.from_pretrained(tmp_path), family_model(family)
-    assert patch(again, "relu").sites == patch(fresh, "relu").sites
+    assert patch(again, "relu", calibration="none").sites == patch(fresh, "relu", calibration="none").sites
     torch.testing.assert_close(logits(again), logits(fresh))
     assert again.config.crrelu == fresh.config.crrelu
 
@@ -289,11 +289,11 @@ def test_another_patch_of_a_reloaded_model(family, tmp_path):
 def test_original_activations_with_parameters_cannot_be_restored_from_a_checkpoint(tmp_path):
     model = family_model("apertus")
     native = logits(model)
-    patch(model)
+    patch(model, calibration="none")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     patched = logits(again)
-    for change in (unpatch, lambda model: patch(model, "gelu")):
+    for change in (unpatch, lambda model: patch(model, "gelu", calibration="none")):
         with pytest.raises(InputError, match=r"xielu had parameters of its own.*start from the original") as caught:
             change(again)
         assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ REPORT = {
 
 
 def test_the_checkpoint_is_the_model_patched_in_memory(tiny_checkpoint, tmp_path):
-    config = PatchConfig(epsilon_init=0.2, epsilon_per="channel")
+    config = PatchConfig(epsilon_init=0.2, epsilon_per="channel", calibration="none")
     patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     patch(model, config)
@@ -27,7 +27,7 @@ def test_the_checkpoint_is_the_model_patched_in_memory(tiny_checkpoint, tmp_path
 
 
 def test_files(tiny_checkpoint, tmp_path):
-    report = patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out")
+    report = patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "out")
     names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json", "patch_origin.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -39,7 +39,7 @@ def test_files(tiny_checkpoint, tmp_path):
 
 
 def test_report(tiny_checkpoint, tmp_path):
-    config = PatchConfig("gelu")
+    config = PatchConfig("gelu", calibration="none")
     report = patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
     assert set(report) == REPORT
     assert report["model"] == str(tiny_checkpoint)
@@ -76,7 +76,7 @@ def test_perplexity_is_measured_on_the_right_model_each_time(calibration, tiny_c
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_of_the_weights_and_of_epsilon(dtype, tiny_checkpoint, tmp_path):
-    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", dtype=dtype)
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "out", dtype=dtype)
     tensors = load_file(tmp_path / "out/model.safetensors")
     for name, tensor in tensors.items():
         assert tensor.dtype == (torch.float32 if name.endswith("epsilon") else getattr(torch, dtype)), name
@@ -93,23 +93,25 @@ def test_without_a_patch_it_only_converts(tiny_checkpoint, tmp_path):
 
 
 def test_the_same_patch_of_a_patched_checkpoint_is_refused(tiny_checkpoint, tmp_path):
-    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "one")
     with pytest.raises(InputError, match="one is already patched to crrelu with these options") as caught:
-        patch_checkpoint(str(tmp_path / "one"), PatchConfig(), tmp_path / "two")
+        patch_checkpoint(str(tmp_path / "one"), PatchConfig(calibration="none"), tmp_path / "two")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_a_patched_checkpoint_can_be_patched_to_another_activation(tiny_checkpoint, tmp_path):
-    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "one")
     measured = []
 
     def measure(model, tokenizer):
         measured.append(type(model.transformer.h[0].mlp.act).__name__)
         return 1.0
 
-    report = patch_checkpoint(str(tmp_path / "one"), PatchConfig("relu"), tmp_path / "two", perplexity=measure)
-    straight = patch_checkpoint(str(tiny_checkpoint), PatchConfig("relu"), tmp_path / "three")
+    report = patch_checkpoint(
+        str(tmp_path / "one"), PatchConfig("relu", calibration="none"), tmp_path / "two", perplexity=measure
+    )
+    straight = patch_checkpoint(str(tiny_checkpoint), PatchConfig("relu", calibration="none"), tmp_path / "three")
     assert report["sites"] == straight["sites"]
     assert measured == ["NewGELUActivation", "ReLU"]  # "before" is the original activation
     two, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("two", "three"))
@@ -118,20 +120,20 @@ def test_a_patched_checkpoint_can_be_patched_to_another_activation(tiny_checkpoi
 
 
 def test_a_checkpoint_whose_weights_a_calibration_changed_is_refused(tiny_checkpoint, tmp_path):
-    patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "one")
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "one")
     file = tmp_path / "one" / "config.json"
     config = json.loads(file.read_text())
     config["crrelu"]["weights_changed"] = True
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match="weights were fitted to that; start from the original checkpoint") as caught:
-        patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu"), tmp_path / "two")
+        patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu", calibration="none"), tmp_path / "two")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float31", "Tensor"])
 def test_an_impossible_dtype_is_refused(dtype, tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=f"unknown dtype '{dtype}'; choose float32, bfloat16, float16"):
-        patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", dtype=dtype)
+        patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "out", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +142,7 @@ def test_a_failure_leaves_nothing_behind(tiny_checkpoint, tmp_path):
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        patch_checkpoint(str(tiny_checkpoint), PatchConfig(), tmp_path / "out", perplexity=fails)
+        patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "out", perplexity=fails)
     with pytest.raises(InputError, match="no such file"):
         config = PatchConfig(calibration="fit", calibration_data=str(tmp_path / "none.txt"))
         patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
@@ -155,7 +157,9 @@ def test_rwkv_is_saved_with_the_weights_that_were_loaded(tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
     before = load_file(tmp_path / "original" / "model.safetensors")
-    patch_checkpoint(str(tmp_path / "original"), PatchConfig(), tmp_path / "patched")  # it runs once, to be checked
+    patch_checkpoint(
+        str(tmp_path / "original"), PatchConfig(calibration="none"), tmp_path / "patched"
+    )  # it runs once, to be checked
     after = load_file(tmp_path / "patched" / "model.safetensors")
     assert {name for name in after if name.endswith("epsilon")} == set(after) - set(before)
     for name, value in before.items():
