@@ -26,10 +26,11 @@ def _parser() -> Parser:
     add("--activation", default="crrelu", help="crrelu, or any name of transformers' ACT2FN (default: crrelu)")
     add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
     add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
-    add("--calibration", default="refit", help="none, fit, refit or reconstruct (default: refit)")
+    add("--calibration", default="fit", help="none, fit or refit (default: fit)")
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
     add("--density", default="standard", help="standard, or fitted to each site's pre-activations (default: standard)")
+    add("--fold", action="store_true", help="move scale, shift, gain and offset into the weights, where biases allow")
     add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
@@ -55,6 +56,7 @@ def run(argv: list[str]) -> int:
         config,
         output_dir,
         args.dtype,
+        args.fold,
         _perplexity(measured_on),
         measured_on,
         trust_remote_code=args.trust_remote_code,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crrelu_llm.data.docstrings import load_docstrings
+from crrelu_llm.data.beginning import beginning
 from crrelu_llm.errors import InputError
 
 if TYPE_CHECKING:
@@ -133,11 +134,14 @@ def token_blocks(
 ) -> torch.Tensor:
     """Joins texts, each ended by the end-of-sequence token, and cuts them into equal blocks.
 
+    Each block begins as the tokenizer begins a text (see `beginning`): with the beginning-of-sequence token, where it
+    adds one.
+
     Args:
         texts: the texts; no more of them are read than are needed.
         tokenizer: the model's tokenizer.
         block_size: tokens in a block.
-        limit_tokens: the most tokens to use.
+        limit_tokens: the most tokens to use, those that begin the blocks included.
 
     Returns:
         Token ids of shape (blocks, block_size), int64. What does not fill a block is left out.
@@ -147,19 +151,25 @@ def token_blocks(
     """
     import torch
 
+    first = beginning(tokenizer)
+    room = block_size - len(first)
+    if room < 1:
+        raise InputError(f"blocks of {block_size} tokens have no room for text: the tokenizer begins with {len(first)}")
+    most = None if limit_tokens is None else limit_tokens // block_size * room
     ids: list[int] = []
     for text in texts:
-        if limit_tokens is not None and len(ids) >= limit_tokens:
+        if most is not None and len(ids) >= most:
             break
         # verbose=False: the texts are cut afterwards, so their length is no cause for a warning
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     available = len(ids) if limit_tokens is None else min(len(ids), limit_tokens)
-    blocks = available // block_size
+    blocks = (available if most is None else min(len(ids), most)) // room
     if blocks == 0:
         raise InputError(f"{available} tokens of text do not fill one block of {block_size}; give more text")
-    return torch.tensor(ids[: blocks * block_size], dtype=torch.long).view(blocks, block_size)
+    text = torch.tensor(ids[: blocks * room], dtype=torch.long).view(blocks, room)
+    return torch.cat([torch.tensor(first, dtype=torch.long).expand(blocks, -1), text], 1)
 
 
 def _reader(path: Path) -> str | None:

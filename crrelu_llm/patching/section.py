@@ -119,6 +119,12 @@ def write(
         _set(config, key, patch_config.activation)
 
 
+def make_plain(config: Any) -> None:
+    """Writes that the activations have no scale, shift, gain and offset any more: the weights took them."""
+    section = {key: value for key, value in config.crrelu.items() if key not in ("calibrated", "calibration")}
+    config.crrelu = section | {"weights_changed": True, "version": 2 if is_fitted(section) else 1}
+
+
 def put_back(config: Any, section: dict[str, Any]) -> None:
     """Undoes `remove`."""
     config.crrelu = section

@@ -20,6 +20,9 @@ from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import require_finite
+from crrelu_llm.patching.fold import Linears, find_linears
+from crrelu_llm.patching.fold import fold as fold_into
+from crrelu_llm.patching.sites import find_sites
 from crrelu_llm.patching.patch import patch, unpatch
 
 REPORT = "patch_report.json"
@@ -33,6 +36,7 @@ def patch_checkpoint(
     config: PatchConfig | None,
     output_dir: str | Path,
     dtype: str = "float32",
+    fold: bool = False,
     perplexity: Callable[[Any, Any], float] | None = None,
     perplexity_of: dict[str, Any] | None = None,
     **options: Any,
@@ -47,6 +51,7 @@ def patch_checkpoint(
         config: The patch; None only converts (a GGUF file into a directory).
         output_dir: Where to save: absent or empty.
         dtype: Name of the torch dtype to load and save in.
+        fold: Move what a calibration found into the weights around each activation, and save a plain network.
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
             after the plain swap.
         perplexity_of: What it was measured on (`tokens`, `data`), for the report.
@@ -71,7 +76,7 @@ def patch_checkpoint(
     with loading.loading_whole():
         loaded = loading.load_model(model, dtype=getattr(torch, dtype), **options)
     progress = None
-    made_from = origin(model, config, dtype, options.get("revision"))
+    made_from = origin(model, config, dtype, options.get("revision")) | ({"fold": True} if fold else {})
     if config is not None and blocks is not None:
         loaded.to(_device_for(loaded))
         progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
@@ -83,7 +88,13 @@ def patch_checkpoint(
             report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
             report["perplexity"] = None
         else:
-            report |= _patch(model, loaded, tokenizer, config, blocks, progress, perplexity, perplexity_of or {})
+            linears = None
+            if fold:
+                probe = _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size
+                linears = find_linears(loaded, find_sites(loaded), probe)
+            report |= _patch(
+                model, loaded, tokenizer, config, blocks, progress, linears, perplexity, perplexity_of or {}
+            )
         report |= {"seconds": time.perf_counter() - started, "versions": versions()}
         loading.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
     return report
@@ -120,6 +131,7 @@ def _patch(
     config: PatchConfig,
     blocks: torch.Tensor | None,
     progress: Progress | None,
+    linears: Linears | None,
     perplexity: Callable[[Any, Any], float] | None,
     perplexity_of: dict[str, Any],
 ) -> dict[str, Any]:
@@ -137,6 +149,9 @@ def _patch(
             measured["after_naive"] = perplexity(model, tokenizer)
             unpatch(model)
     done = patch(model, config, blocks=blocks, progress=progress)
+    if linears is not None:
+        fold_into(model, linears)
+        section.make_plain(model.config)
     if perplexity is not None and measured is not None:
         measured |= {"after": perplexity(model, tokenizer), **perplexity_of}
         if math.isnan(measured["after"]):

@@ -1,6 +1,7 @@
 """The projection that follows a site, found as the model runs, and its refit: the level `refit`."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,37 +25,68 @@ def find_following(model: nn.Module, sites: list[Site], input_ids: Tensor) -> di
         By the site's path. A site whose product goes elsewhere (fused experts, a norm in between), or to a layer that
         is used more than once, shared, quantised or more than a matrix, is not in it.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
-    uses = [id(linear.weight) for linear in linears]
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    products: dict[str, list[Tensor]] = {}
-
-    def called(module: nn.Module, args: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
-            calls.append((module, args[0].detach().clone(), output.detach().clone()))
-
-    def seen(path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:
-        products.setdefault(path, []).append(result)
-
-    hooks = [linear.register_forward_hook(called) for linear in linears]
-    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    try:
-        with tapped(model, sites, seen), torch.no_grad():
-            backbone(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    flow = Flow(model, sites, input_ids)
     found = {}
     for site in sites:
-        used = products.get(site.path, [])
-        if len(used) != 1 or site.kind == "experts":
-            continue
-        after = [(module, given, output) for module, given, output in calls if _equal(given, used[0])]
-        # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
-        if len(after) == 1 and uses.count(id(after[0][0].weight)) == 1 and _is_a_matrix(*after[0]):
-            found[site.path] = after[0][0]
+        used = flow.uses.get(site.path, [])
+        following = flow.after(used[0].product) if len(used) == 1 and site.kind != "experts" else None
+        if following is not None:
+            found[site.path] = following
     return found
+
+
+@dataclass
+class Use:
+    """What one use of a site's activation was given, and its output times what it is multiplied by."""
+
+    x: Tensor
+    product: Tensor
+
+
+class Flow:
+    """What each linear layer and each site's activation was given and gave, on a few tokens.
+
+    Args:
+        model: The model.
+        sites: Its sites.
+        input_ids: A few tokens, `(1, tokens)`.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[Site], input_ids: Tensor):
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+        self.uses: dict[str, list[Use]] = {}  # by the path of the site
+        self._weights = [id(linear.weight) for linear in linears]
+        self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        hooks = [linear.register_forward_hook(self._called) for linear in linears]
+        backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        try:
+            with tapped(model, sites, self._seen), torch.no_grad():
+                backbone(input_ids=input_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def before(self, x: Tensor) -> nn.Module | None:
+        """The one linear layer that gave `x`, if it can be changed."""
+        return self._only([call for call in self._calls if _equal(call[2], x)])
+
+    def after(self, product: Tensor) -> nn.Module | None:
+        """The one linear layer that was given `product`, if it can be changed."""
+        return self._only([call for call in self._calls if _equal(call[1], product)])
+
+    def _only(self, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> nn.Module | None:
+        # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
+        if len(calls) != 1 or self._weights.count(id(calls[0][0].weight)) != 1 or not _is_amatrix(*calls[0]):
+            return None
+        return calls[0][0]
+
+    def _called(self, module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
+            self._calls.append((module, args[0].detach().clone(), output.detach().clone()))
+
+    def _seen(self, path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:
+        self.uses.setdefault(path, []).append(Use(x.detach().clone(), result.detach().clone()))
 
 
 class Refit:
@@ -81,7 +113,7 @@ class Refit:
         if factor is not None:
             factor = factor.reshape(-1, factor.shape[-1]).float()
             old, new = old * factor, new * factor
-        wanted = (old - new) @ _matrix(self.linear).float().T
+        wanted = (old - new) @ matrix(self.linear).float().T
         features = new
         if getattr(self.linear, "bias", None) is not None:
             features = torch.cat([new, new.new_ones(len(new), 1)], 1)
@@ -99,7 +131,7 @@ class Refit:
         if not self._fitted or not self._held_back:
             return False
         gram, moment, _ = self._fitted
-        width = _matrix(self.linear).shape[1]
+        width = matrix(self.linear).shape[1]
         unit = gram.diagonal()[:width].mean()
         best, change = self._error(torch.zeros_like(moment)), None
         for penalty in _PENALTIES:
@@ -115,9 +147,9 @@ class Refit:
                 best, change = error, candidate
         if change is None:
             return False
-        _matrix(self.linear).add_(change[:width].T.to(_matrix(self.linear)))
+        matrix(self.linear).add_(change[:width].T.to(matrix(self.linear)))
         if len(change) > width:
-            cast(Tensor, self.linear.bias).add_(change[width].to(_matrix(self.linear)))
+            cast(Tensor, self.linear.bias).add_(change[width].to(matrix(self.linear)))
         return True
 
     def _error(self, change: Tensor) -> float:
@@ -131,18 +163,18 @@ def weights_of(linear: nn.Module) -> dict[str, Tensor]:
     return {name: cast(Tensor, value).detach() for name, value in found.items() if value is not None}
 
 
-def _is_a_matrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
+def _is_amatrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
     """Whether a layer does no more than multiply and add, in weights that can be changed."""
     weight = cast(Tensor, module.weight)
     if not weight.is_floating_point() or weight.is_meta or type(weight).__module__.startswith("bitsandbytes"):
         return False
     bias = cast(Tensor | None, getattr(module, "bias", None))
-    expected = nn.functional.linear(given.float(), _matrix(module).float(), None if bias is None else bias.float())
+    expected = nn.functional.linear(given.float(), matrix(module).float(), None if bias is None else bias.float())
     tolerance = 1e-4 if given.dtype == torch.float32 else 5e-2
     return torch.allclose(output.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-def _matrix(linear: nn.Module) -> Tensor:
+def matrix(linear: nn.Module) -> Tensor:
     """The weight as `(outputs, inputs)`: a view."""
     weight = cast(Tensor, linear.weight).detach()
     return weight.T if _is_conv1d(linear) else weight
