@@ -22,8 +22,8 @@ _OPTIONS: dict[str, Any] = {
     "recompile_limit": 64,
     "options": {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True},
 }
-# In the loops every number stands as a literal: torch makes each named one an argument, a tensor of its own, which each
-# call has to build and the loop to keep in a register; a bfloat16 product took three times as long.
+# In the loops every number stands as a literal: torch makes each named one an argument, a tensor of its own, which
+# each call has to build and the loop to keep in a register; a bfloat16 product took up to three times as long.
 assert SUPPORT == 40.0
 
 
@@ -157,8 +157,8 @@ def _parts(x: Tensor, epsilon: Tensor, affine: Tensor | None) -> tuple[Tensor, T
     t = x.to(epsilon.dtype)
     if affine is not None:
         t = (t + _one(affine[1])) * _one(affine[0])
-    # Beyond the support, a point where bump and slope are both exactly 0; at 0 the slope would be 1. That of the series
-    # ends where exp(−13²/2) = 2e-37 is just above float32's smallest normal number; at 16 it underflows to exactly 0.
+    # Beyond the support, a point where bump and slope are both exactly 0; at 0 the slope would be 1. The support of
+    # the series ends where exp(−13²/2) = 2e-37 is just above the smallest normal float32; at 16 it gives exactly 0.
     within = torch.where(t.abs() > 13.0, 16.0, t) if low_precision else torch.where(t.abs() > 40.0, 40.0, t)
     square = within * within
     bell = _bell(square, low_precision)

@@ -192,7 +192,7 @@ def test_eager_is_the_definition_whatever_the_shape_and_the_strides(
 
 
 @robust_backend
-def test_one_two_one_and_nothing_are_plain_crrelu(backend):
+def test_ones_and_zeros_are_plain_crrelu(backend):
     x, epsilon = normal((41, 23), torch.float32), epsilon_of(23, torch.float32)
     neutral = torch.tensor([1.0, 0, 1, 0])[:, None].repeat(1, 23)
     plain = evaluate(kernel, x, epsilon, grad=torch.cos(x))
