@@ -6,12 +6,12 @@ NATIVE, GELU, CRRELU, RECOMPUTE = "native", "gelu", "crrelu", "crrelu, recompute
 
 
 def arms(epsilon_per: str) -> dict[str, PatchConfig | None]:
-    """Name -> patch; None for the model as it is. No arm is calibrated: that changes neither time nor memory."""
+    """Name -> patch; None for the model as it is. No arm is calibrated: a plain swap is the activation alone."""
     return {
         NATIVE: None,
-        GELU: PatchConfig("gelu"),
-        CRRELU: PatchConfig("crrelu", epsilon_per=epsilon_per),
-        RECOMPUTE: PatchConfig("crrelu", epsilon_per=epsilon_per, recompute_activation=True),
+        GELU: PatchConfig("gelu", calibration="none"),
+        CRRELU: PatchConfig("crrelu", epsilon_per=epsilon_per, calibration="none"),
+        RECOMPUTE: PatchConfig("crrelu", epsilon_per=epsilon_per, calibration="none", recompute_activation=True),
     }
 
 

@@ -16,7 +16,7 @@ def _parser() -> Parser:
         prog="crrelu card",
         description="Write the model card (README.md) of a patched checkpoint: ε of every layer, how it was "
         "calibrated and trained, and the results of a comparison or an evaluation, in the metadata too.",
-        epilog="example: crrelu card smollm2-crrelu --report comparison --arm crrelu:calibration=refit",
+        epilog="example: crrelu card smollm2-crrelu --report comparison --arm crrelu:epsilon_per=channel",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="output_dir of `crrelu patch`, `sft` or `dpo`")

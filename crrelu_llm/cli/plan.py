@@ -22,6 +22,8 @@ def _parser() -> Parser:
     add("--trainer", choices=("sft", "dpo"), default="sft", help="(default: sft)")
     add("--activation", default="crrelu", help="crrelu, a name of transformers' ACT2FN, or native (default: crrelu)")
     add("--epsilon_per", choices=("layer", "channel"), default="layer", help="(default: layer)")
+    add("--calibration", choices=("none", "fit", "refit"), default="fit", help="(default: fit)")
+    add("--affine_learning_rate", type=float, default=0.0, help="above 0, trains what calibration sets (default: 0)")
     for name, default, text in (
         ("per_device_train_batch_size", 8, "rows (DPO: pairs) a GPU at a time"),
         ("max_length", 1024, "tokens a row"),

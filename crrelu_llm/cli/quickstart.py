@@ -14,8 +14,8 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         prog="crrelu quickstart",
         description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU swapped plainly "
-        "as in the paper, and CRReLU refitted to the model; 3 seeds each; then write the report. Offline, minutes on "
-        "a laptop's CPU.",
+        "as in the paper, and CRReLU calibrated to the model; 3 seeds each; then write the report. Offline, minutes "
+        "on a laptop's CPU.",
         epilog="example: crrelu quickstart --output_dir my-first-comparison",
     )
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")

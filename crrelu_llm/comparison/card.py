@@ -219,7 +219,8 @@ def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict
         rows.append(f"| {_code(site['path'])} | {_code(site['original'])} | " + " | ".join(texts) + " |")
     rows += [
         "",
-        "Scale: mean factor folded into the weights. Error: of the MLP's output right after the patch, relative.",
+        "Scale: mean size of the factor that an input is multiplied by, inside the activation; 1 where nothing is "
+        "calibrated. Error: of the MLP's product right after the patch, relative.",
     ]
     return "\n".join(rows)
 

@@ -22,7 +22,7 @@ from crrelu_llm.evaluation.items import evaluate_trainer, texts
 from crrelu_llm.files import alone, is_leftover, remove, write_json
 from crrelu_llm.patching import find_sites, loading, section
 from crrelu_llm.training.arguments import Recipe, parse
-from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
+from crrelu_llm.training.prepare import check_calibrated, datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import from_main, main_process_first
 from crrelu_llm.training.resume import checkpoint_to_resume
 from crrelu_llm.training.run import RUN, train_and_save
@@ -185,6 +185,8 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         config,
         patch_dir / "patched",
         recipe.model.dtype or "float32",
+        # The arm of the model as it is shares the recipe with the others.
+        trains_affine=recipe.activation.affine_learning_rate > 0 and config is not None,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
@@ -258,13 +260,15 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
 def _check_everything(comparison: Comparison) -> Recipe:
     """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
     base = parse(comparison.kind, comparison.argv)
+    model = str(base.model.model_name_or_path)
     check_grid(comparison.points, comparison.arms)
     for point in comparison.points:
         for arm in comparison.arms:
             recipe = comparison.recipe(arm, point, comparison.seeds[0])
-            recipe.activation.patch_config(f"{recipe.source}: ")
+            config = recipe.activation.patch_config(f"{recipe.source}: ")
+            if config is not None and recipe.activation.affine_learning_rate > 0:
+                check_calibrated(f"the arm {arm.name}", config, None)
             require_bitsandbytes(recipe)
-    model = str(base.model.model_name_or_path)
     skeleton = loading.skeleton(model, trust_remote_code=base.training.trust_remote_code)
     found = section.read(skeleton.config)
     if found is not None:

@@ -17,12 +17,16 @@ class Job:
     Attributes:
         trainer: `"sft"` or `"dpo"`.
         activation: `crrelu`, a name of transformers' ACT2FN, or `native`.
+        calibration: Calibrated activations, other than CRReLU above all, hold more than those of a plain swap.
+        affine_learning_rate: Above 0, what calibration sets is trained.
         use_cpu: Plan for a CPU: its kernels have other temporaries, and nothing is cast to bf16 unless `bf16` says so.
     """
 
     trainer: str = "sft"
     activation: str = "crrelu"
     epsilon_per: str = "layer"
+    calibration: str = "fit"
+    affine_learning_rate: float = 0.0
     recompute_activation: bool = False
     per_device_train_batch_size: int = 8
     max_length: int = 1024

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from crrelu_llm.activation import AffineModule
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import survey
 from crrelu_llm.planning.job import NATIVE, Job
+from crrelu_llm.training.optimizer import train_affine
 
 # bitsandbytes' NF4: half a byte, and a scale for each 64, which the recipes quantise too (`use_bnb_nested_quant`): one
 # byte, and a float32 for 256 of them.
@@ -35,6 +37,7 @@ class Counts:
         tail_trainable: Those of it that are trained.
         embedding: Those of an embedding that is not tied to the head.
         largest: Those of the largest linear layer.
+        buffer_bytes: Bytes of what calibration has set inside the activations and nothing trains; never sharded.
     """
 
     total: int
@@ -48,6 +51,7 @@ class Counts:
     tail_trainable: int
     embedding: int
     largest: int
+    buffer_bytes: int
 
 
 def prepared_config(config: Any, job: Job) -> Any:
@@ -69,7 +73,12 @@ def prepared_config(config: Any, job: Job) -> Any:
         return config
     if job.activation == NATIVE:
         return config
-    patch = PatchConfig(job.activation, epsilon_per=job.epsilon_per, recompute_activation=job.recompute_activation)
+    patch = PatchConfig(
+        job.activation,
+        epsilon_per=job.epsilon_per,
+        calibration=job.calibration,
+        recompute_activation=job.recompute_activation,
+    )
     sites = survey(_from_config(config))[0]
     section.write(config, patch, sites, {})
     return config
@@ -86,6 +95,8 @@ def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
     add_fused_lm_head(model, outputs=outputs)
     if job.use_peft:
         model = _with_adapters(model, job)
+    if job.affine_learning_rate > 0:
+        train_affine(model)
     model.train()
     if job.trainer == "dpo":
         disable_dropout_in_model(model)
@@ -148,7 +159,10 @@ def _with_adapters(model: Any, job: Job) -> Any:
     from peft import LoraConfig, get_peft_model
 
     found = section.read(model.config)
-    sites = [site["path"] for site in found["sites"]] if found and found["activation"] == "crrelu" else None
+    learns = found and (
+        found["activation"] == "crrelu" or (job.affine_learning_rate > 0 and section.is_calibrated(found))
+    )
+    sites = [site["path"] for site in found["sites"]] if found and learns else None
     adapters = LoraConfig(
         r=job.lora_r, target_modules="all-linear", lora_dropout=_DROPOUT, modules_to_save=sites, task_type="CAUSAL_LM"
     )
@@ -188,6 +202,12 @@ def count(model: Any, job: Job) -> Counts:
         tail_trainable=_trainable(tail),
         embedding=sum(rest[key].numel() for key in embeddings),
         largest=max((module.weight.numel() for module in linear), default=0),
+        buffer_bytes=sum(
+            buffer.nbytes
+            for module in model.modules()
+            if isinstance(module, AffineModule)
+            for buffer in module.buffers(recurse=False)
+        ),
     )
 
 
@@ -207,8 +227,9 @@ def _is_quantised(name: str, module: nn.Module, head: Any) -> bool:
 
 
 def weight_bytes(counts: Counts, job: Job) -> float:
-    """Bytes of the weights as they are loaded, adapters included."""
+    """Bytes of the weights as they are loaded, adapters and the activations' buffers included."""
     each = getattr(torch, job.dtype).itemsize
     adapters = counts.adapters * (2 if job.load_in_4bit else 4)  # PEFT keeps adapters in float32, TRL's QLoRA in bf16
     base = counts.total - counts.adapters
-    return (base - counts.quantised) * each + counts.quantised * _BYTES_4BIT + adapters
+    quantised = counts.quantised * _BYTES_4BIT
+    return (base - counts.quantised) * each + quantised + adapters + counts.buffer_bytes

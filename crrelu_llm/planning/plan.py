@@ -84,7 +84,9 @@ def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
     if not job.use_peft:
         left_out.add("lora_r")
     if job.activation == "native":
-        left_out |= {"activation", "epsilon_per", "recompute_activation"}
+        left_out |= {"activation", "epsilon_per", "calibration", "recompute_activation"}
+    if job.affine_learning_rate == 0:
+        left_out.add("affine_learning_rate")
     options = [
         f"--{entry.name} {str(getattr(job, entry.name)).lower()}"
         for entry in fields(Job)
@@ -115,7 +117,7 @@ def _variants(config: Any, planned: Steps, row: Share) -> list[dict[str, Any]]:
 def _host(steps: Steps, gpus: int, gpus_per_node: int) -> dict[str, int]:
     """Memory of a node's host while every process loads the model, and the sizes on disk."""
     job, counts = steps.job, steps.replicated().counts
-    base = (counts.total - counts.adapters) * getattr(torch, job.dtype).itemsize
+    base = (counts.total - counts.adapters) * getattr(torch, job.dtype).itemsize + counts.buffer_bytes
     models = 2 if job.has_reference else 1
     saved = counts.adapters * _saved_bytes(job) if job.use_peft else base
     return {

@@ -111,9 +111,9 @@ def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
     loaded = getattr(torch, job.dtype).itemsize
     # Accelerate makes what is trained float32 before it shards, unless nothing is cast.
     trained = _FLOAT32 if job.bf16 else loaded
-    weights = (counts.trainable * trained + (counts.total - counts.trainable) * loaded) / gpus
+    weights = (counts.trainable * trained + (counts.total - counts.trainable) * loaded) / gpus + counts.buffer_bytes
     gradients, optimizer = counts.trainable * trained / gpus, 2 * counts.trainable * trained / gpus
-    reference = counts.total * loaded / gpus if job.has_reference else 0
+    reference = counts.total * loaded / gpus + counts.buffer_bytes if job.has_reference else 0
     # Backward: a unit's weights and the next one's, a unit's gradients, and their copy on the way to the others.
     unit = max(2 * counts.unit + 2 * counts.unit_trainable, counts.embedding * 2, counts.tail_trainable)
     buffers = (counts.tail + unit) * each
@@ -129,7 +129,7 @@ def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
 def zero2(steps: Steps, gpus: int) -> Share:
     """Whole weights; gradients, moments and master weights in shares of a GPU."""
     job, step, counts, each = steps.job, steps.sharded(), steps.sharded().counts, _compute_bytes(steps.job)
-    weights = counts.total * each
+    weights = counts.total * each + counts.buffer_bytes
     gradients, optimizer = counts.trainable * each / gpus, 3 * counts.trainable * _FLOAT32 / gpus
     reference = weights if job.has_reference else 0
     buffers = _BUCKET * each
@@ -145,7 +145,7 @@ def zero2(steps: Steps, gpus: int) -> Share:
 def zero3(steps: Steps, gpus: int) -> Share:
     """Everything in shares of a GPU; up to a milliard parameters stay gathered."""
     job, step, counts, each = steps.job, steps.sharded(), steps.sharded().counts, _compute_bytes(steps.job)
-    weights = counts.total * each / gpus
+    weights = counts.total * each / gpus + counts.buffer_bytes
     gradients, optimizer = counts.trainable * each / gpus, 3 * counts.trainable * _FLOAT32 / gpus
     reference = weights if job.has_reference else 0
     gathered = min(counts.total, _LIVE) * each

@@ -38,10 +38,14 @@ class ActivationArguments:
             Learning rate of ε, on the recipe's own schedule. 0 keeps ε where it starts.
         epsilon_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay of ε.
-        calibration (`str`, *optional*, defaults to `"refit"`):
+        affine_learning_rate (`float`, *optional*, defaults to `0.0`):
+            Learning rate of scale, shift, gain and offset of each channel, which calibration sets inside the
+            activation, of whatever name; on the recipe's own schedule, without weight decay. 0 leaves them as they
+            are calibrated. Above 0, training keeps more of each activation for the backward pass.
+        calibration (`str`, *optional*, defaults to `"fit"`):
             How the patch is fitted to the original model before training: `"none"` (a plain swap, as in the paper),
-            `"fit"` (ε), `"refit"` (also the weights around it, in closed form) or `"reconstruct"` (then a short
-            training of each MLP).
+            `"fit"` (ε, and scale, shift, gain and offset of each channel, inside the activation: no weight is
+            touched) or `"refit"` (then also the projection that follows, in closed form).
         calibration_data (`str`, *optional*, defaults to `"builtin:docstrings"`):
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
@@ -51,8 +55,8 @@ class ActivationArguments:
             N(μ, σ²) with the moments of each site's pre-activations on the calibration text.
         density_update_steps (`int`, *optional*, defaults to `0`):
             With `density: fitted`: every so many optimiser steps, set μ and σ of each site to the running mean and
-            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. It goes
-            with `calibration: fit` or `none`: `refit` scales pre-activations, and fits weights to the first μ and σ.
+            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. What a
+            calibration has fitted to the first μ and σ stays, as far as it is not trained.
         density_momentum (`float`, *optional*, defaults to `0.9`):
             Share of the running moments that each optimiser step keeps; the rest comes from its own tokens.
         recompute_activation (`bool`, *optional*, defaults to `False`):
@@ -78,9 +82,13 @@ class ActivationArguments:
         default=1e-3, metadata={"help": "Learning rate of epsilon, on the recipe's schedule. 0 freezes it."}
     )
     epsilon_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of epsilon."})
+    affine_learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Learning rate of calibrated scale, shift, gain and offset. 0 keeps them as calibrated."},
+    )
     calibration: str = field(
-        default="refit",
-        metadata={"help": "How the patch is fitted before training: `none`, `fit`, `refit` or `reconstruct`."},
+        default="fit",
+        metadata={"help": "How the patch is fitted before training: `none`, `fit` or `refit`."},
     )
     calibration_data: str = field(
         default="builtin:docstrings", metadata={"help": "Hub name, local file or directory, or builtin:docstrings."}
@@ -115,8 +123,8 @@ class ActivationArguments:
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
-        positive = ("epsilon_learning_rate", "epsilon_weight_decay", "blend_steps", "distill_weight")
-        for key in (*positive, "density_update_steps"):
+        positive = ("epsilon_learning_rate", "epsilon_weight_decay", "affine_learning_rate", "blend_steps")
+        for key in (*positive, "distill_weight", "density_update_steps"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{where}{key} must be 0 or more, not {getattr(self, key)}")
         if not 0 <= self.density_momentum < 1:
@@ -132,10 +140,10 @@ class ActivationArguments:
             config = PatchConfig(self.activation or "crrelu", **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
-        if self.blend_steps and config.calibration in ("refit", "reconstruct"):
+        if self.blend_steps and config.calibration == "refit":
             raise InputError(
-                f"{where}blend_steps starts from the original activation, but calibration: {config.calibration} makes "
-                "the weights fit the new one; set calibration: fit, or none"
+                f"{where}blend_steps starts from the original activation, but calibration: refit makes the weights "
+                "fit the new one; set calibration: fit, or none"
             )
         if self.activation is not None and self.density_update_steps and self.density != "fitted":
             raise InputError(
@@ -328,6 +336,11 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         raise InputError(
             f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "
             "the trained weights move away from; leave one of them out"
+        )
+    if kind == "dpo" and activation.affine_learning_rate and training.sync_ref_model:
+        raise InputError(
+            f"{where}sync_ref_model does not go with affine_learning_rate: the reference keeps scale, shift, gain and "
+            "offset, which the trained weights move away from; leave one of them out"
         )
     if kind == "dpo" and activation.distill_weight:
         raise InputError(f"{where}distill_weight is for SFT; DPO has its own pull to the original, beta")

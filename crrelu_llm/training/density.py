@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
@@ -163,16 +162,6 @@ class DensityCallback(TrainerCallback, ExportableState):
                 step,
             )
         self._warned = True
-
-
-def warn_of_refit(calibration: str) -> None:
-    """Says it where a patch has fitted weights to a centre and a width that the first update replaces."""
-    if calibration in ("refit", "reconstruct") and PartialState().is_main_process:
-        logger.warning(
-            "density_update_steps: calibration: %s scales the pre-activations and fits weights to the centre and the "
-            "width before it; the first update moves both away from there. calibration: fit, or none, goes with it",
-            calibration,
-        )
 
 
 def density_means(model: nn.Module) -> tuple[float, float] | None:

@@ -1,10 +1,10 @@
-"""ε in an optimiser: a parameter group of its own, with its own learning rate and weight decay."""
+"""ε in an optimiser, and the four of a calibrated activation: groups of their own, with their own learning rates."""
 
 from typing import Any
 
 from torch import nn
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
 
 
 def epsilon_modules(model: nn.Module) -> dict[str, CRReLU]:
@@ -12,9 +12,14 @@ def epsilon_modules(model: nn.Module) -> dict[str, CRReLU]:
 
     Paths are those of the base model, whatever wraps it (PEFT, DDP, torch.compile).
     """
-    found = {}
+    return {path: module for path, module in affine_modules(model).items() if isinstance(module, CRReLU)}
+
+
+def affine_modules(model: nn.Module) -> dict[str, AffineModule]:
+    """The CRReLU modules of a model, and other activations that are calibrated; as for `epsilon_modules`."""
+    found: dict[str, AffineModule] = {}
     for name, module in model.named_modules():
-        if isinstance(module, CRReLU):
+        if isinstance(module, AffineModule):
             path = site_path(name)
             # PEFT keeps the original beside the trained copy; the copy comes later and replaces it here.
             if path not in found or ".modules_to_save." in f".{name}.":
@@ -38,12 +43,34 @@ def site_path(module_path: str) -> str:
     return path.strip(".")
 
 
+def train_affine(model: nn.Module) -> None:
+    """Makes scale, shift, gain and offset of every calibrated activation trainable; under PEFT, of the trained copy.
+
+    The copy's own parameters other than ε, as PReLU's, stay frozen, as without the four.
+    """
+    for module in affine_modules(model).values():
+        if module.is_calibrated:
+            module.train_affine()
+            if hasattr(model, "peft_config") and isinstance(module, Calibrated):
+                module.activation.requires_grad_(False)
+
+
 def split_off_epsilon(optimizer: Any, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
     """Moves every trainable ε of `model` out of the optimiser's groups into one of its own, in place."""
-    epsilons = [m.epsilon for m in epsilon_modules(model).values() if m.epsilon.requires_grad]
-    if not epsilons:
+    _split_off(optimizer, [module.epsilon for module in epsilon_modules(model).values()], learning_rate, weight_decay)
+
+
+def split_off_affine(optimizer: Any, model: nn.Module, learning_rate: float) -> None:
+    """The same for scale, shift, gain and offset, without weight decay, as a gain of 0 is no start."""
+    four = [getattr(module, name) for module in affine_modules(model).values() for name in AFFINE]
+    _split_off(optimizer, [value for value in four if isinstance(value, nn.Parameter)], learning_rate, 0.0)
+
+
+def _split_off(optimizer: Any, parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> None:
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if not parameters:
         return
-    ours = {id(parameter) for parameter in epsilons}
+    ours = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-    optimizer.add_param_group({"params": epsilons, "lr": learning_rate, "weight_decay": weight_decay})
+    optimizer.add_param_group({"params": parameters, "lr": learning_rate, "weight_decay": weight_decay})

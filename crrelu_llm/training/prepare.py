@@ -17,7 +17,13 @@ logger = logging.getLogger("crrelu_llm")
 
 
 def starting_checkpoint(
-    model: str, config: PatchConfig | None, directory: Path, dtype: str = "float32", **options: Any
+    model: str,
+    config: PatchConfig | None,
+    directory: Path,
+    dtype: str = "float32",
+    *,
+    trains_affine: bool = False,
+    **options: Any,
 ) -> str:
     """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
 
@@ -25,16 +31,28 @@ def starting_checkpoint(
     reference above all) sees the same activation. A copy that was made from the same files in the same way is used
     again. A model that is already patched to this activation is taken as it is, ε included.
 
+    Args:
+        model: A MODEL as the user writes it.
+        config: The patch; None trains the model as it is.
+        directory: Where the copy is made.
+        dtype: Of the copy.
+        trains_affine: Whether scale, shift, gain and offset are to be trained, which a calibrated model alone has.
+        **options: `revision`, `trust_remote_code`.
+
     Raises:
-        InputError: The model is already patched to another activation or ε granularity, or `directory` holds another
-            copy.
+        InputError: The model is already patched to another activation or ε granularity, or would not be calibrated
+            though `trains_affine`, or `directory` holds another copy.
     """
     source = loading.resolve(model)
-    if config is None and not loading.is_gguf(source):
+    if config is None and not loading.is_gguf(source) and not trains_affine:
         return source
     found = section.read(loading.load_config(source, **{key: value for key, value in options.items() if value}))
+    if trains_affine:
+        check_calibrated(model, config, found)
     if config is not None and found is not None:
         _check_same_patch(model, config, found)
+        return source
+    if config is None and not loading.is_gguf(source):
         return source
     wanted = origin(model, config, dtype, options.get("revision"))
     with main_process_first():
@@ -94,7 +112,30 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
             f"{model} is already patched with density: {density}; set density to that, or start from the original "
             "checkpoint"
         )
+    level = found.get("calibration", "none") if section.is_calibrated(found) else "none"
     logger.warning("%s is already patched to %s: it is trained as it is, ε included", model, config.activation)
+    if level != config.calibration:
+        logger.warning("its calibration is %s, and calibration: %s is not done to it", level, config.calibration)
+
+
+def check_calibrated(model: str, config: PatchConfig | None, found: dict[str, Any] | None) -> None:
+    """Raises InputError where a run that trains scale, shift, gain and offset would start without them.
+
+    Args:
+        model: The MODEL, for the message.
+        config: The patch that is asked for.
+        found: The section of the MODEL's config; None where it is not patched.
+    """
+    what = "affine_learning_rate trains scale, shift, gain and offset, which calibration sets"
+    if found is not None and not section.is_calibrated(found):
+        raise InputError(
+            f"{what}, but {model} was patched with calibration: none; start from the original checkpoint with "
+            "calibration: fit, or leave affine_learning_rate out"
+        )
+    if found is None and config is None:
+        raise InputError(f"{what}, but {model} is not patched; set activation, or leave affine_learning_rate out")
+    if found is None and config is not None and not config.fits:
+        raise InputError(f"{what}, but calibration is none; set calibration: fit, or leave affine_learning_rate out")
 
 
 def _check_columns(recipe: Recipe, split: Any, name: str) -> None:

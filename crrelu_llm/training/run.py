@@ -39,6 +39,7 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
         recipe.activation.patch_config(f"{recipe.source}: "),
         output_dir / "patched",
         recipe.model.dtype or "float32",
+        trains_affine=recipe.activation.affine_learning_rate > 0,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )

@@ -17,9 +17,15 @@ from crrelu_llm.patching.modules import fused
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, quieten
-from crrelu_llm.training.density import DensityCallback, density_means, warn_of_refit
+from crrelu_llm.training.density import DensityCallback, density_means
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
-from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
+from crrelu_llm.training.optimizer import (
+    affine_modules,
+    epsilon_modules,
+    split_off_affine,
+    split_off_epsilon,
+    train_affine,
+)
 from crrelu_llm.training.processes import (
     check_launch,
     prepare_fsdp2,
@@ -34,7 +40,8 @@ from crrelu_llm.training.saving import SavingMixin
 class EpsilonMixin:
     """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs.
 
-    And what the activation section asks for beside it: a gradual swap, and a density that is tracked.
+    The same, without logs, for scale, shift, gain and offset where these are trained. And what the activation section
+    asks for beside it: a gradual swap, and a density that is tracked.
     """
 
     model: Any
@@ -56,13 +63,16 @@ class EpsilonMixin:
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():
                 module.epsilon.requires_grad_(False)
+        if activation_args.affine_learning_rate > 0:
+            # The model that is trained alone: in a reference, or under an adapter that is switched off, they are
+            # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.
+            train_affine(self.model)
         quieten(self)
         self.install_blend()
         if self.blend is not None:
             callback = BlendCallback(self.blend, activation_args.blend_steps, activation_args.blend_schedule)
             self.add_callback(callback)  # type: ignore[attr-defined]
         if activation_args.density_update_steps and patched is not None and patched["activation"] == "crrelu":
-            warn_of_refit(activation_args.calibration)
             tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
             self.add_callback(tracking)  # type: ignore[attr-defined]
 
@@ -79,22 +89,25 @@ class EpsilonMixin:
             return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own optimiser, with ε moved into a group of its own."""
+        """The trainer's own optimiser, with ε, and the four that are trained, moved into groups of their own."""
         if self.optimizer is None:
             super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
             model = args[0] if args and args[0] is not None else kwargs.get("model") or self.model
             rates = self.activation_args
             split_off_epsilon(self.optimizer, model, rates.epsilon_learning_rate, rates.epsilon_weight_decay)
+            split_off_affine(self.optimizer, model, rates.affine_learning_rate)
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The trainer's own, which every process calls; ε is written as the optimiser has it, in float32.
+        """The trainer's own, which every process calls; ε is written as the optimiser has it, in float32, and so are
+        scale, shift, gain and offset where they are trained.
 
         DeepSpeed gathers the 16-bit weights of mixed precision, in which ε would lose what its last steps added.
         """
         if self.accelerator.distributed_type == "DEEPSPEED":
-            epsilons = {id(module.epsilon) for module in epsilon_modules(self.model).values()}
-            named = {name: p for name, p in self.model.named_parameters() if id(p) in epsilons}
+            modules = affine_modules(self.model).values()
+            ours = {id(value) for module in modules for value in module.parameters(recurse=False)}
+            named = {name: p for name, p in self.model.named_parameters() if id(p) in ours}
             exact = whole_values(named)
             if state_dict is not None:  # the main process has it
                 state_dict |= {name: value for name, value in exact.items() if name in state_dict}
@@ -201,7 +214,8 @@ def restore_float32(model: Any) -> None:
 def _peft_config(recipe: Recipe, model: str) -> Any:
     """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path.
 
-    So is a density that is tracked: the reference of DPO, the model without its adapter, keeps the one it had.
+    So are scale, shift, gain and offset, of any activation, where they are trained. And so is a density that is
+    tracked: the reference of DPO, the model without its adapter, keeps the one it had.
     """
     config: Any = get_peft_config(recipe.model)
     if config is None:
@@ -211,8 +225,12 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
             model, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
         )
     )
-    learns = recipe.activation.epsilon_learning_rate > 0 or recipe.activation.density_update_steps > 0
-    if found is not None and found["activation"] == "crrelu" and learns:
+    if found is None:
+        return config
+    asked = recipe.activation
+    learns = asked.epsilon_learning_rate > 0 or asked.density_update_steps > 0
+    trains_affine = asked.affine_learning_rate > 0 and section.is_calibrated(found)
+    if trains_affine or (learns and found["activation"] == "crrelu"):
         paths = [site["path"] for site in found["sites"]]
         config.modules_to_save = [*(config.modules_to_save or []), *paths]
     return config

@@ -86,7 +86,7 @@ def test_activations_inside_methods_are_functional_sites(tmp_path, capsys):
 
 def test_a_patched_checkpoint_says_so(tmp_path, capsys):
     model = tiny_model("llama")
-    patch(model)
+    patch(model, calibration="none")
     model.config.save_pretrained(tmp_path)
     assert inspect(tmp_path) == 0
     assert "llama: 2 sites, patched to crrelu" in capsys.readouterr().out

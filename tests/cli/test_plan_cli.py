@@ -86,7 +86,7 @@ def test_the_built_in_model_and_a_patched_one(tmp_path, capsys):
     nano = document(capsys, "builtin:nano")
     assert (nano["model_type"], nano["recommended"]) == ("gpt2", "single_gpu")
     model = tiny_model("llama")
-    patch(model, epsilon_per="channel")
+    patch(model, epsilon_per="channel", calibration="none")
     model.config.save_pretrained(tmp_path)
     assert document(capsys, tmp_path)["parameters"]["epsilon"] == 2 * 48
     assert plan(tmp_path, *SMALL, "--activation", "gelu") == 2

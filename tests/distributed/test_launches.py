@@ -38,7 +38,7 @@ def check(workshop, configuration, case, tolerance):
     """Asserts that a case is what one process gives, and its resumed half exactly the whole; returns the first."""
     assert where(record(workshop, case)) == (2, DISTRIBUTION[configuration])
     assert len(set(losses(record(workshop, case)))) == COMMON["max_steps"]
-    exact = (".epsilon", ".center", ".width")
+    exact = (".epsilon", ".center", ".width", ".scale", ".shift", ".gain", ".offset")
     assert {value.dtype for key, value in weights(workshop, case).items() if key.endswith(exact)} == {torch.float32}
     assert differences(workshop, f"{case}-resumed", case) == ZERO
     found = differences(workshop, case, f"{case}-one")

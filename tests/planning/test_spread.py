@@ -9,7 +9,7 @@ from crrelu_llm.planning.job import Job
 from crrelu_llm.planning.model import prepared_config
 from crrelu_llm.planning.spread import Steps, ddp, fsdp2, shares, single_gpu, zero2, zero3
 
-JOB = Job(per_device_train_batch_size=2, max_length=32)
+JOB = Job(calibration="none", per_device_train_batch_size=2, max_length=32)
 SHARDED = (fsdp2, zero3)
 PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "buffers")
 

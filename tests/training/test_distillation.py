@@ -157,19 +157,19 @@ class TestTeacherSource:
     """Where the teacher comes from when the run does not start from the original itself."""
 
     def test_a_patched_checkpoint_names_it(self, llama):
-        patch_checkpoint(llama.model, PatchConfig(), llama.folder / "mine")
+        patch_checkpoint(llama.model, PatchConfig(calibration="none"), llama.folder / "mine")
         plain = llama.run("sft", "plain", distill_weight=1.0)
         record = llama.run("sft", "run", distill_weight=1.0, model_name_or_path=str(llama.folder / "mine"))
         assert losses(record) == losses(plain)
 
     def test_one_that_does_not_is_refused(self, llama):
-        patch_checkpoint(llama.model, PatchConfig(), llama.folder / "mine")
+        patch_checkpoint(llama.model, PatchConfig(calibration="none"), llama.folder / "mine")
         origin = llama.folder / "mine" / ORIGIN
         named = json.loads(origin.read_text())
         moved = llama.folder / "gone"
         origin.write_text(json.dumps(named | {"model": str(moved)}))
         self.refused(llama, "it is gone from where .*: no such directory: .*gone")
-        patch_checkpoint(llama.model, PatchConfig(), moved)
+        patch_checkpoint(llama.model, PatchConfig(calibration="none"), moved)
         self.refused(llama, "gone, which .*mine was made from, is patched too")
         origin.unlink()
         self.refused(llama, "mine does not say what it was made from; start from the original checkpoint")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from crrelu_llm import PatchConfig, patch
 from crrelu_llm.errors import InputError
-from crrelu_llm.training.density import MIN_WIDTH, DensityCallback, MomentTracker, warn_of_refit
+from crrelu_llm.training.density import MIN_WIDTH, DensityCallback, MomentTracker
 from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.run import run_recipe, train_and_save
 
@@ -243,14 +243,6 @@ class TestResume:
         )
         assert start == stayed
         assert all(moved[path] != start[path] for path in SITES)
-
-
-def test_a_refit_before_it_is_warned_of(caplog):
-    with caplog.at_level(logging.WARNING, "crrelu_llm"):
-        warn_of_refit("fit")
-        assert not caplog.text
-        warn_of_refit("refit")
-    assert "calibration: fit, or none, goes with it" in caplog.text
 
 
 class TestMistakes:

@@ -11,7 +11,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
 from crrelu_llm.training.prepare import starting_checkpoint
 
-CONFIG = PatchConfig()
+CONFIG = PatchConfig(calibration="none")
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def test_a_copy_of_other_weights_is_not_used_again(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"config": PatchConfig(epsilon_init=0.3)}, {"dtype": "bfloat16"}, {"revision": "main"}]
+    "change",
+    [{"config": PatchConfig(epsilon_init=0.3, calibration="none")}, {"dtype": "bfloat16"}, {"revision": "main"}],
 )
 def test_a_copy_made_in_another_way_is_not_used_again(source, tmp_path, change):
     starting_checkpoint(source, CONFIG, tmp_path / "out")

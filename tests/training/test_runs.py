@@ -88,7 +88,7 @@ def test_recompute_in_a_compiled_model_is_refused(workshop):
 
 
 def test_recompute_of_a_checkpoint_that_was_patched_before(workshop, tmp_path):
-    patch_checkpoint(workshop.model, PatchConfig(), tmp_path / "patched")
+    patch_checkpoint(workshop.model, PatchConfig(calibration="none"), tmp_path / "patched")
     _, trainer = workshop.trainer(
         "sft", "run", model_name_or_path=str(tmp_path / "patched"), recompute_activation=True
     )
@@ -116,7 +116,7 @@ def test_run_json(workshop):
 
 def test_an_already_patched_checkpoint_is_taken_as_it_is(workshop):
     patched = workshop.folder / "ready"
-    patch_checkpoint(workshop.model, PatchConfig(epsilon_init=0.25), patched)
+    patch_checkpoint(workshop.model, PatchConfig(epsilon_init=0.25, calibration="none"), patched)
     record = workshop.run("sft", "run", model_name_or_path=str(patched))
     assert record["epsilon_start"] == dict.fromkeys(SITES, 0.25)
     assert not (workshop.folder / "run" / "patched").exists()

@@ -176,7 +176,7 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     if arm is None or not any(any(values) for values in epsilons.values()):
         return None
     sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
-    if not sites:  # an evaluated checkpoint: what it replaced and which scale was folded in are not known
+    if not sites:  # an evaluated checkpoint: what it replaced and at what scale are not known
         return None
     replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
@@ -200,8 +200,8 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     return Picture(
         "shape",
         f"The learned activation of {candidate}",
-        "max(0, x) + ε·x·exp(−x²/2) with ε of the first, a middle and the last site, drawn at the scale that was "
-        f"folded into the weights, beside the {original} it replaced and ReLU.",
+        "max(0, x) + ε·x·exp(−x²/2) with ε of the first, a middle and the last site, drawn at the mean scale that "
+        f"calibration gave its channels, beside the {original} it replaced and ReLU.",
         f"Curves of the learned activation of {candidate} beside {original} and ReLU.",
         inline_svg(figure, "shape"),
         keys,
