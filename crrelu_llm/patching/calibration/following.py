@@ -76,7 +76,7 @@ class Flow:
 
     def _only(self, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> nn.Module | None:
         # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
-        if len(calls) != 1 or self._weights.count(id(calls[0][0].weight)) != 1 or not _is_amatrix(*calls[0]):
+        if len(calls) != 1 or self._weights.count(id(calls[0][0].weight)) != 1 or not _is_a_matrix(*calls[0]):
             return None
         return calls[0][0]
 
@@ -135,10 +135,10 @@ class Refit:
         unit = gram.diagonal()[:width].mean()
         best, change = self._error(torch.zeros_like(moment)), None
         for penalty in _PENALTIES:
-            matrix = gram.clone()
-            matrix.diagonal()[:width] += penalty * unit
-            matrix.diagonal()[width:] += 1e-9 * unit
-            factor, failed = torch.linalg.cholesky_ex(matrix)
+            penalised = gram.clone()
+            penalised.diagonal()[:width] += penalty * unit
+            penalised.diagonal()[width:] += 1e-9 * unit
+            factor, failed = torch.linalg.cholesky_ex(penalised)
             if failed or not unit > 0:
                 continue
             candidate = torch.cholesky_solve(moment, factor)
@@ -163,7 +163,7 @@ def weights_of(linear: nn.Module) -> dict[str, Tensor]:
     return {name: cast(Tensor, value).detach() for name, value in found.items() if value is not None}
 
 
-def _is_amatrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
+def _is_a_matrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
     """Whether a layer does no more than multiply and add, in weights that can be changed."""
     weight = cast(Tensor, module.weight)
     if not weight.is_floating_point() or weight.is_meta or type(weight).__module__.startswith("bitsandbytes"):
@@ -171,6 +171,7 @@ def _is_amatrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
     bias = cast(Tensor | None, getattr(module, "bias", None))
     expected = nn.functional.linear(given.float(), matrix(module).float(), None if bias is None else bias.float())
     tolerance = 1e-4 if given.dtype == torch.float32 else 5e-2
+    expected = expected.detach()
     return torch.allclose(output.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
