@@ -15,6 +15,7 @@ from crrelu_llm.patching.sites import Site
 
 _UNSEEN = "no calibration token came here"
 _NO_BETTER = "fit was no better on held-back tokens"
+_ROUNDING = 1e-6  # what computing in float32 leaves of the same function
 
 
 class SiteTask:
@@ -46,8 +47,10 @@ class SiteTask:
         if not self.histogram.tokens:
             return Record("none", 0.0, 0.0, note=_UNSEEN)
         naive = parameters.relative_error(self.original, self.activation, self.histogram)
-        if config.calibration == "none" or naive == 0:  # the same function: nothing to fit
+        if config.calibration == "none":
             return Record("none", naive, naive)
+        if naive < _ROUNDING:  # the same function: nothing to fit
+            return Record("none", 0.0, 0.0)
         assert isinstance(self.activation, AffineModule)
         target = self.activation.activation if isinstance(self.activation, Calibrated) else self.activation
         found = parameters.fit(self.original, target, self.histogram, config.epsilon_per)
