@@ -99,28 +99,32 @@ def _check_swapped(model: Any) -> None:
 
 
 def _warn_of_missing(model: Any) -> None:
-    sites: dict[tuple[str, float], list[str]] = {}
+    sites: dict[tuple[str, ...], list[str]] = {}
+    start: dict[str, float] = {}
     for path, module in model.named_modules():
         if not isinstance(module, AffineModule):
             continue
         # device_map leaves on the disk what is on the meta device; a missing one never is there
-        missing = [name for name in _missing(module) if name in module.start_values and not getattr(module, name).is_meta]
+        missing = [
+            name for name in _missing(module) if name in module.start_values and not getattr(module, name).is_meta
+        ]
         some = [name for name in AFFINE if name in missing]
         if some and len(some) < len(AFFINE):
             raise InputError(
-                f"{model.config._name_or_path}: the checkpoint has only a part of {path}'s {', '.join(AFFINE)}, without "
-                f"{', '.join(some)}; its files do not belong together: patch the original checkpoint again"
+                f"{model.config._name_or_path}: the checkpoint has only a part of {path}'s {', '.join(AFFINE)}, "
+                f"without {', '.join(some)}; its files do not belong together: patch the original checkpoint again"
             )
-        for name in missing:
-            sites.setdefault((name, module.start_values[name]), []).append(path)
-    for (name, start), paths in sites.items():
+        start |= {name: module.start_values[name] for name in missing}
+        for names in [*((name,) for name in missing if name not in some), *([AFFINE] if some else [])]:
+            sites.setdefault(names, []).append(path)
+    for names, paths in sites.items():
         logger.warning(
-            "%s: the checkpoint has no %s for %d of its sites (first: %s); they start at %g",
+            "%s: the checkpoint has no %s for %d of its sites (first: %s); they start at %s",
             model.config._name_or_path,
-            name,
+            ", ".join(names),
             len(paths),
             paths[0],
-            start,
+            ", ".join(f"{start[name]:g}" for name in names),
         )
 
 

@@ -161,3 +161,10 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{model}: cannot be loaded: {first.strip()}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(
+            f"{model}: cannot be loaded: its weights have other shapes than its config.json says; its files do not "
+            "belong together"
+        ) from error
