@@ -2,7 +2,7 @@
 or any other activation to its place in a model: the four numbers a channel around it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,18 @@ class AffineModule(nn.Module):
             if not isinstance(value, nn.Parameter):
                 delattr(self, name)
                 self.register_parameter(name, nn.Parameter(value))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Loads that are not strict leave out what has no place, PEFT's among them, and the model would be another one.
+        *_, unexpected, _ = args
+        wrapper = prefix.partition("modules_to_save.")[0]  # PEFT's, where the names of an adapter end
+        found = [name for name in AFFINE if prefix + name in state_dict or wrapper + name in unexpected]
+        if found and not self.is_calibrated:
+            raise InputError(
+                f"{wrapper.rstrip('.')}: what is loaded has {', '.join(found)} for it, and the model has not, so it "
+                "was patched without calibration; load the checkpoint that these belong to"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _four(self) -> list[Tensor]:
         return [getattr(self, name) for name in AFFINE] if self.is_calibrated else []
