@@ -52,7 +52,23 @@ def train_affine(model: nn.Module) -> None:
         if module.is_calibrated:
             module.train_affine()
             if hasattr(model, "peft_config") and isinstance(module, Calibrated):
-                module.activation.requires_grad_(False)
+                for inner in module.activation.modules():
+                    for name in dict(inner.named_parameters(recurse=False)):
+                        freeze(model, inner, name)
+
+
+def freeze(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Freezes a parameter of an activation; under PEFT it becomes a buffer.
+
+    Whenever PEFT switches adapters on again, as after every reference pass of DPO, it makes all parameters of a
+    module that it copied trainable: they would get gradients, which nobody zeroes and clipping counts.
+    """
+    value = getattr(module, name)
+    if hasattr(model, "peft_config"):
+        delattr(module, name)
+        module.register_buffer(name, value.detach())
+    else:
+        value.requires_grad_(False)
 
 
 def split_off_epsilon(optimizer: Any, model: nn.Module, learning_rate: float, weight_decay: float) -> None:

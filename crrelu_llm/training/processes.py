@@ -151,7 +151,8 @@ def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
     It takes all that a state dict holds for sharded parameters. Buffers outside the state dict it keeps, but each
     process its own, and only the main one of a host may have read the checkpoint.
     """
-    held = {module: dict(module.named_buffers(recurse=False)) for module in _affine_modules(model)}
+    modules = [inner for module in _affine_modules(model) for inner in module.modules()]
+    held = {module: dict(module.named_buffers(recurse=False)) for module in modules}
     for module, buffers in held.items():
         for name, value in buffers.items():
             setattr(module, name, broadcast(value.to(accelerator.device)))

@@ -22,6 +22,7 @@ from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import (
     affine_modules,
     epsilon_modules,
+    freeze,
     split_off_affine,
     split_off_epsilon,
     train_affine,
@@ -62,7 +63,7 @@ class EpsilonMixin:
             recompute_activation(self.model)
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():
-                module.epsilon.requires_grad_(False)
+                freeze(self.model, module, "epsilon")
         if activation_args.affine_learning_rate > 0:
             # The model that is trained alone: in a reference, or under an adapter that is switched off, they are
             # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.

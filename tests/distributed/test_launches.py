@@ -9,6 +9,7 @@ from launches import CASES, COMMON, differences, launch, recipe, record, weights
 from runs import LORA, losses
 from safetensors.torch import load_file
 
+from crrelu_llm.activation import AFFINE
 from crrelu_llm.cli.main import main
 
 DISTRIBUTION = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
@@ -112,6 +113,24 @@ def test_a_fitted_density_in_bfloat16(workshop, configuration):
         saved = {key.removeprefix("base_model.model."): value for key, value in weights(workshop, case).items()}
         moments = [key for key in patched if key.endswith((".center", ".width"))]
         assert moments and all(torch.equal(saved[key], patched[key]) for key in moments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", DISTRIBUTION)
+@pytest.mark.parametrize("activation", ["crrelu", "gelu"])
+@pytest.mark.parametrize("rate", [0.0, 0.01], ids=["frozen", "learned"])
+def test_calibrated_activations(workshop, configuration, activation, rate):
+    """Scale, shift, gain and offset stay those of the patched checkpoint in every process, or learn as in one."""
+    cases = ["sft-full", "sft-lora", "dpo-lora"]
+    asked = {"activation": activation, "calibration": "fit", "calibration_tokens": 256, "affine_learning_rate": rate}
+    run_both(workshop, configuration, cases, **asked)
+    for case in cases:
+        check(workshop, configuration, case, 1e-5)
+        patched = load_file(workshop.folder / case / "patched" / "model.safetensors")
+        saved = {key.removeprefix("base_model.model."): value for key, value in weights(workshop, case).items()}
+        four = [key for key in patched if key.rpartition(".")[2] in AFFINE and key in saved]
+        assert len(four) == (8 if rate or activation == "crrelu" or case == "sft-full" else 0)
+        assert all(torch.equal(saved[key], patched[key]) == (rate == 0) for key in four)
 
 
 @pytest.mark.slow
