@@ -23,11 +23,11 @@ Curve = Callable[[Tensor], Tensor]
 
 # Weight of the layer's average channel in the fit of each, as a share of an average channel's own: a channel that is
 # hardly ever active is drawn to what fits the others.
-_OF_THE_LAYER = 1e-2
+_OF_THE_LAYER = 5e-3
 # Weight of inputs that never occurred, spread as a Cauchy distribution around those that did, as a share of the
-# channel's own: as if half a token more had been seen. It bounds what the fit does beyond the text's range.
-_UNSEEN_TOKENS = 0.5
-_BEYOND = 1.0  # where that distribution ends, as a multiple of the largest input of the layer
+# channel's own: as if two tokens more had been seen. It bounds what the fit does beyond the text's range.
+_UNSEEN_TOKENS = 2.0
+_BEYOND = 2.0  # where that distribution ends, as a multiple of the channel's own range about its mean
 _LEAST_UNSEEN = 1e-5
 # A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
 LARGEST_EPSILON = 8.0
@@ -127,15 +127,19 @@ def _one_thread() -> Iterator[None]:
 
 
 def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
-    """The weights, and a little of what the layer's other channels saw and of what nobody saw."""
-    weights = histogram.weights + _OF_THE_LAYER * histogram.weights.mean(0)
+    """The weights, and a little of what the layer's other channels saw and of what nobody saw; each channel's sum is 1."""
+    weights = histogram.weights
+    seen, total = weights > 0, weights.sum(1, keepdim=True)
+    of_the_layer = (weights / total.clamp_min(_TINY)).mean(0)
+    weights = weights + _OF_THE_LAYER * total.mean() * of_the_layer
     total = weights.sum(1, keepdim=True).clamp_min(_TINY)
     mean = (weights @ x)[:, None] / total
     deviation = ((weights @ (x * x))[:, None] / total - mean * mean).clamp_min(0).sqrt()
-    width = torch.gradient(x)[0] * (x.abs() <= _BEYOND * x[weights.sum(0) > 0].abs().max())
-    cauchy = width / (1 + ((x - mean) / (deviation + 1e-3 * x.abs().median() + _TINY)).square())
+    low, high = (torch.where(seen, x, mean).amin(1, keepdim=True), torch.where(seen, x, mean).amax(1, keepdim=True))
+    inside = (x - mean >= _BEYOND * (low - mean)) & (x - mean <= _BEYOND * (high - mean))
+    cauchy = torch.gradient(x)[0] * inside / (1 + ((x - mean) / (deviation + _TINY)).square())
     unseen = max(_LEAST_UNSEEN, _UNSEEN_TOKENS / max(histogram.tokens, 1))
-    return weights / total + unseen * cauchy / cauchy.sum(1, keepdim=True)
+    return weights / total + unseen * cauchy / cauchy.sum(1, keepdim=True).clamp_min(_TINY)
 
 
 def _parts(target: CRReLU) -> tuple[Curve, Curve]:
@@ -156,8 +160,13 @@ def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor)
     """The best numbers of each channel; with two curves, the factor of the second over that of the first is ε."""
     parts = []
     for some in weights.split(_CHANNELS):
-        scale, shift = _start(curves, some, x, y)
-        parts.append(_refine(curves, some.float(), x.float(), y.float(), scale.float(), shift.float()))
+        both = []
+        for sign in (1, -1):  # each way round has a minimum of its own
+            scale, shift = _start(curves, some, x, y, sign * _SCALES)
+            both.append(_refine(curves, some.float(), x.float(), y.float(), scale.float(), shift.float()))
+        (numbers, loss), (others, other_loss) = both
+        better = other_loss < loss
+        parts.append((torch.where(better[:, None], others, numbers), torch.where(better, other_loss, loss)))
     numbers, loss = (torch.cat(found) for found in zip(*parts, strict=True))
     scale, shift, offset, gain = numbers[:, 0], numbers[:, 1], numbers[:, 2], numbers[:, 3]
     epsilon = None if len(curves) == 1 else torch.where(gain == 0, 0.0, numbers[:, 4] / gain)
@@ -165,11 +174,12 @@ def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor)
 
 
 @torch.no_grad()
-def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and the shift of a grid that leave each channel the least error, `(channels,)` each."""
+def _start(
+    curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scale, of these, and the shift that leave each channel the least error, `(channels,)` each."""
     best = torch.full((len(weights),), math.inf, dtype=torch.float64)
     scale, shift = torch.ones_like(best), torch.zeros_like(best)
-    scales = torch.cat([_SCALES, -_SCALES])
     for candidate in _SHIFTS:
         left = _Moments(curves, weights, x, y, scales, candidate).left()
         least, row = left.min(0)
