@@ -29,6 +29,9 @@ def install_hook() -> None:
         names = _swap_from_section(self)
         post_init(self)
         self._keep_in_fp32_modules_strict.update(names)
+        # Zamba ties whole layers; each site has numbers of its own, and buffers cannot be tied.
+        tied = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {name: tied[name] for name in tied if not name.endswith(tuple(names))}
 
     def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False) -> None:
         # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
