@@ -123,6 +123,10 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
         print(f"  {len(lower)} of {len(report['sites'])} sites ended below {asked}: {', '.join(sorted(set(lower)))}")
     for item in report["skipped"]:
         print(f"  left alone: {item['path']}  ({item['reason']})")
+    if (spent := report["calibration"]) is not None:
+        needed = spent["forward_seconds"]
+        ratio = f", {spent['seconds'] / needed:.1f} times the two forward passes that it needs" if needed else ""
+        print(f"calibrated in {spent['seconds']:.0f} s{ratio}")
     found = report["perplexity"]
     if found:
         naive = "" if found["after_naive"] is None else f", {found['after_naive']:.2f} with the plain swap"

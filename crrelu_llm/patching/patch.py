@@ -42,12 +42,15 @@ class PatchReport:
             start (and the centre and width of the site, where the density is fitted); None where no calibration text
             was read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
         skipped: `{path, reason}` each.
+        calibration: `{seconds, forward_seconds}`: what a calibration took, and what two forward passes over its text
+            took in it (None where an earlier call's layers were put back). None where nothing was calibrated.
     """
 
     model_type: str
     config: PatchConfig
     sites: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    calibration: dict[str, float | None] | None = None
 
 
 def patch(
@@ -138,7 +141,7 @@ def _patch(
     def swap(site: Site, module: nn.Module) -> None:
         swap_in(model, site.path, module, originals[site.path])
 
-    done: dict[str, Record] = {}
+    done: calibration.Calibration | None = None
     try:
         hidden.expose(model, paths)
         originals |= {path: model.get_submodule(path) for path in paths}
@@ -156,9 +159,13 @@ def _patch(
         raise
     if config.activation == "crrelu":
         fused.fuse(model, paths, config.recompute_activation)
-    section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in done.values()))
+    records = {} if done is None else done.records
+    section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in records.values()))
     _keep_in_float32(model, paths)
-    return _report(model, config, sites, left_alone, done)
+    report = _report(model, config, sites, left_alone, records)
+    if done is not None:
+        report.calibration = {"seconds": done.seconds, "forward_seconds": done.forward_seconds}
+    return report
 
 
 def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:

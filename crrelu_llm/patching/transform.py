@@ -86,7 +86,7 @@ def patch_checkpoint(
     with _keeping(progress):
         if config is None:
             report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
-            report["perplexity"] = None
+            report |= {"calibration": None, "perplexity": None}
         else:
             linears = None
             if fold:
@@ -162,6 +162,7 @@ def _patch(
         "options": asdict(config),
         "sites": done.sites,
         "skipped": done.skipped,
+        "calibration": done.calibration,
         "perplexity": measured,
     }
 

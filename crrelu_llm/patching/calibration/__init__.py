@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -35,6 +36,22 @@ _NO_BETTER = "refit was no better on held-back tokens"
 _PROBE_TOKENS = 64
 
 
+@dataclass
+class Calibration:
+    """What a calibration did.
+
+    Attributes:
+        records: By the path of the site.
+        seconds: What it took.
+        forward_seconds: What two forward passes over the text took in it, which is what it cannot do without; None
+            where layers of an earlier call were put back.
+    """
+
+    records: dict[str, Record]
+    seconds: float
+    forward_seconds: float | None
+
+
 def calibrate(
     model: nn.Module,
     sites: list[Site],
@@ -43,7 +60,7 @@ def calibrate(
     build: Callable[[Site], nn.Module],
     swap: Callable[[Site, nn.Module], None],
     progress: Progress | None = None,
-) -> dict[str, Record]:
+) -> Calibration:
     """Swaps the sites of a model layer by layer, each fitted to the stream that the patched layers before it give.
 
     The memory needed beside the model is one layer's inputs and outputs on the text and, for each of its sites, a
@@ -60,7 +77,7 @@ def calibrate(
         progress: Where finished layers are kept; those that it holds are put back instead of calibrated again.
 
     Returns:
-        What was done, by path.
+        What was done.
 
     Raises:
         InputError: Activations that are not finite, or weights that cannot be changed.
@@ -80,12 +97,8 @@ def calibrate(
             for index, layer in enumerate(bar):
                 work.on(layer, index, found)
                 bar.set_postfix(error=f"{max(found[site.path].relative_error for site in layer.sites):.3f}")
-            if walk.passes and not work.finished:
-                seconds = time.perf_counter() - started
-                needed = 2 * walk.seconds / walk.passes
-                logger.info(
-                    "calibrated in %.0f s, %.2f times the two forward passes that it needs", seconds, seconds / needed
-                )
+            seconds = time.perf_counter() - started
+            needed = 2 * walk.seconds / walk.passes if walk.passes and not work.finished else None
     except BaseException as error:
         if any(entry.changed_weights for entry in found.values()):
             error.weights_changed = True  # type: ignore[attr-defined]
@@ -93,7 +106,7 @@ def calibrate(
                 raise InputError(f"{error}; the model in memory is half calibrated: load it again") from error
             logger.warning("the calibration ended half-way: the model in memory has changed weights; load it again")
         raise
-    return found
+    return Calibration(found, seconds, needed)
 
 
 class _Work:

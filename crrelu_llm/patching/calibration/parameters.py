@@ -39,6 +39,7 @@ _STEPS = 12
 _SAMPLE = 192  # channels that choose the layer's ε
 _CHANNELS = 4096  # at once: bounds the memory
 _TINY = 1e-30
+_SMALL = 1 << 13
 
 
 @dataclass
@@ -83,6 +84,8 @@ def fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_pe
 def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_per: str) -> Parameters:
     x = histogram.points
     weights = _with_priors(histogram, x)
+    counted = weights.sum(0) > 0
+    x, weights = x[counted], weights[:, counted]
     with torch.no_grad():
         y = original(x)
     if not isinstance(target, CRReLU):
@@ -110,9 +113,11 @@ def relative_error(original: nn.Module, activation: nn.Module, histogram: Histog
     weights = histogram.held_back if float(histogram.held_back.sum()) > 0 else histogram.weights
     x = histogram.points
     y = copy.deepcopy(original).cpu().double()(x)
-    new = copy.deepcopy(activation).cpu()(x[:, None].expand(-1, len(weights)).float()).T.double()
+    new, inputs = copy.deepcopy(activation).cpu(), x[:, None].expand(-1, len(weights)).float()
+    # In parts so small that the plain formula serves: nothing is compiled for this.
+    values = torch.cat([new(part) for part in inputs.split(max(1, _SMALL // len(weights)))]).T.double()
     total = float((weights @ (y * y)).sum())
-    return math.sqrt(float((weights * (new - y) ** 2).sum()) / total) if total > 0 else 0.0
+    return math.sqrt(float((weights * (values - y) ** 2).sum()) / total) if total > 0 else 0.0
 
 
 @contextlib.contextmanager

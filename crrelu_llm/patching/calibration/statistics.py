@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_BINS = 384
+_BINS = 256
 _REACH = 8.0  # the outermost bins are sinh(8) ≈ 1490 times a typical input away
 
 
