@@ -56,6 +56,6 @@ def test_a_patched_model_starts_from_its_original(tiny_checkpoint, tmp_path):
     from crrelu_llm import patch
 
     model = loading.load_model(str(tiny_checkpoint))
-    patch(model, "crrelu")
+    patch(model, "crrelu", calibration="none")
     model.save_pretrained(tmp_path)
     assert not any(isinstance(module, CRReLU) for module in train._load(str(tmp_path), "float32", 16).modules())

@@ -57,6 +57,14 @@ def test_bytes_a_parameter(full):
     assert ddp(full).buffers == ddp(full).gradients == 4 * count
 
 
+def test_what_calibration_sets_is_whole_on_every_gpu(full):
+    calibrated = steps_of(replace(JOB, calibration="fit"))
+    for plain, row in zip(shares(full, 8, 8), shares(calibrated, 8, 8), strict=True):
+        # layers x channels x the four x float32; a sharded number may be rounded up to a byte
+        assert row.weights - plain.weights == pytest.approx(2 * 256 * 16, abs=1)
+        assert (row.gradients, row.optimizer) == (plain.gradients, plain.optimizer)
+
+
 def test_moments_follow_the_weights_unless_a_library_makes_masters():
     steps = steps_of(replace(JOB, dtype="bfloat16"))
     count = steps.replicated().counts

@@ -16,6 +16,7 @@ from crrelu_llm.planning.spread import Steps, single_gpu
 from crrelu_llm.planning.step import play
 
 CPU = Job(use_cpu=True, bf16=False, per_device_train_batch_size=2, max_length=32, gradient_checkpointing=False)
+CALIBRATED = {"calibration": "fit", "calibration_tokens": 256}
 GPU = Job(per_device_train_batch_size=2, max_length=32, gradient_checkpointing=False)
 
 
@@ -48,8 +49,10 @@ def slow(*values):
         slow("sft", {"gradient_accumulation_steps": 2}),
         slow("sft", LORA),
         slow("dpo", {}),
+        slow("sft", CALIBRATED | {"activation": "gelu"}),
+        slow("sft", CALIBRATED | {"affine_learning_rate": 0.01}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value) if len(value) < 3 else "lora",
+    ids=lambda value: value if isinstance(value, str) else "lora" if "lora_r" in value else "-".join(value),
 )
 def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Workshop, monkeypatch):
     """What torch allocates in two steps of the tiny GPT-2 by TRL's trainers, every batch padded: never more than
@@ -70,9 +73,9 @@ def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Work
     weights = sum(storage.nbytes() for storage in held)
     measured = weights + peak_memory(trainer.train, torch.device("cpu"))
 
-    known = {key: value for key, value in options.items() if not key.startswith("l")}
+    known = {key: value for key, value in options.items() if key in Job.__annotations__}
+    known.setdefault("calibration", "none")
     job = replace(CPU, trainer=kind, per_device_train_batch_size=batch, max_length=length, **known)
-    job = replace(job, lora_r=options.get("lora_r", 16))
     config = load_config(workshop.model)
     planned = single_gpu(Steps(prepared_config(config, job), job)).total
     assert measured * 0.999 <= planned <= measured * 1.1
@@ -87,9 +90,13 @@ def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Work
     ],
 )
 def test_what_a_gated_mlp_keeps(options, tensors):
-    """Counted by hand, in float32 without checkpointing: twice the width keeps so many more tensors of that width."""
+    """Counted by hand, in float32 without checkpointing: twice the width keeps so many more tensors of that width.
+
+    And a copy of scale, shift, gain and offset, where the activation is calibrated.
+    """
     kept = [step(wide_llama(intermediate_size=width), replace(CPU, **options)).kept for width in (1024, 2048)]
-    assert kept[1] - kept[0] == tensors * 6 * (2 * 32 * 1024) * 4
+    four = 0 if options.get("activation") == "native" else 4
+    assert kept[1] - kept[0] == 6 * (tensors * 2 * 32 + four) * 1024 * 4
 
 
 @pytest.mark.parametrize("base", [GPU, replace(GPU, gradient_checkpointing=True), replace(GPU, use_peft=True)])
