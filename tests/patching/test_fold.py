@@ -29,6 +29,6 @@ def test_a_folded_network_computes_the_same_with_the_activation_alone(tmp_path, 
 
 
 def test_a_gated_mlp_cannot_be_folded_and_nothing_is_written(tiny_llama_checkpoint, tmp_path):
-    with pytest.raises(InputError, match="--fold: .*gated MLP.*leave --fold out"):
+    with pytest.raises(InputError, match=r"--fold: .*gated MLP.*leave --fold out"):
         patch_checkpoint(str(tiny_llama_checkpoint), PatchConfig(**OPTIONS), tmp_path / "out", fold=True)
     assert not (tmp_path / "out").exists()

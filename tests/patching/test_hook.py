@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, logits, tiny_config, tiny_model
+from tiny import FAMILIES, logits, tiny_config, tiny_model, token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from crrelu_llm import CRReLU, find_sites, patch, unpatch
+from crrelu_llm.activation import AFFINE
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.loading import load_model
 
 
 def tree(model):
@@ -42,7 +44,7 @@ def saved(directory, family="llama", activation="crrelu", **options):
 
 
 def drop(directory, ending):
-    """Takes the tensors with this ending out of a checkpoint."""
+    """Takes the tensors with this ending, or one of these, out of a checkpoint."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
@@ -234,6 +236,104 @@ def test_a_section_whose_site_the_model_lacks_is_refused(tmp_path):
     edit_config(tmp_path, sites=sites)
     with pytest.raises(InputError, match=r"model\.layers\.7\.mlp\.act_fn, which LlamaForCausalLM does not have"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+BLOCKS = token_ids(4, 32, seed=5)
+
+
+def calibrated(directory, activation="crrelu", **options):
+    """Saves a tiny model with fitted numbers; returns it."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    patch(model, activation, blocks=BLOCKS, epsilon_per="channel", **options)
+    model.save_pretrained(directory)
+    return model
+
+
+def numbers(model):
+    """The tensors of the activations by name."""
+    return {name: value for name, value in model.state_dict().items() if ".act_fn." in name}
+
+
+@pytest.mark.parametrize("activation", ["crrelu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibrated_numbers_reload_in_float32(activation, dtype, tmp_path):
+    model = calibrated(tmp_path, activation)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    found, wanted = numbers(again), numbers(model)
+    assert {name.rpartition(".")[2] for name in found} >= set(AFFINE) and found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wanted[name])
+    assert again.lm_head.weight.dtype == dtype
+    again.save_pretrained(tmp_path / "again")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)
+    assert torch.equal(logits(third), logits(again))
+    if dtype == torch.float32:
+        assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("activation", ["crrelu", "gelu"])
+def test_numbers_that_are_all_missing_start_anew_and_are_said_once(activation, tmp_path, caplog):
+    model = calibrated(tmp_path, activation)
+    drop(tmp_path, AFFINE)
+    with caplog.at_level(logging.WARNING, logger="crrelu_llm"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    (record,) = [record for record in caplog.records if record.name.startswith("crrelu_llm")]
+    said = (
+        "no scale, shift, gain, offset for 2 of its sites (first: model.layers.0.mlp.act_fn); they start at 1, 0, 1, 0"
+    )
+    assert said in record.getMessage()
+    plain = {name: value for name, value in numbers(model).items() if name.endswith("epsilon")}
+    for name, value in numbers(again).items():
+        start = {"scale": 1.0, "shift": 0.0, "gain": 1.0, "offset": 0.0}.get(name.rpartition(".")[2])
+        assert torch.equal(value, plain[name]) if start is None else (value == start).all()
+
+
+@pytest.mark.parametrize("missing", ["gain", ("scale", "offset")])
+def test_numbers_that_are_missing_in_part_are_refused(missing, tmp_path):
+    calibrated(tmp_path)
+    drop(tmp_path, missing)
+    with pytest.raises(InputError, match=r"only a part of model\.layers\.0\.mlp\.act_fn's.*do not belong") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_another_width_are_refused(tmp_path):
+    calibrated(tmp_path)
+    file = tmp_path / "model.safetensors"
+    cut = {name: value[:24].clone() if name.endswith(AFFINE) else value for name, value in load_file(file).items()}
+    save_file(cut, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="cannot be loaded: its weights have other shapes") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"epsilon_per": "channel"}, {"activation": "prelu"}, {"density": "fitted"}])
+def test_checkpoints_of_version_0_1_load(options, tmp_path):
+    """Their sections, as that version wrote them: 1, or 2 with a centre and a width; no `calibrated`."""
+    model = tiny_model("llama")
+    patch(model, calibration="none", blocks=BLOCKS, **options)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    old = {"activation": "crrelu", "epsilon_per": "layer"} | options
+    config["crrelu"] = {
+        "version": 2 if "density" in options else 1,
+        "epsilon_init": 0.01,
+        "config_keys": {"hidden_act": "silu"},
+        "sites": [
+            {"path": f"model.layers.{layer}.mlp.act_fn", "original": "silu", "num_channels": 48, "kind": "gated"}
+            for layer in range(2)
+        ],
+        "weights_changed": True,  # its calibrations folded numbers into the weights
+    } | old
+    file.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert not any(name.endswith(AFFINE) for name in again.state_dict())
+    with pytest.raises(InputError, match="start from the original checkpoint"):
+        patch(again, "gelu", calibration="none")
 
 
 def python(code, *argv):

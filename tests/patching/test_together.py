@@ -6,11 +6,13 @@ import logging
 import pytest
 import torch
 from families import family_config, family_model
-from peft import LoraConfig, get_peft_model
-from tiny import token_ids
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_model, token_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from crrelu_llm import CRReLU, find_sites, patch, unpatch
+from crrelu_llm.activation import AFFINE
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard
 
@@ -212,6 +214,70 @@ def test_adapters_on_a_patched_base(family):
     merged = adapted.merge_and_unload()
     assert set(ours(merged)) == set(paths)
     assert torch.equal(logits(merged), before)
+
+
+def calibrated(level="fit", activation="crrelu"):
+    model = tiny_model("llama")
+    patch(model, activation, calibration=level, blocks=token_ids(8, 32, seed=5), epsilon_per="channel")
+    return model
+
+
+def adapted(base, directory, **options):
+    """Saves an adapter that does something to `base`; returns the adapted model's logits."""
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], r=4, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(directory)
+    return logits(model.eval())
+
+
+def test_an_adapter_of_the_original_keeps_its_effect_on_a_calibrated_base(tmp_path):
+    native = logits(tiny_model("llama"))
+    effect = adapted(tiny_model("llama"), tmp_path) - native
+    assert effect.norm() > 0.1 * native.norm()
+    base = calibrated()
+    before = logits(base)
+    found = logits(PeftModel.from_pretrained(base, tmp_path).eval()) - before
+    plain = calibrated("none")
+    before = logits(plain)
+    with_plain = logits(PeftModel.from_pretrained(plain, tmp_path).eval()) - before
+    assert (found - effect).norm() < 0.05 * effect.norm()
+    assert (found - effect).norm() < 0.2 * (with_plain - effect).norm()
+
+
+@pytest.mark.parametrize("activation", ["crrelu", "gelu"])
+def test_adapters_on_a_calibrated_base(activation, tmp_path):
+    wanted = adapted(calibrated(activation=activation), tmp_path, modules_to_save=["act_fn"])
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in names if "act_fn" in name} >= set(AFFINE)
+    again = PeftModel.from_pretrained(calibrated(activation=activation), tmp_path).eval()
+    torch.testing.assert_close(logits(again), wanted)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_a_calibrated_base_is_refused_on_a_plain_one_and_the_other_way_round(tmp_path):
+    adapted(calibrated(), tmp_path / "fit", modules_to_save=["act_fn"])
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.act_fn: what is loaded has scale, shift") as caught:
+        PeftModel.from_pretrained(calibrated("none"), tmp_path / "fit")
+    assert "\n" not in str(caught.value)
+    adapted(calibrated("none"), tmp_path / "none", modules_to_save=["act_fn"])
+    with pytest.raises(KeyError, match=r"act_fn\.scale"):  # PEFT's own
+        PeftModel.from_pretrained(calibrated(), tmp_path / "none")
+
+
+def test_numbers_for_a_plain_model_are_refused_also_by_a_load_that_is_not_strict():
+    model, plain = calibrated(), calibrated("none")
+    with pytest.raises(InputError, match="patched without calibration"):
+        plain.load_state_dict(model.state_dict(), strict=False)
+    others = {name: value for name, value in model.state_dict().items() if "act_fn" not in name}
+    plain.load_state_dict(others | {"something.else.scale": torch.ones(3)}, strict=False)
+    model.load_state_dict(plain.state_dict(), strict=False)  # a shard of a checkpoint may hold ε alone
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(plain.state_dict())
 
 
 HEADS = ["llama", "gpt2", "mixtral", "gpt_oss", "bert"]

@@ -13,8 +13,8 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import origin, patch_checkpoint, read_report
 
 REPORT = {
-    "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "perplexity", "seconds",
-    "versions",
+    "model", "model_type", "activation", "epsilon_per", "options", "sites", "skipped", "calibration", "perplexity",
+    "seconds", "versions",
 }  # fmt: skip
 
 

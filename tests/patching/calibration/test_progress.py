@@ -79,7 +79,7 @@ def test_the_rest_is_calibrated_and_the_bits_are_the_same(family, level, options
     resumed = patch(again, config, blocks=BLOCKS, progress=Progress(tmp_path / "kept", {}))
     assert before + solved == every and solved
     assert same(again, whole)
-    assert resumed == report
+    assert (resumed.sites, resumed.skipped) == (report.sites, report.skipped)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,10 +137,10 @@ def test_what_decides_the_bits_decides_the_identity():
 
 
 def files(directory):
-    """The bytes of a checkpoint's files, but for the time that its report says."""
+    """The bytes of a checkpoint's files, but for the times that its report says."""
     found = {path.name: path.read_bytes() for path in directory.iterdir()}
     report = json.loads(found.pop("patch_report.json"))
-    report.pop("seconds")
+    del report["seconds"], report["calibration"]  # what it took
     return found, report
 
 
