@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crrelu_llm.data.docstrings import load_docstrings
 from crrelu_llm.data.beginning import beginning
+from crrelu_llm.data.docstrings import load_docstrings
 from crrelu_llm.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,7 +154,9 @@ def token_blocks(
     first = beginning(tokenizer)
     room = block_size - len(first)
     if room < 1:
-        raise InputError(f"blocks of {block_size} tokens have no room for text: the tokenizer begins with {len(first)}")
+        raise InputError(
+            f"blocks of {block_size} tokens have no room for text: the tokenizer begins with {len(first)}"
+        )
     most = None if limit_tokens is None else limit_tokens // block_size * room
     ids: list[int] = []
     for text in texts:

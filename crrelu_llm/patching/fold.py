@@ -62,9 +62,7 @@ def fold(model: nn.Module, linears: Linears) -> None:
         module = model.get_submodule(path)
         if not isinstance(module, AffineModule) or module.scale is None:
             continue
-        scale, shift, gain, offset = (
-            getattr(module, name).double() for name in ("scale", "shift", "gain", "offset")
-        )
+        scale, shift, gain, offset = (getattr(module, name).double() for name in ("scale", "shift", "gain", "offset"))
         _set(matrix(before), matrix(before).double() * scale[:, None])
         _set(before.bias, (before.bias.double() + shift) * scale)
         _set(after.bias, after.bias.double() + matrix(after).double() @ offset)

@@ -22,8 +22,8 @@ from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import require_finite
 from crrelu_llm.patching.fold import Linears, find_linears
 from crrelu_llm.patching.fold import fold as fold_into
-from crrelu_llm.patching.sites import find_sites
 from crrelu_llm.patching.patch import patch, unpatch
+from crrelu_llm.patching.sites import find_sites
 
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"

@@ -22,7 +22,14 @@ def tokenizer(template=None):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("[CLS] $A [SEP]", [2]), ("$A </s>", []), ("<s> [CLS] $A", [0, 2])],
+    [
+        (None, []),
+        ("<s> $A", [0]),
+        ("<s> $A </s>", [0]),
+        ("[CLS] $A [SEP]", [2]),
+        ("$A </s>", []),
+        ("<s> [CLS] $A", [0, 2]),
+    ],
 )
 def test_it_is_what_the_tokenizer_puts_before_a_text(template, expected):
     assert beginning(tokenizer(template)) == expected

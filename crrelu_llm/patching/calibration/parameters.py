@@ -179,9 +179,7 @@ def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor)
 
 
 @torch.no_grad()
-def _start(
-    curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor]:
+def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The scale, of these, and the shift that leave each channel the least error, `(channels,)` each."""
     best = torch.full((len(weights),), math.inf, dtype=torch.float64)
     scale, shift = torch.ones_like(best), torch.zeros_like(best)

@@ -127,4 +127,3 @@ def identity(origin: dict[str, Any], blocks: Tensor, device: torch.device) -> di
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-

@@ -54,8 +54,10 @@ class Histogram:
         if not self._unit:
             self._unit = float(x.abs().median().clamp_min(1e-6))
             self._typical = float(v.median().clamp_min(1e-30))
-        weight = (self._typical / (v + self._typical)).expand_as(x) if u is None else u.square() * (
-            self._typical / (v + self._typical)
+        weight = (
+            (self._typical / (v + self._typical)).expand_as(x)
+            if u is None
+            else u.square() * (self._typical / (v + self._typical))
         )
         place = (x / self._unit).asinh_().add_(_REACH).mul_(_BINS / (2 * _REACH))
         cell = place.to(torch.int64).clamp_(0, _BINS - 1)
