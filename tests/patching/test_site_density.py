@@ -81,7 +81,7 @@ def test_the_formula_with_the_sites_moments_is_what_the_model_computes():
 def test_every_level_reloads_exactly_and_lowers_the_error(family, level, tmp_path):
     model, sites = fitted(family, level, epsilon_per="channel")
     for site in sites:
-        assert site["kept"] == level
+        assert site["kept"] == level or site["note"] == "refit was no better on held-back tokens"
         if level == "none":
             assert 0 < site["relative_error"] == site["relative_error_naive"]
         else:

@@ -84,7 +84,7 @@ def test_each_level_brings_the_model_nearer_to_itself(checkpoint, activation, re
             assert site["kept"] == level or site["note"] == "refit was no better on held-back tokens"
             assert (site["relative_error"] is None) == (level == "none")
     assert distance["none"] > (20 if activation == "crrelu" else 2) * distance["fit"]
-    assert distance["refit"] < 1.1 * distance["fit"]
+    assert distance["refit"] < 1.1 * distance["fit"] + 1e-7  # what rounding leaves
     if activation == "crrelu":
         assert perplexity(changed, held) == pytest.approx(perplexity(model, held), rel=0.01)
 
