@@ -154,9 +154,7 @@ def token_blocks(
     first = beginning(tokenizer)
     room = block_size - len(first)
     if room < 1:
-        raise InputError(
-            f"blocks of {block_size} tokens have no room for text: the tokenizer begins with {len(first)}"
-        )
+        raise InputError(f"blocks of {block_size} tokens have no room for text: {len(first)} begin each")
     most = None if limit_tokens is None else limit_tokens // block_size * room
     ids: list[int] = []
     for text in texts:

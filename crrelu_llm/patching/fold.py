@@ -1,4 +1,4 @@
-"""A calibrated network as a plain one, for formats that know only the activation itself: the four go into the weights."""
+"""A calibrated network as a plain one, for formats that know only the activation: the four go into the weights."""
 
 import torch
 from torch import Tensor, nn

@@ -132,7 +132,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
-    """The weights, and a little of what the layer's other channels saw and of what nobody saw; each channel's sum is 1."""
+    """The weights, and a little of what other channels of the layer saw and of what nobody saw: about 1 a channel."""
     weights = histogram.weights
     seen, total = weights > 0, weights.sum(1, keepdim=True)
     of_the_layer = (weights / total.clamp_min(_TINY)).mean(0)

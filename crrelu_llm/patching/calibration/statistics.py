@@ -1,4 +1,4 @@
-"""What a calibration keeps of the text: for each channel of a site, how often each input occurs, and how much it counts."""
+"""What a calibration keeps of the text: for each channel of a site, which inputs occur, and how much each counts."""
 
 import torch
 from torch import Tensor
