@@ -45,7 +45,7 @@ def test_weighted_sums_over_the_bins_are_those_over_the_tokens(gated, mean, spre
     # The scale of the weights is free: the average channel's total is compared with nothing but its like.
     unit = found.weights.sum() / weight.sum()
     torch.testing.assert_close(found.weights.sum(1), unit * weight.sum(0), rtol=1e-4, atol=0)
-    width = 16 / 384  # of a bin, in asinh(x/typical)
+    width = 16 / found.weights.shape[1]  # of a bin, in asinh(x/typical)
     for curve in (torch.abs, lambda t: t.clamp(min=0)):
         found_sum = found.weights @ curve(found.points)
         wanted = unit * (weight * curve(x.double())).sum(0)
@@ -62,7 +62,7 @@ def test_every_input_lies_in_the_bin_next_to_it():
         found.add(torch.tensor([[value]]), torch.ones(1, 1), None, held_back=False)
         (at,) = found.weights[0].nonzero().flatten().tolist()
         distances = (torch.asinh(found.points / typical) - math.asinh(value / typical)).abs()
-        assert at == int(distances.argmin())
+        assert distances[at] < distances.min() + 1e-6  # 0 is as near to two
 
 
 def test_points_rise_and_are_symmetric():
