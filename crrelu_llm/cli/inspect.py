@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     from crrelu_llm.patching import loading
-    from crrelu_llm.patching.section import is_fitted, mlp_config_keys, read
+    from crrelu_llm.patching.section import is_calibrated, is_fitted, mlp_config_keys, read
     from crrelu_llm.patching.sites import survey
 
     model = loading.skeleton(args.model, trust_remote_code=args.trust_remote_code)
@@ -38,6 +38,7 @@ def run(argv: list[str]) -> int:
         return 0
     state = f", patched to {patched['activation']}" if patched else ""
     state += ", density fitted" if patched and is_fitted(patched) else ""
+    state += ", calibrated" if patched and is_calibrated(patched) else ""
     print(f"{model.config.model_type}: {len(sites)} sites{state}")
     for site in sites:
         print(f"  {site.path}  {site.original}  {site.num_channels} channels  {site.kind}")

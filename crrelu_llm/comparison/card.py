@@ -185,6 +185,8 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
     if section.get("density") == "fitted":
         formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
     what = f"CRReLU, {formula} ({PAPER}), {per}" if section["activation"] == "crrelu" else section["activation"]
+    if section.get("calibrated"):
+        what += ", calibrated: `gain·f(scale·(x + shift)) + offset`, the four those of each channel"
     # A directory of somebody's disk is not for the world to read.
     source = f" of {_code(base if _is_hub_name(str(base)) else Path(str(base)).name)}" if base else ""
     return (
@@ -243,6 +245,7 @@ def _training(run: dict[str, Any]) -> str:
     keys = (
         "learning_rate",
         "epsilon_learning_rate",
+        "affine_learning_rate",
         "max_steps",
         "num_train_epochs",
         "per_device_train_batch_size",

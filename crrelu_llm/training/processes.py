@@ -123,6 +123,19 @@ def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
         )
 
 
+def refuse_16_bit_zero3(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raises InputError where scale, shift, gain and offset would be trained by ZeRO-3 beside 16-bit weights.
+
+    It wants one dtype for all parameters; rounded to it, the four would not be those of the calibration.
+    """
+    narrow = any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    if distribution(accelerator) == "ZeRO-3" and (narrow or accelerator.mixed_precision != "no"):
+        raise InputError(
+            "affine_learning_rate trains float32 numbers, which ZeRO-3 does not beside 16-bit weights; use the ddp or "
+            "fsdp2 configuration, or leave it out"
+        )
+
+
 def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
     """Sets what FSDP2 will do to a model, before Accelerate or TRL shards it; does nothing under anything else.
 

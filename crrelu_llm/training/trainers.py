@@ -30,6 +30,7 @@ from crrelu_llm.training.optimizer import (
 from crrelu_llm.training.processes import (
     check_launch,
     prepare_fsdp2,
+    refuse_16_bit_zero3,
     refuse_sharded_weights,
     shard_fsdp2,
     sharding_with_buffers,
@@ -67,6 +68,7 @@ class EpsilonMixin:
         if activation_args.affine_learning_rate > 0:
             # The model that is trained alone: in a reference, or under an adapter that is switched off, they are
             # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.
+            refuse_16_bit_zero3(self.accelerator, self.model)
             train_affine(self.model)
         quieten(self)
         self.install_blend()
