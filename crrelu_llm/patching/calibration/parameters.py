@@ -25,8 +25,8 @@ Curve = Callable[[Tensor], Tensor]
 # hardly ever active is drawn to what fits the others.
 _OF_THE_LAYER = 5e-3
 # Weight of inputs that never occurred, spread as a Cauchy distribution around those that did, as a share of the
-# channel's own: as if two tokens more had been seen. It bounds what the fit does beyond the text's range.
-_UNSEEN_TOKENS = 2.0
+# channel's own: as if ten tokens more had been seen. It bounds what the fit does beyond the text's range.
+_UNSEEN_TOKENS = 10.0
 _BEYOND = 2.0  # where that distribution ends, as a multiple of the channel's own range about its mean
 _LEAST_UNSEEN = 1e-5
 # A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
@@ -89,7 +89,7 @@ def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_p
     with torch.no_grad():
         y = original(x)
     if not isinstance(target, CRReLU):
-        return _of_channels([lambda t: target(t)], weights, x, y)
+        return _of_channels([lambda t: target(t.double()).to(t.dtype)], weights, x, y)
     relu, bump = _parts(target)
     if epsilon_per == "channel":
         return _of_channels([relu, bump], weights, x, y)
@@ -334,10 +334,13 @@ def _bounded(numbers: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, gradient: Tensor, damping: Tensor | float) -> Tensor:
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    relative = damping if isinstance(damping, float) else damping[:, None]
+    # In float64: scale and gain of a ReLU are one number, and float32 does not show what is added to the diagonal.
+    wide = matrix.double()
+    diagonal = wide.diagonal(dim1=1, dim2=2)
+    relative = damping if isinstance(damping, float) else damping.double()[:, None]
     extra = relative * diagonal + 1e-8 * diagonal.mean(1, keepdim=True) + _TINY
-    return torch.linalg.solve(matrix + torch.diag_embed(extra), gradient[..., None])[..., 0]
+    step, failed = torch.linalg.solve_ex(wide + torch.diag_embed(extra), gradient.double()[..., None])
+    return torch.where((failed == 0)[:, None], step[..., 0], 0.0).nan_to_num(0.0, 0.0, 0.0).to(gradient.dtype)
 
 
 def _value_and_slope(curve: Curve, t: Tensor) -> tuple[Tensor, Tensor]:
