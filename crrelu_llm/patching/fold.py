@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from crrelu_llm.activation import AffineModule, Calibrated, CRReLU
+from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.activations import build_activation
 from crrelu_llm.patching.calibration.following import Flow, matrix
 from crrelu_llm.patching.finite import evaluating
 from crrelu_llm.patching.modules.replace import swap_in
@@ -76,10 +75,8 @@ def _plain(module: AffineModule) -> nn.Module:
         plain.__dict__["activation_name"] = module.__dict__["activation_name"]
         return plain
     assert isinstance(module, CRReLU)
-    plain = build_activation("crrelu", module.num_channels, "channel" if module.num_channels else "layer")
-    assert isinstance(plain, CRReLU)
-    plain.epsilon_init = module.epsilon_init
-    plain.epsilon.copy_(module.epsilon)
+    plain = type(module)(module.num_channels, module.epsilon_init)
+    plain.load_state_dict({name: value for name, value in module.state_dict().items() if name not in AFFINE})
     return plain
 
 

@@ -25,10 +25,10 @@ Curve = Callable[[Tensor], Tensor]
 # hardly ever active is drawn to what fits the others.
 _OF_THE_LAYER = 5e-3
 # Weight of inputs that never occurred, spread as a Cauchy distribution around those that did, as a share of the
-# channel's own: as if ten tokens more had been seen. It bounds what the fit does beyond the text's range.
-_UNSEEN_TOKENS = 10.0
+# channel's own: as if four tokens more had been seen. It bounds what the fit does beyond the text's range.
+_UNSEEN_TOKENS = 4.0
 _BEYOND = 2.0  # where that distribution ends, as a multiple of the channel's own range about its mean
-_LEAST_UNSEEN = 1e-5
+_MOST_UNSEEN = 0.03
 # A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
 LARGEST_EPSILON = 8.0
 # Around these the bump of CRReLU has the width that a smooth activation's bend has; beyond, it is a ReLU.
@@ -143,7 +143,7 @@ def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
     low, high = (torch.where(seen, x, mean).amin(1, keepdim=True), torch.where(seen, x, mean).amax(1, keepdim=True))
     inside = (x - mean >= _BEYOND * (low - mean)) & (x - mean <= _BEYOND * (high - mean))
     cauchy = torch.gradient(x)[0] * inside / (1 + ((x - mean) / (deviation + _TINY)).square())
-    unseen = max(_LEAST_UNSEEN, _UNSEEN_TOKENS / max(histogram.tokens, 1))
+    unseen = min(_UNSEEN_TOKENS / max(histogram.tokens, 1), _MOST_UNSEEN)
     return weights / total + unseen * cauchy / cauchy.sum(1, keepdim=True).clamp_min(_TINY)
 
 

@@ -52,8 +52,7 @@ class Histogram:
             self.finite = False
             return
         if not self._unit:
-            self._unit = float(x.abs().median().clamp_min(1e-6))
-            self._typical = float(v.median().clamp_min(1e-30))
+            self._unit, self._typical = _typical(x.abs(), 1e-6), _typical(v, 1e-30)
         weight = (
             (self._typical / (v + self._typical)).expand_as(x)
             if u is None
@@ -70,3 +69,9 @@ class Histogram:
             found = torch.zeros(size, device=x.device).index_put_((cell.flatten(),), weight.flatten(), accumulate=True)
         target += found.view_as(target).to("cpu", torch.float64)
         self.tokens += 0 if held_back else len(x)
+
+
+def _typical(values: Tensor, least: float) -> float:
+    """The median of what is not 0: experts and sparse layers have many exact zeros."""
+    values = values[values > 0]
+    return max(float(values.median()), least) if values.numel() else least
