@@ -21,7 +21,7 @@ def workshop(tmp_path_factory, tiny_checkpoint):
 
 def recipe(workshop, kind, **options):
     """A recipe of two steps without an activation section; returns its path."""
-    values = workshop.values(kind, "unused", max_steps=2, calibration_tokens=256, **options)
+    values = workshop.values(kind, "unused", max_steps=2, calibration_tokens=2048, **options)
     del values["activation"], values["output_dir"], values["seed"]
     return write_recipe(workshop.folder / f"compare-{kind}.yaml", values)
 
@@ -105,7 +105,7 @@ def test_arms_start_from_their_own_patch(sft):
 
 def test_a_run_is_what_crrelu_sft_gives(sft, workshop):
     """The evaluation before training, and the runs before it in the same process, change nothing."""
-    single = workshop.run("sft", "single", max_steps=2, seed=1, calibration_tokens=256)
+    single = workshop.run("sft", "single", max_steps=2, seed=1, calibration_tokens=2048)
     run = json.loads((sft / "crrelu" / "seed-1" / "run.json").read_text())
     assert [entry["loss"] for entry in run["history"]] == [entry["loss"] for entry in single["history"]]
     assert run["epsilon"] == single["epsilon"]

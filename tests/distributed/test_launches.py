@@ -40,7 +40,8 @@ def check(workshop, configuration, case, tolerance):
     assert where(record(workshop, case)) == (2, DISTRIBUTION[configuration])
     assert len(set(losses(record(workshop, case)))) == COMMON["max_steps"]
     exact = (".epsilon", ".center", ".width", ".scale", ".shift", ".gain", ".offset")
-    assert {value.dtype for key, value in weights(workshop, case).items() if key.endswith(exact)} == {torch.float32}
+    dtypes = {value.dtype for key, value in weights(workshop, case).items() if key.endswith(exact)}
+    assert dtypes == {torch.float32} or (not dtypes and not record(workshop, case)["epsilon"])
     assert differences(workshop, f"{case}-resumed", case) == ZERO
     found = differences(workshop, case, f"{case}-one")
     assert found["loss"] < tolerance and found["epsilon"] < tolerance, found
@@ -122,7 +123,7 @@ def test_a_fitted_density_in_bfloat16(workshop, configuration):
 def test_calibrated_activations(workshop, configuration, activation, rate):
     """Scale, shift, gain and offset stay those of the patched checkpoint in every process, or learn as in one."""
     cases = ["sft-full", "sft-lora", "dpo-lora"]
-    asked = {"activation": activation, "calibration": "fit", "calibration_tokens": 256, "affine_learning_rate": rate}
+    asked = {"activation": activation, "calibration": "fit", "calibration_tokens": 2048, "affine_learning_rate": rate}
     run_both(workshop, configuration, cases, **asked)
     for case in cases:
         check(workshop, configuration, case, 1e-5)

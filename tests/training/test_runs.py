@@ -136,7 +136,7 @@ def test_another_activation(workshop):
 
 
 def test_calibration_sets_the_start(workshop, text_file):
-    options = {"calibration": "fit", "calibration_data": str(text_file), "calibration_tokens": 512}
+    options = {"calibration": "fit", "calibration_data": str(text_file), "calibration_tokens": 2048}
     record = workshop.run("sft", "run", **options)
     fitted = {site["path"]: site["epsilon_mean"] for site in read_report(workshop.folder / "run" / "patched")["sites"]}
     assert record["epsilon_start"] == fitted
