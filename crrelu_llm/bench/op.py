@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config  # which torch loads only when it compiles
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 

@@ -43,7 +43,8 @@ def outcome(directory):
     assert len(runs) == 4 and {run["status"] for run in runs} == {"done"}
     arms = []
     for arm in report["arms"]:
-        (arm["patch"] or {}).pop("seconds", None)
+        for key in ("seconds", "calibration"):  # what the patch took
+            (arm["patch"] or {}).pop(key, None)
         rows = [{key: run[key] for key in run.keys() - TIMES} for run in arm["runs"]]
         arms.append({**{key: arm[key] for key in arm.keys() - TIMES}, "runs": rows})
     kept = [{key: run[key] for key in ("metrics", "items", "epsilon", "history", "seed")} for run in runs]
