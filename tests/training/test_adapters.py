@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from crrelu_llm.activation import CRReLU
+from crrelu_llm.activation import AFFINE, CRReLU
 from crrelu_llm.evaluation.items import evaluate_trainer
 from crrelu_llm.patching import section
-from crrelu_llm.training.optimizer import epsilon_modules
+from crrelu_llm.training.optimizer import affine_modules, epsilon_modules
 from crrelu_llm.training.run import train_and_save
 
 IDS = torch.arange(6, 30).view(2, 12)
@@ -123,6 +123,32 @@ def test_qlora_trains_epsilon_in_float32(quantisable, kind):
     saved = load_file(quantisable.folder / "run" / "adapter_model.safetensors")
     for path, module in modules.items():
         assert torch.equal(saved[f"base_model.model.{path}.epsilon"], module.epsilon.detach())
+
+
+@pytest.mark.slow
+def test_qlora_trains_scale_shift_gain_and_offset_in_float32(quantisable, text_file, tmp_path):
+    asked = {"calibration": "fit", "calibration_data": str(text_file), "calibration_tokens": 2048}
+    recipe, trainer = quantisable.trainer("dpo", "run", **QLORA, **asked, affine_learning_rate=0.02)
+    output = quantisable.folder / "run"
+    start = load_file(output / "patched" / "model.safetensors")
+    for path, module in affine_modules(trainer.model).items():
+        for name in AFFINE:  # bf16 would have made them others
+            assert torch.equal(getattr(module, name).detach(), start[f"{path}.{name}"])
+    train_and_save(trainer, recipe)
+    saved = load_file(output / "adapter_model.safetensors")
+    for path, module in affine_modules(trainer.model).items():
+        for name in AFFINE:
+            value = saved[f"base_model.model.{path}.{name}"]
+            assert value.dtype == torch.float32 and not torch.equal(value, start[f"{path}.{name}"])
+            assert torch.equal(value, getattr(module, name).detach())
+    merged = AutoPeftModelForCausalLM.from_pretrained(output).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(
+        torch.equal(again[key.removeprefix("base_model.model.")], saved[key])
+        for key in saved
+        if key.rpartition(".")[2] in AFFINE
+    )
 
 
 def test_recompute_changes_no_bit_of_a_qlora_run(quantisable):
