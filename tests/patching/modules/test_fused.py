@@ -75,7 +75,7 @@ def kept_bytes(model):
 @pytest.mark.parametrize("family", ONE_CALL)
 def test_gate_and_up_go_through_one_call(family):
     model = model_of(family)
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     if family == "mixtral":
         model.set_experts_implementation("grouped_mm")
     assert calls(model) == [2] * ONE_CALL[family]
@@ -92,7 +92,7 @@ def test_gate_and_up_go_through_one_call(family):
 def test_other_activations_keep_their_mlp(activation):
     model = tiny_model("llama")
     before = {path: type(module) for path, module in model.named_modules() if path.endswith("mlp")}
-    patch(model, activation)
+    patch(model, activation, calibration="none")
     assert {path: type(model.get_submodule(path)) for path in before} == before
 
 
@@ -101,7 +101,7 @@ def test_other_activations_keep_their_mlp(activation):
 def test_unpatch_gives_every_module_its_class_back(family, recompute):
     model = model_of(family)
     classes = {path: type(module) for path, module in model.named_modules()}
-    patch(model, recompute_activation=recompute)
+    patch(model, recompute_activation=recompute, calibration="none")
     unpatch(model)
     assert {path: type(module) for path, module in model.named_modules()} == classes
     assert not any("_unfused" in module.__dict__ for module in model.modules())
@@ -111,7 +111,7 @@ def test_unpatch_gives_every_module_its_class_back(family, recompute):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_copies_and_pickles_compute_the_same(family, recompute):
     model = tiny_model(family)
-    patch(model, epsilon_init=0.3, recompute_activation=recompute)
+    patch(model, epsilon_init=0.3, recompute_activation=recompute, calibration="none")
     expected, kept = step(model), kept_bytes(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same_bits(step(other), expected)
@@ -125,10 +125,10 @@ def test_copies_and_pickles_compute_the_same(family, recompute):
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "bloom", "mixtral", "qwen2_moe", "lfm2"])
 def test_recompute_gives_the_same_bits_and_keeps_less(family, tmp_path):
     model = model_of(family)
-    patch(model, epsilon_init=0.3, epsilon_per="channel")
+    patch(model, epsilon_init=0.3, epsilon_per="channel", calibration="none")
     expected, kept = step(model), kept_bytes(model)
     unpatch(model)
-    patch(model, epsilon_init=0.3, epsilon_per="channel", recompute_activation=True)
+    patch(model, epsilon_init=0.3, epsilon_per="channel", recompute_activation=True, calibration="none")
     assert_same_bits(step(model), expected)
     if family == "bloom":  # it computes its first linear layer and its activation in one expression, which is kept
         assert kept_bytes(model) <= kept
@@ -147,7 +147,7 @@ def test_recompute_under_gradient_checkpointing(family, use_reentrant):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    patch(model, epsilon_init=0.3, recompute_activation=True)
+    patch(model, epsilon_init=0.3, recompute_activation=True, calibration="none")
     expected = step(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -156,7 +156,7 @@ def test_recompute_under_gradient_checkpointing(family, use_reentrant):
 
 def test_checkpointing_frees_as_much_with_recompute():
     model = tiny_model("llama").train()
-    patch(model)
+    patch(model, calibration="none")
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     model.gradient_checkpointing_enable(**options)
     without = kept_bytes(model)
@@ -169,7 +169,7 @@ def test_recompute_with_lora(family):
     found = []
     for recompute in (False, True):
         model = tiny_model(family)
-        patch(model, epsilon_init=0.3, recompute_activation=recompute)
+        patch(model, epsilon_init=0.3, recompute_activation=recompute, calibration="none")
         torch.manual_seed(0)
         config = LoraConfig(target_modules="all-linear", modules_to_save=paths(model), init_lora_weights=False)
         adapted = get_peft_model(model, config)
@@ -183,7 +183,7 @@ def test_recompute_with_lora(family):
 def test_a_blend_of_a_gated_product_in_one_call(weight):
     native = tiny_model("llama").train()
     model = tiny_model("llama").train()
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     separate = copy.deepcopy(model)
     unfuse(separate, paths(separate))
     logits = []
@@ -199,7 +199,7 @@ def test_a_blend_of_a_gated_product_in_one_call(weight):
 def test_a_compiled_patched_model_has_no_graph_break():
     for family in ("llama", "phi3", "gpt2"):
         model = tiny_model(family)
-        patch(model, epsilon_init=0.3, recompute_activation=True)
+        patch(model, epsilon_init=0.3, recompute_activation=True, calibration="none")
         expected = step(model)
         torch._dynamo.reset()
         found = step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
@@ -218,21 +218,21 @@ def test_a_wrapped_or_generated_forward_is_left_alone():
 
     for layer in model.model.layers:
         layer.mlp.__class__ = Another
-    patch(model)
+    patch(model, calibration="none")
     assert all(type(layer.mlp) is Another for layer in model.model.layers)
     assert tiny_config("llama").hidden_act == "silu"
 
 
 def test_recompute_can_be_added_to_a_patched_model():
     model = tiny_model("llama")
-    patch(model)
-    patch(model, recompute_activation=True)
+    patch(model, calibration="none")
+    patch(model, recompute_activation=True, calibration="none")
     assert all(layer.mlp.recomputes for layer in model.model.layers)
 
 
 def test_gate_and_up_of_two_dtypes():
     model = tiny_model("llama")
-    patch(model, epsilon_init=0.3)
+    patch(model, epsilon_init=0.3, calibration="none")
     mlp = model.model.layers[0].mlp
     gate, up = torch.randn(3, 48), torch.randn(3, 48, dtype=torch.float64)
     assert torch.equal(mlp.act_fn(gate, up), mlp.act_fn(gate) * up)
