@@ -5,8 +5,9 @@ import pytest
 import sympy
 import torch
 
-from crrelu_llm import crrelu
+from crrelu_llm.activation import CRReLU
 from crrelu_llm.eafo import activations
+from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 
 X = np.array([-6.1, -2.0, -0.7, -1e-3, 0.2, 1.0, 2.9, 7.0])
@@ -28,9 +29,12 @@ def test_the_formula_and_its_derivatives_are_the_function_s(name):
 
 def test_crrelu_is_the_package_s():
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    center, width = torch.tensor([-0.3], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
-    expected = crrelu(x, torch.tensor([0.7], dtype=torch.float64), center, width)
-    np.testing.assert_allclose(activations.named("crrelu(0.7,-0.3,0.8)").value(x.numpy()), expected, rtol=1e-14)
+    plain, fitted = CRReLU().double(), FittedCRReLU().double()
+    with torch.no_grad():
+        for value, number in ((plain.epsilon, 0.7), (fitted.epsilon, 0.7), (fitted.center, -0.3), (fitted.width, 0.8)):
+            value.fill_(number)  # in float64, which their start values are not
+        for name, activation in (("crrelu(0.7)", plain), ("crrelu(0.7,-0.3,0.8)", fitted)):
+            np.testing.assert_allclose(activations.named(name).value(x.numpy()), activation(x), rtol=1e-14, atol=1e-16)
 
 
 @pytest.mark.parametrize(
