@@ -1,8 +1,6 @@
 """Perplexity of a model on texts before and after a patch, in one process; one JSON line on stdout.
 
     python prepare.py DATA_DIR          # makes calibration.jsonl, hh.jsonl and lambada.jsonl from the data sets
-    crrelu patch SmolLM2-135M-Instruct.Q4_1.gguf --activation silu --calibration none --perplexity_data none \\
-        --output_dir smollm2-135m-instruct                                                             # float32
     python measure.py smollm2-135m-instruct --calibration fit --epsilon_per channel \\
         --text wikitext-2=wikitext-2/valid.txt.gz --text hh=hh.jsonl --text lambada=lambada.jsonl
 """
