@@ -28,7 +28,7 @@ _OF_THE_LAYER = 5e-3
 # channel's own: as if four tokens more had been seen. It bounds what the fit does beyond the text's range.
 _UNSEEN_TOKENS = 4.0
 _BEYOND = 2.0  # where that distribution ends, as a multiple of the channel's own range about its mean
-_MOST_UNSEEN = 0.03
+_MOST_UNSEEN = 0.03  # where there are few tokens
 # A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
 LARGEST_EPSILON = 8.0
 # Around these the bump of CRReLU has the width that a smooth activation's bend has; beyond, it is a ReLU.
