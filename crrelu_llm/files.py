@@ -8,6 +8,7 @@ import numbers
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,19 @@ def write_json(path: Path, content: Any) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Whether a file or directory is what a killed writer of ours left behind, or the file that `alone` locks."""
-    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+    return path.name.endswith(_LOCK) or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 @contextlib.contextmanager
-def alone(directory: Path, command: str) -> Iterator[None]:
-    """Within it no other call works in the directory, which is made: its settings and report would replace this one's.
+def alone(directory: Path, command: str, beside: bool = False) -> Iterator[None]:
+    """Within it no other call works in the directory: each would replace what the other writes.
+
+    The directory is made, and removed again if nothing came into it.
 
     Args:
         directory: An output directory.
         command: What to call the work, `crrelu eval`.
+        beside: The lock lies beside the directory, which is not made.
 
     Raises:
         InputError: Another call does, or something that is no directory of ours stands in the way.
@@ -75,10 +79,12 @@ def alone(directory: Path, command: str) -> Iterator[None]:
     except ImportError:  # Windows: nothing guards it there
         yield
         return
+    lock = directory.with_name(f".{directory.name}{_LOCK}") if beside else directory / _LOCK
+    absent = [path for path in (lock.parent, *lock.parent.parents) if not path.exists()]
     try:
         with writing(str(directory)):
-            directory.mkdir(parents=True, exist_ok=True)
-            file = open(directory / _LOCK, "a")  # noqa: SIM115
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a")  # noqa: SIM115
     except (FileExistsError, IsADirectoryError) as error:  # a link to nothing, or something else called as ours are
         reason = str(error.strerror).lower()
         raise InputError(
@@ -95,7 +101,16 @@ def alone(directory: Path, command: str) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
-        yield
+        if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
+            # Whoever held it has taken it away in between; who comes now takes another.
+            raise InputError(f"output_dir {directory}: another `{command}` has just ended there; run it again")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # directories made for nothing; those that hold something stay
+                for path in absent:
+                    path.rmdir()
 
 
 def remove(path: Path) -> None:
@@ -115,8 +130,13 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or every file below a directory, is on the disk: a rename must not overtake its content."""
+    """Waits until a file, or every file below a directory, is on the disk: a rename must not overtake its content.
+
+    Files that a library made for their owner alone, as safetensors does, may be read by whom the umask admits.
+    """
     for file in [path, *path.rglob("*")]:
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~_umask())
         number = os.open(file, os.O_RDONLY)
         try:
             os.fsync(number)
@@ -125,6 +145,12 @@ def sync(path: Path) -> None:
                 raise
         finally:
             os.close(number)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no other way to ask
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

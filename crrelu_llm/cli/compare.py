@@ -7,6 +7,7 @@ from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import alone
 
 
 def _parser() -> Parser:
@@ -32,7 +33,7 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args, rest = _parser().parse_known_args(argv)
-    from crrelu_llm.training.arguments import without_secrets
+    from crrelu_llm.secrets import without_secrets
 
     status = _launched(argv, args.config)
     if status is not None:
@@ -97,12 +98,17 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
     Raises:
         InputError: No such directory, or it holds neither; something there is damaged.
     """
+    if not output_dir.is_dir():
+        raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")
+    with alone(output_dir, "crrelu report", beside=True):
+        return _write(output_dir, margins, with_examples)
+
+
+def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bool) -> str:
     from crrelu_llm.comparison import evaluation, matrix, results
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.evaluation.results import SETTINGS
 
-    if not output_dir.is_dir():
-        raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")
     if (output_dir / SETTINGS).is_file():
         report = evaluation.build_report(output_dir, margins)
     elif not (output_dir / matrix.SETTINGS).is_file():

@@ -65,6 +65,7 @@ def run(argv: list[str]) -> int:
     quieten_libraries()
     from crrelu_llm.evaluation.models import parse_models
     from crrelu_llm.evaluation.run import Evaluation, run_evaluation, say_alone
+    from crrelu_llm.secrets import without_secrets
 
     say_alone()
     evaluation = Evaluation(
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> int:
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=_device(args.device),
-        command=shlex.join(["crrelu", "eval", *argv]),
+        command=shlex.join(["crrelu", "eval", *without_secrets(argv)]),
     )
     with run_evaluation(evaluation) as failures:
         verdict = write(output_dir)

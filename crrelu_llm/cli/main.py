@@ -34,18 +34,20 @@ COMMANDS = {
 # What `accelerate launch` starts on every process; of the other commands the first process does the work alone.
 _PATIENCE = 15.0  # seconds
 DISTRIBUTED = ("sft", "dpo", "compare")
+_DEBUG = "CRRELU_DEBUG"
 _KEPT = "finished runs and saved checkpoints are whole and kept"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
-    argv = _underscores(sys.argv[1:] if argv is None else argv)
+    argv = _without_debug(_underscores(sys.argv[1:] if argv is None else argv))
     parser = Parser(
         prog="crrelu",
         description="Swap the MLP activation of a Hugging Face causal LM for CRReLU, fine-tune, and compare.",
         epilog="example: crrelu quickstart",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="of any command: show the traceback of wrong input, too")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
@@ -75,6 +77,8 @@ def _run(module, name: str, argv: list[str]) -> int:
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_PATIENCE)  # the first process says it once for all, and the launcher then stops this one
+        if os.environ.get(_DEBUG):
+            traceback.print_exc()
         print(f"crrelu {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
@@ -116,6 +120,15 @@ def _silence_libraries() -> None:
     # TRL itself sets the options that transformers has renamed.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated")
+
+
+def _without_debug(argv: list[str]) -> list[str]:
+    """Takes `--debug` out, and keeps it where every process sees it. The Trainer's own `--debug` has a value."""
+    for index, argument in enumerate(argv):
+        if argument == "--debug" and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
+            os.environ[_DEBUG] = "1"
+            return argv[:index] + argv[index + 1 :]
+    return argv
 
 
 def _underscores(argv: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`crrelu patch`: a checkpoint in, a patched checkpoint out."""
 
+import argparse
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
-from crrelu_llm.files import remove
+from crrelu_llm.files import alone, remove
 
 
 def _parser() -> Parser:
@@ -51,16 +52,18 @@ def run(argv: list[str]) -> int:
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
     measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
-    report = patch_checkpoint(
-        args.model,
-        config,
-        output_dir,
-        args.dtype,
-        args.fold,
-        _perplexity(measured_on),
-        measured_on,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with alone(output_dir, "crrelu patch", beside=True):
+        _check_writable(output_dir)  # another call may have made it meanwhile
+        report = patch_checkpoint(
+            args.model,
+            config,
+            output_dir,
+            args.dtype,
+            args.fold,
+            _perplexity(args, measured_on),
+            measured_on,
+            trust_remote_code=args.trust_remote_code,
+        )
     if args.plot:
         from crrelu_llm.patching.plot import PLOT, plot_report
 
@@ -83,8 +86,8 @@ def _check_writable(output_dir: Path) -> None:
         raise InputError(f"{output_dir}: cannot write below {parent}; choose another --output_dir")
 
 
-def _perplexity(measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | None:
-    """What measures the perplexity; it sets `tokens` to how many there were, which may be fewer than asked for."""
+def _perplexity(args: argparse.Namespace, measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | None:
+    """What measures the perplexity, its text read; `tokens` becomes how many there are, or as many as asked for."""
     data, tokens = measured_on["data"], measured_on["tokens"]
     if data == "none":
         return None
@@ -92,17 +95,14 @@ def _perplexity(measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | No
         raise InputError(f"--perplexity_tokens must be 2 or more, not {tokens}")
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
+    from crrelu_llm.patching import loading
     from crrelu_llm.patching.calibration.text import block_size
 
-    blocks: list[Any] = []  # read once, when the tokenizer is known
-
-    def measure(model: Any, tokenizer: Any) -> float:
-        if not blocks:
-            blocks.append(language_modelling_blocks(data, tokenizer, tokens, block_size(model.config), split="test"))
-            measured_on["tokens"] = blocks[0].numel()
-        return perplexity(model, blocks[0])
-
-    return measure
+    code = {"trust_remote_code": args.trust_remote_code}
+    tokenizer, config = loading.load_tokenizer(args.model, **code), loading.load_config(args.model, **code)
+    blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(config), split="test")
+    measured_on["tokens"] = blocks.numel()
+    return lambda model, _: perplexity(model, blocks)
 
 
 def _print(report: dict[str, Any], output_dir: Path) -> None:

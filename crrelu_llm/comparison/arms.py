@@ -1,6 +1,7 @@
 """What a comparison runs: arms, seeds and a grid over recipe keys, as the user writes them."""
 
 import itertools
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -98,8 +99,8 @@ def grid_name(point: dict[str, str]) -> str:
 
 
 def directory_name(text: str) -> str:
-    """An arm or a grid point as the name of one directory: a path in it must not lead elsewhere."""
-    return text.replace("/", "%2F")
+    """An arm or a grid point as the name of one directory that every file system takes: `:` is `%3A`, `/` is `%2F`."""
+    return re.sub(r'[<>:"/\\|?*%\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def check_grid(points: list[dict[str, str]], arms: list[Arm]) -> None:

@@ -22,6 +22,7 @@ from crrelu_llm.evaluation.items import evaluate_trainer, texts
 from crrelu_llm.files import alone, is_leftover, remove, write_json
 from crrelu_llm.patching import find_sites, loading, section
 from crrelu_llm.training.arguments import Recipe, parse
+from crrelu_llm.training.preflight import check_machine
 from crrelu_llm.training.prepare import check_calibrated, datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import from_main, main_process_first
 from crrelu_llm.training.resume import checkpoint_to_resume
@@ -82,7 +83,8 @@ class Comparison:
 
 def arm_dir(output_dir: Path, arm: str, point: dict[str, str]) -> Path:
     """Where an arm at a grid point has its starting checkpoint, its metrics before training, and its runs."""
-    return output_dir / directory_name(arm) / grid_name(point)
+    earlier = output_dir / arm.replace("/", "%2F")  # as version 0.1 called it
+    return (earlier if earlier.is_dir() else output_dir / directory_name(arm)) / grid_name(point)
 
 
 def run_comparison(comparison: Comparison) -> None:
@@ -269,6 +271,7 @@ def _check_everything(comparison: Comparison) -> Recipe:
             if config is not None and recipe.activation.affine_learning_rate > 0:
                 check_calibrated(f"the arm {arm.name}", config, None)
             require_bitsandbytes(recipe)
+    check_machine(base)
     skeleton = loading.skeleton(model, trust_remote_code=base.training.trust_remote_code)
     found = section.read(skeleton.config)
     if found is not None:

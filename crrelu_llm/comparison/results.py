@@ -78,7 +78,8 @@ def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> di
     place = arm_dir(directory, arm, point)
     run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
     empty: dict[str, Any] = {
-        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "history": [], "environment": {}},
+        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}},
+        **{"history": [], "environment": {}},
         "before": _read_json(place / BEFORE) or {},
     }
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
@@ -88,7 +89,7 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, A
     arm = parse_arm(name)
     keys = (
         *("seed", "status", "error", "grid", "before", "metrics", "train_seconds", "tokens_per_second"),
-        *("peak_memory_bytes", "epsilon", "epsilon_start", "history"),
+        *("peak_memory_bytes", "epsilon", "epsilon_start", "curves", "history"),
     )
     own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
     patches = [read_report(arm_dir(directory, name, point) / "patched") for point in settings["points"]]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crrelu_llm.data.beginning import beginning
 from crrelu_llm.data.docstrings import load_docstrings
-from crrelu_llm.errors import InputError
+from crrelu_llm.data.messages import are_messages, text_of
+from crrelu_llm.data.pairs import with_prompt_once
+from crrelu_llm.errors import InputError, reading, reason_of
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("crrelu_llm")
 BUILTIN = "builtin:"
 _BUILTINS = {"docstrings": load_docstrings}
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".csv": "csv"}
@@ -59,6 +64,8 @@ def load_dataset(name: str, config: str | None = None, streaming: bool = False) 
     if path.is_dir():
         if not any(path.iterdir()):
             raise InputError(f"{name}: the folder is empty; put data files (for example train.jsonl) into it")
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _saved(name, path, streaming)
         return _read(name, str(path), config, streaming=streaming)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or _reader(path) is not None:
         raise InputError(f"{name}: no such file or folder; check the path")
@@ -87,29 +94,48 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
 def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:
     """Yields each row as plain text, for calibration and perplexity.
 
-    The text is made of the columns `text`, or `messages`, or `prompt` with `completion` or `chosen`, or `question`
-    with `answer`, or `chosen` alone. Messages contribute their contents; parts are parted by a blank line.
+    The text is made of the first of these that the row has: `text`, `messages` (or `conversations`), `prompt` with
+    `completion` or `chosen`, `question` with `answer`, `chosen` alone. Messages contribute their contents; parts are
+    parted by a blank line.
 
     Args:
         split: the rows.
         limit: the most rows to read.
 
     Yields:
-        One string a row; rows whose text is empty are left out.
+        One string a row; rows without text are left out, and a warning says how many.
 
     Raises:
-        InputError: if the rows have none of these columns.
+        InputError: if the rows have none of these columns, or one holds what is no text.
     """
+    empty = total = 0
     for row in itertools.islice(split, limit):
-        columns = next((group for group in _TEXT_COLUMNS if group[0] in row), None)
-        if columns is None:
-            raise InputError(
-                f"the data has no text column: found {', '.join(row)}; expected text, messages, prompt with "
-                "completion or chosen, or question with answer"
-            )
-        text = "\n\n".join(part for key in columns if (part := _plain(row.get(key))))
+        total += 1
+        with reading(f"row {total}", ours=True):
+            text = _text_of_row(row)
         if text.strip():
             yield text
+        else:
+            empty += 1
+    if empty:
+        logger.warning("%d of %d rows have no text and are left out", empty, total)
+
+
+def _text_of_row(given: Mapping[str, Any]) -> str:
+    row = dict(given)
+    if not any(group[0] in row for group in _TEXT_COLUMNS) and "conversations" not in row:
+        raise InputError(
+            f"the data has no text column: found {', '.join(row)}; expected text, messages, prompt with "
+            "completion or chosen, or question with answer"
+        )
+    if row.get("conversations"):
+        from trl.data_utils import maybe_convert_to_chatml
+
+        row = maybe_convert_to_chatml(copy.deepcopy(row))
+    if row.get("chosen") and not row.get("text") and not row.get("messages"):
+        row |= with_prompt_once(row)
+    columns = next((group for group in _TEXT_COLUMNS if row.get(group[0])), ())
+    return "\n\n".join(part for key in columns if (part := _plain(key, row.get(key))))
 
 
 def sha256(split: Iterable[Mapping[str, Any]]) -> str:
@@ -191,6 +217,19 @@ def _load_file(path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict
     return _read(str(path), reader, None, data_files={"train": str(path)}, streaming=streaming)
 
 
+def _saved(source: str, path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    """What `save_to_disk` wrote: several splits, or one, which becomes `train`."""
+    import datasets
+
+    with reading(source, "save it again with save_to_disk"):
+        found = datasets.load_from_disk(str(path))
+        splits = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict({"train": found})
+    _require_rows(source, splits)
+    if streaming:
+        return datasets.IterableDatasetDict({key: split.to_iterable_dataset() for key, split in splits.items()})
+    return splits
+
+
 def _read(source: str, builder: str, config: str | None, **options: Any) -> DatasetDict | IterableDatasetDict:
     """Reads local data, with messages that name the source."""
     import datasets
@@ -201,17 +240,19 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
     except (
         Exception
     ) as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
-        # The last cause tells what a reader met; those above it only say that something failed.
-        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-            error = error.__cause__
         # a compressed file of nothing, as JSON and as text
-        if isinstance(error, StopIteration) or "at least one example" in str(error):
+        reason = reason_of(error)
+        if isinstance(error, StopIteration) or "at least one example" in reason or "StopIteration" in reason:
             raise InputError(f"{source}: the file holds no rows") from error
-        raise InputError(f"{source}: cannot be read: {_one_line(error)}; check that the data is whole") from error
+        raise InputError(f"{source}: cannot be read: {reason}; check that the data is whole") from error
+    _require_rows(source, splits)
+    return splits
+
+
+def _require_rows(source: str, splits: Mapping[str, Any]) -> None:
     for name, split in splits.items():
         if next(iter(split), None) is None:
             raise InputError(f'{source}: the split "{name}" has no rows')
-    return splits
 
 
 def _load_from_hub(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
@@ -221,14 +262,9 @@ def _load_from_hub(name: str, config: str | None, streaming: bool) -> DatasetDic
         return datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # no network, no such name, no access, no such configuration: the user's to mend
         raise InputError(
-            f"{name}: neither a local file nor a local folder, and the hub did not give it ({_one_line(error)}); "
+            f"{name}: neither a local file nor a local folder, and the hub did not give it ({reason_of(error)}); "
             "check the name, or download the data and give its path"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextlib.contextmanager
@@ -245,10 +281,12 @@ def _no_progress_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _plain(value: Any) -> str:
+def _plain(column: str, value: Any) -> str:
     """The text of a column: a string as it is, the contents of a list of messages, nothing for None."""
     if value is None:
         return ""
-    if isinstance(value, list):
-        return "\n\n".join(str(message["content"]) for message in value if message.get("content"))
-    return str(value)
+    if isinstance(value, str):
+        return value
+    if are_messages(value):
+        return "\n\n".join(text for message in value if (text := text_of(message.get("content"))))
+    raise InputError(f"{column} is neither text nor messages: {value!r:.60}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.measured import wins
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
 SHOWN = 600  # characters of an item's text that are kept to look at
@@ -85,7 +86,7 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
         rejected_tokens=rejected_tokens.astype(int),
     )
     margins = chosen - rejected
-    items = {"reward_accuracy": (margins > 0).astype(float).tolist(), "reward_margin": margins.tolist()}
+    items = {"reward_accuracy": wins(margins).tolist(), "reward_margin": margins.tolist()}
     metrics["perplexity"] = float(np.exp(min(-chosen_logps.sum() / max(chosen_tokens.sum(), 1), 700.0)))
     if trainer.loss_types == ["sigmoid"] and not trainer.label_smoothing and not trainer.use_weighting:
         losses = np.logaddexp(0.0, -margins)  # −log σ(margin)

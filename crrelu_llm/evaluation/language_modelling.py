@@ -45,7 +45,7 @@ class TextTask:
         self.data = [{"name": os.path.join(*Path(path).parts[-2:]), "rows": len(rows), "sha256": sha256(rows)}]
         self._documents = documents[:limit]
         self.rows = len(self._documents)
-        self.config = {"output_type": "language_modelling", "version": 1, "rows": self.rows}
+        self.config = {"output_type": "language_modelling", "version": 2, "rows": self.rows}
 
     def run(self, lm: Any) -> Measured:
         """Evaluates a model; the items are the documents."""
@@ -55,7 +55,7 @@ class TextTask:
         ]
         with quiet():
             nll = -np.array(lm.loglikelihood_rolling(requests))
-        tokens = np.array([len(lm.tok_encode(text)) for text in self._documents])
+        tokens = np.array([lm.tokens_of(text) for text in self._documents])
         size = np.array([len(text.encode("utf-8", "surrogatepass")) for text in self._documents])
         loss = float(nll.sum() / tokens.sum())
         measured = Measured(

@@ -12,6 +12,8 @@ import psutil
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from crrelu_llm.data.beginning import beginning
+
 _BYTES_A_LOGIT = 12  # the logits, their float32 log-softmax, and a copy of either on the way
 _SHARE = 0.25  # of the free memory
 _LARGEST = 64
@@ -26,7 +28,23 @@ class EvaluationLM(HFLM):
 
     def __init__(self, *args: Any, longest: int | None = None, **kwargs: Any) -> None:
         self._longest = longest
+        self._bare = False
         super().__init__(*args, **kwargs)
+        self._beginning = beginning(self.tokenizer)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text that nothing precedes is read after: what the tokenizer puts before texts, or else lm-eval's."""
+        before = getattr(self, "_beginning", None)
+        return before[-1] if before else int(super().prefix_token_id)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """As lm-eval's; within a rolling likelihood without what the tokenizer puts before a text."""
+        return super().tok_encode(string, False if self._bare else add_special_tokens, **kwargs)
+
+    def tokens_of(self, text: str) -> int:
+        """How many tokens of a text its rolling log-likelihood is the sum of."""
+        return len(self.tok_encode(text, add_special_tokens=False))
 
     @property
     def max_length(self) -> int:
@@ -39,8 +57,16 @@ class EvaluationLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm or _without_bars())
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-eval's, its bar only where tqdm's are wanted."""
-        return super().loglikelihood_rolling(requests, disable_tqdm or _without_bars())
+        """As lm-eval's, its bar only where tqdm's are wanted.
+
+        But of the text's tokens alone: lm-eval encodes the text with the tokenizer's beginning-of-sequence token, and
+        puts one more before it, so that it also scores the one after the other.
+        """
+        self._bare = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm or _without_bars())
+        finally:
+            self._bare = False
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As lm-eval's, its bar only where tqdm's are wanted."""

@@ -139,3 +139,8 @@ def spread_over_groups(groups: list[str], limit: int) -> list[int]:
         members.setdefault(group, []).append(index)
     turns = [(turn, index) for indices in members.values() for turn, index in enumerate(indices)]
     return sorted(index for _, index in sorted(turns, key=lambda entry: entry[0])[:limit])
+
+
+def wins(differences: np.ndarray) -> np.ndarray:
+    """1 for a win, one half for a tie: in every accuracy of pairs."""
+    return (differences > 0) + 0.5 * (differences == 0)

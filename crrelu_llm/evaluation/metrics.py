@@ -7,6 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from crrelu_llm.evaluation.measured import wins
+
 # name -> (label, whether higher is better, format, whether it is a control beside the verdicts)
 METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "loss": ("loss", False, "{:.4f}", False),
@@ -57,9 +59,9 @@ class PairwisePreference(evaluate.Metric):
         margin = np.asarray(chosen_reward) - np.asarray(rejected_reward)
         longer = np.asarray(chosen_tokens) - np.asarray(rejected_tokens)
         return {
-            "reward_accuracy": float(np.mean(margin > 0)),
+            "reward_accuracy": float(np.mean(wins(margin))),
             "reward_margin": float(np.mean(margin)),
-            "longer_answer_accuracy": float(np.mean((longer > 0) + 0.5 * (longer == 0))),
+            "longer_answer_accuracy": float(np.mean(wins(longer))),
         }
 
 

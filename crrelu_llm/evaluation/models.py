@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.evaluation.suites import is_name
-from crrelu_llm.patching import loading, section
+from crrelu_llm.patching import fingerprint, loading, section
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _ADAPTER = "adapter_config.json"
@@ -38,10 +38,11 @@ class NamedModel:
         found = _adapter(self.path)
         if found is None:
             return self.path
-        base = found.get("base_model_name_or_path")
+        base = str(found.get("base_model_name_or_path") or "")
         if not base:
             raise InputError(f"{self.path}: {_ADAPTER} does not name the model that the adapter belongs to")
-        return str(base)
+        beside = Path(self.path).expanduser() / "patched"  # of a run whose directory was moved
+        return str(beside) if not Path(base).exists() and (beside / "config.json").is_file() else base
 
     @property
     def is_adapter(self) -> bool:
@@ -79,13 +80,8 @@ def identity(model: NamedModel) -> dict[str, Any]:
         InputError: A model that does not exist.
     """
     if model.is_adapter:
-        return {"adapter": _files(Path(model.path)), "base": identity(NamedModel(model.name, model.base))}
-    source = loading.resolve(model.path)
-    path = Path(source)
-    if path.exists():
-        return {"files": _files(path)}
-    commit = getattr(loading.load_config(source), "_commit_hash", None)
-    return {"hub": source, "commit": commit}
+        return {"adapter": fingerprint.files_of(Path(model.path)), "base": fingerprint.of_model(model.base)}
+    return fingerprint.of_model(model.path)
 
 
 def load_tokenizer(model: NamedModel) -> Any:
@@ -96,46 +92,13 @@ def load_tokenizer(model: NamedModel) -> Any:
     """
     own = model.is_adapter and (Path(model.path) / "tokenizer_config.json").is_file()
     if not own:
-        return require_tokenizer(loading.load_tokenizer(model.base), model)
+        return loading.load_tokenizer(model.base)
     from transformers import AutoTokenizer
 
-    try:
-        return require_tokenizer(AutoTokenizer.from_pretrained(model.path), model)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def require_tokenizer(tokenizer: Any, model: NamedModel) -> Any:
-    """Returns a tokenizer that makes tokens of text: of a directory without one transformers makes an empty one.
-
-    Raises:
-        InputError: It makes none.
-    """
-    if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
-        raise InputError(
-            f"{model.path}: its tokenizer makes no tokens of a text; put the model's tokenizer files there "
-            "(tokenizer.json, tokenizer_config.json)"
-        )
+    with reading(f"{model.path}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
+    loading.require_tokens(tokenizer, model.path)
     return tokenizer
-
-
-def require_embeddings(tokenizer: Any, loaded: Any, model: NamedModel) -> None:
-    """Refuses a tokenizer whose tokens the loaded model does not have.
-
-    The padding token may be one: what it stands at is never looked at.
-
-    Raises:
-        InputError: There are others.
-    """
-    rows = loaded.get_input_embeddings().weight.shape[0]
-    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
-    if set(beyond) - {tokenizer.pad_token}:
-        raise InputError(
-            f"{model.path}: its tokenizer has {len(tokenizer)} tokens, and the model only embeddings of {rows}; put "
-            "the tokenizer there that belongs to the model"
-        )
 
 
 def require_weights(model: NamedModel) -> None:
@@ -201,12 +164,40 @@ def load(model: NamedModel, dtype: str = "float32") -> Any:
     if model.is_adapter:
         from peft import PeftModel
 
+        from crrelu_llm.activation import AFFINE
+
+        _make_room(loaded, Path(model.path).expanduser())
         try:
             loaded = PeftModel.from_pretrained(loaded, model.path)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, KeyError) and reason.strip("'").endswith(tuple(f".{name}" for name in AFFINE)):
+                reason = "the model's activations are calibrated, and the adapter was trained on ones that are not"
             raise InputError(f"{model.path}: this adapter cannot be put on {model.base}: {reason}") from error
     return loaded.eval()
+
+
+def _make_room(model: Any, adapter: Path) -> None:
+    """Gives a model the embeddings that it had when an adapter was trained: a cloned chat template adds tokens.
+
+    What stands there is in the adapter.
+    """
+    embeddings = model.get_input_embeddings().weight
+    found = (_adapter(str(adapter)) or {}).get("trainable_token_indices") or []
+    lists = found.values() if isinstance(found, dict) else [found]
+    rows = max([embeddings.shape[0], *(index + 1 for indices in lists for index in indices)])
+    heads = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    names = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if any(module is head for head in heads)
+    }
+    for file in adapter.glob("adapter_model*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for key in saved.keys():  # noqa: SIM118 — not a dictionary
+                parts = key.split(".")
+                if parts[-1] == "weight" and parts[-2] in names:
+                    rows = max(rows, saved.get_slice(key).get_shape()[0])
+    if rows > embeddings.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -237,11 +228,3 @@ def _adapter(path: str) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise InputError(f"{file}: must hold an object; save the adapter again")
     return found
-
-
-def _files(path: Path) -> list[list[Any]]:
-    suffixes = {".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model", ".txt"}
-    reports = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json"}
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in files if file.is_file() and file.suffix in suffixes and file.name not in reports]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

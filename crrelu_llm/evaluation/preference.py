@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from crrelu_llm.data import load_dataset, sha256
+from crrelu_llm.data.messages import are_messages, plain_messages, say_something
+from crrelu_llm.data.pairs import SHP, as_pair
 from crrelu_llm.data.sources import get_split
-from crrelu_llm.errors import InputError
-from crrelu_llm.evaluation.measured import Measured
-from crrelu_llm.evaluation.published_pairs import SHP, as_pair
+from crrelu_llm.errors import InputError, reading
+from crrelu_llm.evaluation.measured import Measured, wins
 
 _SHOWN = 600
 
@@ -47,12 +48,22 @@ class PreferenceTask:
             split(row, f"the task {name} cannot use {path}: row {number}")
         self.config = {"output_type": "preference", "version": 1, "chat_template": chat, "rows": self.rows}
 
+    def written_by(self, tokenizer: Any, model: str) -> list[tuple[str, str, str]]:
+        """The pairs as a model's tokenizer writes them: context, chosen and rejected answer.
+
+        Raises:
+            InputError: A pair that its chat template does not take.
+        """
+        written = []
+        for number, row in enumerate(self._pairs, 1):
+            where = f"the task {self.name}: row {number}, written for {model}"
+            with reading(where, "leave --apply_chat_template out, or mend the row"):
+                written.append(render(row, tokenizer, self._chat, where))
+        return written
+
     def run(self, lm: Any) -> Measured:
         """Evaluates a model; the items are the pairs."""
-        rendered = [
-            render(row, lm.tokenizer, self._chat, f"the task {self.name}: row {number}")
-            for number, row in enumerate(self._pairs, 1)
-        ]
+        rendered = self.written_by(lm.tokenizer, "the model")
         scores = lm.score([(context, answer) for context, *answers in rendered for answer in answers])
         logps = np.array([score for score, _, _ in scores]).reshape(-1, 2)
         tokens = np.array([count for _, count, _ in scores]).reshape(-1, 2)
@@ -60,10 +71,10 @@ class PreferenceTask:
         lengths = np.array([[len(chosen), len(rejected)] for _, chosen, rejected in rendered])
         margins, means = logps[:, 0] - logps[:, 1], logps / tokens
         items = {
-            "logp_accuracy": _wins(margins),
-            "logp_accuracy_norm": _wins(means[:, 0] - means[:, 1]),
+            "logp_accuracy": wins(margins),
+            "logp_accuracy_norm": wins(means[:, 0] - means[:, 1]),
             "logp_margin": margins,
-            "longer_answer_accuracy": _wins(lengths[:, 0] - lengths[:, 1]),
+            "longer_answer_accuracy": wins(lengths[:, 0] - lengths[:, 1]),
         }
         measured = Measured(
             {name: float(np.mean(values)) for name, values in items.items()},
@@ -98,7 +109,7 @@ def against_reference(policy: dict[str, Any], reference: dict[str, Any], beta: f
     rewards = beta * (logps - base)
     margins = rewards[:, 0] - rewards[:, 1]
     items = {
-        "reward_accuracy": (margins > 0).astype(float),
+        "reward_accuracy": wins(margins),
         "reward_margin": margins,
         "preference_loss": np.logaddexp(0.0, -margins),
     }
@@ -113,7 +124,7 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
 
     Args:
         row: `prompt`, `chosen` and `rejected`; without a prompt, what the two conversations share is it. Or as SHP and
-            HH-RLHF were published (see `published_pairs`).
+            HH-RLHF were published, or UltraFeedback (see `data.pairs`).
         where: The task and the row, for errors.
 
     Raises:
@@ -121,11 +132,12 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
     """
     row = as_pair(row)
     prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if not all(answers) or (prompt is None and isinstance(answers[0], str)):
+    if prompt == [] or not all(answers) or (prompt is None and isinstance(answers[0], str)):
         raise InputError(f"{where}: a pair needs a prompt and two answers that are not empty")
     for side in (prompt, *answers):
-        if not (side is None or isinstance(side, str) or _are_messages(side)):
+        if not (side is None or isinstance(side, str) or (are_messages(side) and say_something(side))):
             raise InputError(f"{where}: a side is a text, or messages that each have the texts role and content")
+    prompt, *answers = (plain_messages(side) if isinstance(side, list) else side for side in (prompt, *answers))
     if prompt is None:
         if any(isinstance(answer, str) for answer in answers):
             raise InputError(f"{where}: without a prompt, both answers must be conversations")
@@ -135,13 +147,6 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
         if not all(answers):
             raise InputError(f"{where}: without a prompt, each conversation must go on after what the two share")
     return prompt, answers
-
-
-def _are_messages(side: Any) -> bool:
-    return isinstance(side, list) and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in side
-    )
 
 
 def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple[str, str, str]:
@@ -175,8 +180,3 @@ def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple
 
 def _plain(answer: Any, before: str) -> str:
     return before + (answer if isinstance(answer, str) else "\n\n".join(message["content"] for message in answer))
-
-
-def _wins(differences: np.ndarray) -> np.ndarray:
-    """1 for a win, one half for a tie."""
-    return (differences > 0) + 0.5 * (differences == 0)

@@ -34,6 +34,7 @@ from crrelu_llm.evaluation.results import (
 from crrelu_llm.evaluation.suites import TaskSpec
 from crrelu_llm.files import alone, plain, write_json
 from crrelu_llm.memory import PeakMemory
+from crrelu_llm.patching import loading
 from crrelu_llm.patching.finite import require_finite
 
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
@@ -94,6 +95,10 @@ def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]
     """
     tokenizers, identities = _check_models(evaluation)
     tasks = prepare_tasks(evaluation)
+    for name, tokenizer in tokenizers.items():  # before any model is loaded
+        for task in tasks:
+            if isinstance(task, PreferenceTask):
+                task.written_by(tokenizer, name)
     keys = {model: _keys(evaluation, identity, tasks) for model, identity in identities.items()}
     with alone(evaluation.output_dir, "crrelu eval"):
         settings = _settings(evaluation, tasks, tokenizers, keys)
@@ -221,7 +226,7 @@ def _load(
     _say(f"{model.name}: loading {model.path}")
     try:
         loaded = named.load(model, evaluation.dtype)
-        named.require_embeddings(tokenizer, loaded, model)
+        loading.require_embeddings(tokenizer, loaded.get_input_embeddings().weight.shape[0], model.path)
         write_result(place, key, named.describe(loaded) | {"path": model.path})
         device = torch.device(evaluation.device)
         lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)

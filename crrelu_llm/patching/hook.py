@@ -11,6 +11,7 @@ from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in
 
 logger = logging.getLogger("crrelu_llm")
+_INSTALLED = "_crrelu_installed"  # a flag of our own: the name in ACT2FN may be somebody else's
 
 
 def install_hook() -> None:
@@ -18,8 +19,9 @@ def install_hook() -> None:
     from transformers import PreTrainedModel
     from transformers.activations import ACT2FN
 
-    if "crrelu" in ACT2FN:
+    if getattr(PreTrainedModel, _INSTALLED, False):
         return
+    setattr(PreTrainedModel, _INSTALLED, True)
     ACT2FN["crrelu"] = CRReLU
     guard.install()
     post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights

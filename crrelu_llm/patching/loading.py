@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove, sync, writing
 
 
@@ -59,7 +58,20 @@ def load_tokenizer(model: str, **kwargs: Any) -> Any:
     """The tokenizer of a MODEL."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, model, **kwargs)
+    tokenizer = _load(AutoTokenizer, model, **kwargs)
+    require_tokens(tokenizer, model)
+    return tokenizer
+
+
+def require_tokens(tokenizer: Any, name: str) -> None:
+    """Raises InputError where a tokenizer makes no tokens: of a directory without one transformers makes such."""
+    with reading(f"{name}: its tokenizer cannot be used", "put the model's tokenizer files there"):
+        made = tokenizer("a word", add_special_tokens=False)["input_ids"]
+    if not made:
+        raise InputError(
+            f"{name}: its tokenizer makes no tokens of a text; put the model's tokenizer files there "
+            "(tokenizer.json, tokenizer_config.json)"
+        )
 
 
 def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
@@ -70,7 +82,18 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
         from transformers import GgufConfig
 
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        kwargs.setdefault("use_safetensors", needs_safetensors(model))
     return _load(AutoModelForCausalLM, model, dtype=dtype, **kwargs)
+
+
+def needs_safetensors(model: str) -> bool | None:
+    """Whether a MODEL's weights may come from safetensors alone: True of the hub, and of directories that have them.
+
+    A local directory of `.bin` files is read by torch's unpickler for weights, which runs no code of theirs.
+    """
+    path = Path(resolve(model))
+    return True if not path.is_dir() or any(path.glob("*.safetensors")) else None
 
 
 @contextlib.contextmanager
@@ -93,17 +116,19 @@ def loading_whole() -> Iterator[None]:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
 
 
-def skeleton(model: str, **kwargs: Any) -> Any:
-    """A MODEL on the meta device: every module, no weights."""
+def skeleton(model: str, revision: str | None = None, **kwargs: Any) -> Any:
+    """A MODEL on the meta device: every module, no weights; `kwargs` are those of `from_config`."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(model, **kwargs)
-    with torch.device("meta"), loading_whole():
+    code = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    config = load_config(model, **code, **({"revision": revision} if revision else {}))
+    remedy = "check its config.json and the options"
+    with torch.device("meta"), loading_whole(), reading(f"{model}: no model can be built of its config", remedy):
         try:
             return AutoModelForCausalLM.from_config(config, **kwargs)
-        except InputError:
-            raise
         except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
             raise InputError(f"{model}: {config.model_type} has no causal language model in transformers") from error
 
 
@@ -122,6 +147,7 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
         if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
             module.train()
             module._rescale_layers()
+    _leave_out_what_cannot_be_reverted(model)
     # transformers lets the first of all processes write alone; here each host's first one may, and whoever calls does.
     model.should_save_on_this_rank = bool
     with writing(str(target)):
@@ -143,6 +169,23 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
             remove(scratch)
 
 
+def _leave_out_what_cannot_be_reverted(model: Any) -> None:
+    """Of a checkpoint that was quantised before it was loaded, the weights are saved as they are.
+
+    transformers would revert what it did to each file's tensors, and reading bitsandbytes' has no reverse.
+    """
+
+    def reverts(conversion: Any) -> bool:
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            return False
+        return True
+
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [entry for entry in model._weight_conversions if reverts(entry)]
+
+
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` on a MODEL, with its errors in one line."""
     source = resolve(model)
@@ -154,17 +197,44 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
         directory, name = os.path.split(source)
         kwargs["gguf_file"] = name
         source = directory or "."
-    try:
-        return auto_class.from_pretrained(source, **kwargs)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{model}: cannot be loaded: {first.strip()}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks, and waits for an answer
+    with reading(f"{model}: cannot be loaded", "check its files and its config.json"):
+        try:
+            return auto_class.from_pretrained(source, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise InputError(
+                f"{model}: cannot be loaded: its weights have other shapes than its config.json says; its files do "
+                "not belong together"
+            ) from error
+
+
+def require_saving(model: Any, name: str) -> None:
+    """Raises InputError where a model's generation config is one that transformers refuses to save."""
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        with reading(f"{name}: generation_config.json could not be saved again", "mend it, or remove the file"):
+            model.generation_config.validate(strict=True)
+
+
+def require_embeddings(tokenizer: Any, rows: int | None, name: str) -> None:
+    """Refuses a tokenizer whose tokens a model has no embeddings for.
+
+    The padding token may be one: what it stands at is never looked at.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: How many embeddings there are; None where that is not known.
+        name: What the model is called, for the message.
+
+    Raises:
+        InputError: There are others.
+    """
+    if rows is None:
+        return
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if beyond - {tokenizer.pad_token}:
         raise InputError(
-            f"{model}: cannot be loaded: its weights have other shapes than its config.json says; its files do not "
-            "belong together"
-        ) from error
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, and the model only embeddings of {rows}; put the "
+            "tokenizer there that belongs to the model"
+        )

@@ -98,7 +98,7 @@ def patch(
     if found is None:
         return _patch(model, config, tokenizer, blocks, progress)
     section.check_may_be_patched_again(found, config, "the model")
-    modules = {site["path"]: model.get_submodule(site["path"]) for site in found["sites"]}
+    modules = {path: model.get_submodule(path) for path in _sites_of(model, found)}
     unpatch(model)
     try:
         return _patch(model, config, tokenizer, blocks, progress)
@@ -187,14 +187,15 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
     found = section.read(model.config)
     if found is None:
         raise InputError("the model is not patched: its config has no crrelu section")
-    activations = {site["path"]: _original(model, site) for site in found["sites"]}
+    sites = _sites_of(model, found)
+    activations = {path: _original(model, path, site) for path, site in sites.items()}
     fused.unfuse(model, activations)
     for path, activation in activations.items():
         if hidden.is_exposed(model.get_submodule(path.rpartition(".")[0])):
             hidden.conceal(model, [path])
         else:
             swap_in(model, path, activation, None)
-    for name in section.float32_names(site["path"] for site in found["sites"]):
+    for name in section.float32_names(sites):
         (getattr(model, "_keep_in_fp32_modules_strict", None) or set()).discard(name)
     section.remove(model.config)
     if original is not None:
@@ -209,8 +210,14 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
         )
 
 
-def _original(model: nn.Module, site: dict[str, Any]) -> nn.Module:
-    owner_path, _, attribute = site["path"].rpartition(".")
+def _sites_of(model: nn.Module, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sites of a section by their paths in `model`, the whole model or its base model."""
+    sites = {section.local_path(model, site["path"]): site for site in found["sites"]}
+    return {path: site for path, site in sites.items() if path is not None}
+
+
+def _original(model: nn.Module, path: str, site: dict[str, Any]) -> nn.Module:
+    owner_path, _, attribute = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     held = getattr(owner, attribute).__dict__.get("_original")
     if held or hidden.is_exposed(owner):  # concealed, not put back: which module is returned does not matter

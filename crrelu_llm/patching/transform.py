@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from crrelu_llm.environment import versions
-from crrelu_llm.errors import DiskError, InputError
-from crrelu_llm.patching import loading, section
+from crrelu_llm.errors import DiskError, InputError, reading
+from crrelu_llm.patching import fingerprint, loading, section
 from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
@@ -28,7 +28,7 @@ from crrelu_llm.patching.sites import find_sites
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def patch_checkpoint(
@@ -50,7 +50,7 @@ def patch_checkpoint(
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         config: The patch; None only converts (a GGUF file into a directory).
         output_dir: Where to save: absent or empty.
-        dtype: Name of the torch dtype to load and save in.
+        dtype: Name of the torch dtype to load and save in; `"auto"` keeps the checkpoint's.
         fold: Move what a calibration found into the weights around each activation, and save a plain network.
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
             after the plain swap.
@@ -69,12 +69,14 @@ def patch_checkpoint(
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     options = {key: value for key, value in options.items() if value}
     tokenizer = loading.load_tokenizer(model, **options)
+    about = loading.load_config(model, **options)
+    loading.require_embeddings(tokenizer, getattr(about.get_text_config(), "vocab_size", None), model)
     blocks = None
     if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
-        about = loading.load_config(model, **options)
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     with loading.loading_whole():
-        loaded = loading.load_model(model, dtype=getattr(torch, dtype), **options)
+        loaded = loading.load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+    loading.require_saving(loaded, model)
     progress = None
     made_from = origin(model, config, dtype, options.get("revision")) | ({"fold": True} if fold else {})
     if config is not None and blocks is not None:
@@ -140,7 +142,8 @@ def _patch(
     if found is not None:
         section.check_may_be_patched_again(found, config, name)
         unpatch(model)
-    require_finite(model, _A_FEW_TOKENS % model.config.get_text_config().vocab_size)
+    with reading(name, ours=True):
+        require_finite(model, _A_FEW_TOKENS % model.config.get_text_config().vocab_size)
     measured: dict[str, Any] | None = None
     if perplexity is not None:
         measured = {"before": perplexity(model, tokenizer), "after_naive": None}
@@ -200,18 +203,15 @@ def read_report(directory: str | Path) -> dict[str, Any] | None:
 
 
 def origin(model: str, config: PatchConfig | None, dtype: str, revision: str | None) -> dict[str, Any]:
-    """All that decides what a patched copy of a MODEL is; of a local one also its files' names, sizes and times."""
-    path = Path(loading.resolve(model))
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors*")) + sorted(path.glob("config.json"))
-    if config is not None and config.calibrates and Path(config.calibration_data).is_file():
-        files.append(Path(config.calibration_data))
-    found = [(file, file.stat()) for file in files]
+    """All that decides what a patched copy of a MODEL is, the version of this package included."""
     return {
         "model": model,
         "options": None if config is None else asdict(config),
         "dtype": dtype,
         "revision": revision,
-        "files": [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in found],
+        **fingerprint.of_model(model, revision),
+        "data": fingerprint.of_data(config.calibration_data) if config is not None and config.calibrates else [],
+        "crrelu_llm": versions()["crrelu_llm"],
     }
 
 

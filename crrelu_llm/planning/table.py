@@ -65,13 +65,14 @@ def _variant(variant: dict[str, Any]) -> str:
 
 
 def _advice(document: dict[str, Any]) -> str:
-    if document["job"]["use_cpu"]:
-        return f"recommended: crrelu {document['command'].partition('-m crrelu_llm ')[2]} --use_cpu true"
     if document["recommended"] is None:
+        more = "a machine with more memory" if document["job"]["use_cpu"] else "more GPUs"
         return (
-            "nothing fits: take more GPUs, a smaller per_device_train_batch_size or max_length, "
+            f"nothing fits: take {more}, a smaller per_device_train_batch_size or max_length, "
             "gradient_checkpointing, or use_peft"
         )
+    if document["job"]["use_cpu"]:
+        return f"recommended: crrelu {document['command'].partition('-m crrelu_llm ')[2]} --use_cpu true"
     return f"recommended: {document['recommended']}\n  {document['command']}"
 
 

@@ -11,10 +11,11 @@ import yaml
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reason_of
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
+from crrelu_llm.secrets import publishable
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
 
@@ -137,7 +138,7 @@ class ActivationArguments:
         if self.density in DENSITIES and self.activation not in (None, "crrelu"):
             options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
         try:
-            config = PatchConfig(self.activation or "crrelu", **options)
+            config = PatchConfig("crrelu" if self.activation is None else self.activation, **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
         if self.blend_steps and config.calibration == "refit":
@@ -172,7 +173,11 @@ class ActivationArguments:
 
 @dataclass
 class Recipe:
-    """A parsed recipe: TRL's four argument groups, the activation section, and where it came from."""
+    """A parsed recipe: TRL's four argument groups, the activation section, and where it came from.
+
+    Attributes:
+        values: What was asked for, as it may be published.
+    """
 
     kind: str
     script: ScriptArguments
@@ -217,14 +222,14 @@ def parse(kind: str, argv: list[str]) -> Recipe:
         script, training, model, mixture, activation = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
     except InputError as error:
         raise InputError(f"{where}{_name_the_option(error)}") from error
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # the configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
         _check_options(parser, argv)
-        # The configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
-        raise InputError(f"{where}{' '.join(str(error).split())}") from error
+        raise InputError(f"{where}{reason_of(error)}") from error
     _check(kind, script, training, model, mixture, activation, where)
     overrides = _overrides(argv, parser)
-    known = {key: value for key, value in (values | overrides).items() if key not in _SECRETS}
-    return Recipe(kind, script, training, model, mixture, activation, known, path or "the command line")
+    return Recipe(
+        kind, script, training, model, mixture, activation, publishable(values | overrides), path or "the command line"
+    )
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -250,7 +255,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: not valid YAML: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a list of `key: value` lines")
     return values
@@ -259,7 +264,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> None:
     """Unknown keys and wrong types, all of them in one line."""
     actions = {action.dest: action for action in parser._actions}
-    texts = _text_options(parser)
+    single = _single_options(parser)
     problems = []
     for key, value in values.items():
         if key == "env" or (key not in actions and key in launch_keys()):
@@ -269,6 +274,9 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
             problems.append(f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
             continue
         kind = actions[key].type
+        if value is None and actions[key].default is not None and not single.get(key, True):
+            problems.append(f"{key} is empty; give it a value, or leave it out")
+            continue
         if value is None or actions[key].nargs not in (None, "?"):
             continue
         if kind in (int, float):
@@ -280,17 +288,23 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
                 problems.append(f"{key} must be a number{' (whole)' if kind is int else ''}, not {value!r}")
         elif (choices := list(actions[key].choices or ())) and value not in choices:
             problems.append(f"{key} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        elif key in texts and isinstance(value, (list, dict)):
+        elif key in single and isinstance(value, (list, dict)):
             problems.append(f"{key} must be a single value, not {value!r}")
     if problems:
         raise InputError(where + "; ".join(problems))
 
 
-def _text_options(parser: RecipeParser) -> set[str]:
-    """Options that hold one text; many of TRL's that the command line takes as text may be a list or a dictionary."""
+def _single_options(parser: RecipeParser) -> dict[str, bool]:
+    """Options that hold one value, and whether it may be empty; many of TRL's that the command line takes as text may
+    be a list or a dictionary."""
     hints = {name: hint for group in parser.dataclass_types for name, hint in get_type_hints(group).items()}
     plain = {name: {hint} if get_origin(hint) is None else set(get_args(hint)) for name, hint in hints.items()}
-    return {name for name, kinds in plain.items() if kinds <= {str, NoneType} and get_origin(hints[name]) is not list}
+    one = {str, int, float, bool, NoneType}
+    return {
+        name: NoneType in kinds
+        for name, kinds in plain.items()
+        if kinds <= one and get_origin(hints[name]) is not list
+    }
 
 
 def _check_options(parser: RecipeParser, argv: list[str]) -> None:
@@ -379,20 +393,6 @@ def _overrides(argv: list[str], parser: RecipeParser) -> dict[str, Any]:
         return {}
     namespace, _ = parser.parse_known_args([a for a in _without_config(argv)])
     return {name: getattr(namespace, name) for name in sorted(names) if hasattr(namespace, name)}
-
-
-_SECRETS = ("hub_token", "push_to_hub_token")
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """A command line that may be published: access tokens are left out."""
-    result, hide = [], False
-    for argument in argv:
-        name, equals, _ = argument.removeprefix("--").partition("=")
-        secret = argument.startswith("--") and name in _SECRETS
-        result.append("…" if hide else f"--{name}=…" if secret and equals else argument)
-        hide = secret and not equals
-    return result
 
 
 def _without_config(argv: list[str]) -> list[str]:

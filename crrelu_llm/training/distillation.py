@@ -137,6 +137,7 @@ def load_teacher(recipe: Recipe, model: str, quantization_config: Any, device: t
     options: dict[str, Any] = {
         **recipe.training.model_init_kwargs,
         "trust_remote_code": recipe.training.trust_remote_code,
+        "use_safetensors": loading.needs_safetensors(source),
     }
     origin = read_origin(model) if Path(model).is_dir() else None
     if origin is not None:

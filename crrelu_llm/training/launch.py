@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 
 CONFIG_KEY = "accelerate_config"
 PROCESSES_ASKED = "CRRELU_PROCESSES_ASKED"  # how many the user named, for the launched processes to check
@@ -23,7 +23,8 @@ def launch_keys() -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     actions = launch_command_parser()._actions
-    own = {"help", "training_script", "training_script_args"}
+    # TRL reads a recipe's `env` itself, and sets the variables.
+    own = {"help", "training_script", "training_script_args", "env"}
     return frozenset({action.dest for action in actions if action.option_strings} - own | {CONFIG_KEY})
 
 
@@ -133,9 +134,6 @@ def _readable(path: str) -> str:
     """The path of a configuration that Accelerate can read."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    try:
+    with reading(f"{CONFIG_KEY} {path} is no configuration of Accelerate"):
         load_config_from_file(path)
-    except Exception as error:  # YAML, JSON and Accelerate's own checks raise errors of many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{CONFIG_KEY} {path} is no configuration of Accelerate: {reason}") from error
     return path

@@ -1,10 +1,12 @@
 """ε in an optimiser, and the four of a calibrated activation: groups of their own, with their own learning rates."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
+from crrelu_llm.errors import InputError
 
 
 def epsilon_modules(model: nn.Module) -> dict[str, CRReLU]:
@@ -36,11 +38,36 @@ def site_path(module_path: str) -> str:
         "._orig_mod.",
         "._fsdp_wrapped_module.",
         "._checkpoint_wrapped_module.",
+        ".base_layer.",  # around parameters that LoRA targets, once for each
     ):
-        path = path.replace(prefix, ".")
+        while prefix in path:
+            path = path.replace(prefix, ".")
     for part in (".original_module.", ".modules_to_save.default.", ".modules_to_save."):
         path = path.replace(part, ".")
     return path.strip(".")
+
+
+def check_learnable(model: nn.Module, sites: Iterable[str]) -> None:
+    """Raises InputError where an ε that is to be learned would stay as it is, without a word: a library has renamed or
+    frozen what is around it.
+
+    Args:
+        sites: The paths in the config's section.
+    """
+    found = epsilon_modules(model)
+    trained = [path for path, module in found.items() if module.epsilon.requires_grad]
+    lost = [site for site in sites if not any(_same_site(site, path) for path in trained)]
+    if lost:
+        raise InputError(
+            f"ε of {len(lost)} sites would not be trained (first: {lost[0]}): the adapter's target_parameters or "
+            "modules_to_save take hold of what is around it, where PEFT can neither train nor save it; change these, "
+            "or set epsilon_learning_rate: 0"
+        )
+
+
+def _same_site(site: str, path: str) -> bool:
+    """Whether they are one; a head on the base model, or the base model alone, has a prefix more or less."""
+    return f".{site}".endswith(f".{path}") or f".{path}".endswith(f".{site}")
 
 
 def train_affine(model: nn.Module) -> None:

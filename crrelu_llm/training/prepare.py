@@ -6,10 +6,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.data.pairs import with_prompt_once
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove
-from crrelu_llm.patching import PatchConfig, loading, section
+from crrelu_llm.patching import PatchConfig, fingerprint, loading, section
 from crrelu_llm.patching.transform import origin, patch_checkpoint, progress_dir, read_origin
+from crrelu_llm.training import preflight
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.processes import main_process_first
 
@@ -23,6 +25,7 @@ def starting_checkpoint(
     dtype: str = "float32",
     *,
     trains_affine: bool = False,
+    renews: bool = False,
     **options: Any,
 ) -> str:
     """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
@@ -37,6 +40,8 @@ def starting_checkpoint(
         directory: Where the copy is made.
         dtype: Of the copy.
         trains_affine: Whether scale, shift, gain and offset are to be trained, which a calibrated model alone has.
+        renews: Whether a copy that other files have been used for, or another version of this package, is made anew;
+            else it is refused, as runs that began with it could not go on with another.
         **options: `revision`, `trust_remote_code`.
 
     Raises:
@@ -57,16 +62,29 @@ def starting_checkpoint(
     wanted = origin(model, config, dtype, options.get("revision"))
     with main_process_first():
         if directory.is_dir() and any(directory.iterdir()):
-            if read_origin(directory) != wanted:
-                raise InputError(
-                    f"{directory} holds another patched checkpoint (from another model or with other options); "
-                    "remove it or choose another output_dir"
-                )
-            if PartialState().is_local_main_process:
-                remove(progress_dir(directory))  # the call that made it may have been killed right then
-        else:
+            _renew(directory, wanted, renews)
+        if not directory.is_dir():
             patch_checkpoint(model, config, directory, dtype, **options)
+        elif PartialState().is_local_main_process:
+            remove(progress_dir(directory))  # the call that made it may have been killed right then
     return str(directory.resolve())  # an adapter remembers it, wherever it is loaded from
+
+
+def _renew(directory: Path, wanted: dict[str, Any], renews: bool) -> None:
+    """Removes a patched copy that is not of these files; one of another model or of other options is refused."""
+    found = read_origin(directory) or {}
+    if found == wanted:
+        return
+    differs = fingerprint.changed(wanted, found)
+    asked = ("model", "options", "dtype", "revision")
+    if not found or not renews or any(wanted.get(key) != found.get(key) for key in asked):
+        raise InputError(
+            f"{directory} holds another patched checkpoint (different: {', '.join(differs) or 'all'}); remove it or "
+            "choose another output_dir"
+        )
+    if PartialState().is_local_main_process:
+        logger.warning("%s was made before %s changed: it is made anew", directory, ", ".join(differs))
+        remove(directory)
 
 
 def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
@@ -82,10 +100,8 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     script = recipe.script
     with main_process_first():
         if recipe.mixture.datasets:
-            try:
+            with reading(f"{recipe.source}: datasets", "check their paths, splits and columns"):
                 data = get_dataset(recipe.mixture)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{recipe.source}: datasets: {' '.join(str(error).split())}") from error
             name = "datasets"
         else:
             name = str(script.dataset_name)
@@ -93,9 +109,23 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
         train = get_split(data, script.dataset_train_split, name)
         evaluated = always_test or recipe.training.eval_strategy != "no"
         test = get_split(data, script.dataset_test_split, name) if evaluated else None
-    for split in (train, test):
-        _check_columns(recipe, split, name)
+        for split in (train, test):
+            _check_columns(recipe, split, name)
+        train, test = (_with_prompt_once(recipe, split) for split in (train, test))
+        if PartialState().is_local_main_process:
+            tokenizer = preflight.tokenizer_of(recipe)
+            preflight.check_rows(recipe, train, name, tokenizer)
+            if test is not None:
+                preflight.check_rows(recipe, test, f"{name} ({script.dataset_test_split})", tokenizer)
     return train, test
+
+
+def _with_prompt_once(recipe: Recipe, split: Any) -> Any:
+    """Preference rows in TRL's form where they have a text as prompt beside conversations, as UltraFeedback's do."""
+    first = None if split is None or recipe.kind != "dpo" else next(iter(split), None)
+    if first is None or not with_prompt_once(first):
+        return split
+    return split.map(with_prompt_once, remove_columns=["prompt"])
 
 
 def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:

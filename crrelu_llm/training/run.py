@@ -1,14 +1,19 @@
 """One training run: patch, train, save, and run.json."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from crrelu_llm.environment import environment
 from crrelu_llm.errors import DiskError
-from crrelu_llm.files import write_json
+from crrelu_llm.files import alone, write_json
 from crrelu_llm.memory import PeakMemory
 from crrelu_llm.training.arguments import Recipe, parse
+from crrelu_llm.training.curves import curves
+from crrelu_llm.training.preflight import check_machine, check_model
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.resume import checkpoint_to_resume, how_to_go_on, last_checkpoint
@@ -31,15 +36,25 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
     recipe = parse(kind, argv)
     recipe.activation.require_activation(f"{recipe.source}: ")
     require_bitsandbytes(recipe)
+    check_machine(recipe)
     output_dir = Path(recipe.training.output_dir)
+    with contextlib.ExitStack() as held:
+        if PartialState().is_main_process:
+            held.enter_context(alone(output_dir, f"crrelu {kind}"))
+        return _run(recipe, output_dir)
+
+
+def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     recipe.training.resume_from_checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, output_dir)
     train, test = datasets_of(recipe)
+    check_model(recipe, str(recipe.model.model_name_or_path))
     model = starting_checkpoint(
         str(recipe.model.model_name_or_path),
         recipe.activation.patch_config(f"{recipe.source}: "),
         output_dir / "patched",
         recipe.model.dtype or "float32",
         trains_affine=recipe.activation.affine_learning_rate > 0,
+        renews=not recipe.training.resume_from_checkpoint,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
@@ -98,6 +113,7 @@ def train_and_save(
         "peak_memory_bytes": memory.bytes,
         "epsilon": epsilon_means(trainer.model),
         "epsilon_start": start,
+        "curves": curves(trainer.model),
         "steps": trainer.state.global_step,
         "history": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
         "recipe": recipe.values,

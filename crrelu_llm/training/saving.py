@@ -8,9 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import TrainerCallback
 
+from crrelu_llm.errors import reading
 from crrelu_llm.files import remove, sync, write_json, writing
+from crrelu_llm.training.optimizer import epsilon_modules, site_path
+from crrelu_llm.training.processes import whole_values
 from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, last_checkpoint, step_of, tidy
 
 logger = logging.getLogger("crrelu_llm")
@@ -82,6 +88,11 @@ class SavingMixin:
             else:
                 del logs["train_loss"]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        """The trainer's own; a checkpoint of another model or adapter is the user's to mend."""
+        with reading(f"resume_from_checkpoint: {resume_from_checkpoint} is of another model or adapter"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)  # type: ignore[misc]
@@ -183,6 +194,7 @@ def save_final_model(trainer: Any) -> None:
     """
     target = Path(trainer.args.output_dir)
     made = target / _MODEL
+    learned = learned_epsilons(trainer.model)  # of several processes every one must ask
     with writing(f"the trained model in {target}"):
         try:
             if trainer.args.should_save and (target / "README.md").is_file():  # PEFT completes it
@@ -193,12 +205,39 @@ def save_final_model(trainer: Any) -> None:
             trainer.save_model(str(made), _internal_call=True)  # else it would also push, before the files are there
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
+                require_saved(made, learned)
                 sync(made)
                 _move_into(made, target)
             trainer.accelerator.wait_for_everyone()  # another host's first process, on the same disk, would remove it
         finally:
             if trainer.accelerator.is_local_main_process:
                 remove(made)
+
+
+def learned_epsilons(model: Any) -> dict[str, Tensor]:
+    """The values of every ε that is trained, by the path of its site; where it is sharded, every process must call."""
+    modules = epsilon_modules(model).items()
+    return whole_values({path: module.epsilon for path, module in modules if module.epsilon.requires_grad})
+
+
+def require_saved(directory: Path, learned: dict[str, Tensor]) -> None:
+    """Looks into the files of a saved model or adapter for every ε that was trained.
+
+    Raises:
+        RuntimeError: One is missing, or has another value. The checkpoints before are whole.
+    """
+    left = dict(learned)
+    files = [*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")]
+    for file in files:
+        with safe_open(file, "pt") as saved:
+            for key in saved.keys():  # noqa: SIM118 — not a dictionary
+                path = site_path(key.removesuffix(".epsilon")) if key.endswith(".epsilon") else None
+                if path in left and torch.equal(saved.get_tensor(key).float(), left[path]):
+                    del left[path]
+    if files and left:
+        raise RuntimeError(
+            f"the saved model lacks what was learned of ε at {len(left)} sites (first: {next(iter(left))})"
+        )
 
 
 def _move_into(made: Path, target: Path) -> None:

@@ -10,17 +10,20 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import AffineModule
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.patching import guard, loading, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
+from crrelu_llm.secrets import hidden, publishable_map
+from crrelu_llm.training import preflight
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
-from crrelu_llm.training.callbacks import PER_SITE, quieten
+from crrelu_llm.training.callbacks import PER_SITE, EpsilonMoves, quieten
 from crrelu_llm.training.density import DensityCallback, density_means
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import (
     affine_modules,
+    check_learnable,
     epsilon_modules,
     freeze,
     split_off_affine,
@@ -46,9 +49,11 @@ class EpsilonMixin:
     asks for beside it: a gradual swap, and a density that is tracked.
     """
 
+    args: Any
     model: Any
     optimizer: Any
     accelerator: Any
+    state: Any
     blend: Blend | None = None
 
     def __init__(self, *args: Any, activation_args: ActivationArguments, **kwargs: Any):
@@ -70,6 +75,9 @@ class EpsilonMixin:
             # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.
             refuse_16_bit_zero3(self.accelerator, self.model)
             train_affine(self.model)
+        if patched is not None and patched["activation"] == "crrelu" and activation_args.epsilon_learning_rate > 0:
+            check_learnable(self.model, [site["path"] for site in patched["sites"]])
+            self.add_callback(EpsilonMoves(self))  # type: ignore[attr-defined]
         quieten(self)
         self.install_blend()
         if self.blend is not None:
@@ -114,7 +122,19 @@ class EpsilonMixin:
             exact = whole_values(named)
             if state_dict is not None:  # the main process has it
                 state_dict |= {name: value for name, value in exact.items() if name in state_dict}
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        with hidden(self.args):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def epsilon_means(self) -> dict[str, float]:
+        """See `epsilon_means`."""
+        return epsilon_means(self.model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; where the first one fails, the model, the rows or the recipe are not what it takes."""
+        if self.state.global_step:
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        with reading("the first step failed", "does plain TRL train this model with this recipe?"):
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds ε of every site (its mean, where it is per channel), λ of a blend and a tracked density to the logs."""
@@ -149,33 +169,39 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
         "trust_remote_code": args.trust_remote_code,
         "attn_implementation": options.attn_implementation,
         "dtype": options.dtype,
+        "use_safetensors": loading.needs_safetensors(model),
         **(args.model_init_kwargs or {}),
     }
-    with _prepared_references(), _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext():
-        try:
-            trainer: Any = TRAINERS[recipe.kind](
-                model=model,
-                args=args,
-                train_dataset=train,
-                eval_dataset=test,
-                quantization_config=get_quantization_config(options),
-                peft_config=_peft_config(recipe, model),
-                activation_args=recipe.activation,
-            )
-            if recipe.kind == "sft" and recipe.activation.distill_weight:
-                refuse_sharded_weights(trainer.accelerator, f"{recipe.source}: distill_weight")
-                teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
-                trainer.learn_from(teacher, recipe.activation.distill_weight)
-        except InputError:
-            raise
-        except (ValueError, TypeError, KeyError) as error:
-            # What TRL finds wrong while it builds a trainer is wrong in the recipe or in the data.
-            raise InputError(f"{recipe.source}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    given = {"train": _rows(train), "eval": _rows(test)}
+    adapting = _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext()
+    # What TRL finds wrong while it builds a trainer is wrong in the recipe or in the data.
+    with _prepared_references(), adapting, reading(recipe.source):
+        trainer: Any = TRAINERS[recipe.kind](
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            quantization_config=get_quantization_config(options),
+            peft_config=_peft_config(recipe, model),
+            activation_args=recipe.activation,
+        )
+        if recipe.kind == "sft" and recipe.activation.distill_weight:
+            refuse_sharded_weights(trainer.accelerator, f"{recipe.source}: distill_weight")
+            teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
+            trainer.learn_from(teacher, recipe.activation.distill_weight)
+    # All models are loaded: access tokens are needed no more, and trackers write the arguments down.
+    args.model_init_kwargs = publishable_map(args.model_init_kwargs)
+    preflight.check_prepared(trainer, recipe, given)
+    preflight.try_saving(trainer, recipe)
     if recipe.script.ignore_bias_buffers:  # the workaround for DDP that TRL's own scripts have
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     return trainer
+
+
+def _rows(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None
 
 
 def epsilon_means(model: Any) -> dict[str, float]:
@@ -235,8 +261,18 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     trains_affine = asked.affine_learning_rate > 0 and section.is_calibrated(found)
     if trains_affine or (learns and found["activation"] == "crrelu"):
         paths = [site["path"] for site in found["sites"]]
-        config.modules_to_save = [*(config.modules_to_save or []), *paths]
+        own = config.modules_to_save or []
+        # A module that the user trains whole has its ε with it.
+        paths = [
+            path for path in paths if not any(above.endswith(name) for above in _with_owners(path) for name in own)
+        ]
+        config.modules_to_save = [*own, *paths]
     return config
+
+
+def _with_owners(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 @contextlib.contextmanager

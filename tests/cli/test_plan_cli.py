@@ -146,3 +146,8 @@ def test_models_that_cannot_be_planned(tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") == 1, printed.err
         assert words in printed.err
+
+
+def test_nothing_fits_on_a_cpu(capsys):
+    assert plan("builtin:nano", "--use_cpu", "--bf16", "false", "--max_length", "64", "--gpu_memory", "0.001") == 0
+    assert "nothing fits: take a machine with more memory" in capsys.readouterr().out

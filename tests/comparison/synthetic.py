@@ -183,6 +183,7 @@ def _run(
         "epsilon_start": {p: start + float(b) * (start > 0.1) for p, b in zip(SITES, bend, strict=True)}
         if epsilons
         else {},
+        "curves": {p: np.maximum(np.linspace(-4, 3, 71), 0).tolist() for p in SITES[:3]} if epsilons else {},
         "history": [{"step": step, "loss": loss} for step, loss in enumerate(curve, 1)],
     }
 

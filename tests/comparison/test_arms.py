@@ -1,5 +1,7 @@
 """Arms, seeds and grids as the user writes them."""
 
+from urllib.parse import unquote
+
 import pytest
 
 from crrelu_llm.comparison import arms
@@ -81,3 +83,18 @@ def test_values_may_hold_colons_and_slashes_but_lead_nowhere_else():
     assert arm.options == (("calibration_data", "builtin:docstrings"), ("calibration", "fit"))
     assert "/" not in arms.directory_name("crrelu:calibration_data=../../elsewhere")
     assert "/" not in arms.grid_name({"calibration_data": "../a"})
+
+
+@pytest.mark.parametrize("name", ["crrelu:calibration=none", "crrelu:data=C:\\x/y*?", "gelu", "a%3Ab", "a:b"])
+def test_an_arms_directory_is_a_name_on_every_file_system(name):
+    found = arms.directory_name(name)
+    assert not set(found) & set('<>:"/\\|?*')
+    assert unquote(found) == name  # so no two arms have one
+
+
+def test_a_comparison_of_an_earlier_version_keeps_its_directories(tmp_path):
+    from crrelu_llm.comparison.matrix import arm_dir
+
+    assert arm_dir(tmp_path, "crrelu:calibration=none", {}).name == "crrelu%3Acalibration=none"
+    (tmp_path / "crrelu:calibration=none").mkdir()
+    assert arm_dir(tmp_path, "crrelu:calibration=none", {}).name == "crrelu:calibration=none"

@@ -8,6 +8,7 @@ import pytest
 from runs import Workshop, dpo_rows, sft_rows, write_recipe
 
 from crrelu_llm.cli.main import main
+from crrelu_llm.comparison.arms import directory_name
 from crrelu_llm.files import alone
 
 ARMS = ["native", "crrelu", "crrelu:calibration=fit"]
@@ -48,9 +49,9 @@ def read(directory):
 def test_every_arm_and_seed_is_there(sft):
     for arm in ARMS:
         for seed in (0, 1):
-            run = json.loads((sft / arm / f"seed-{seed}" / "run.json").read_text())
+            run = json.loads((sft / directory_name(arm) / f"seed-{seed}" / "run.json").read_text())
             assert run["status"] == "done" and run["seed"] == seed and run["steps"] == 2
-            assert (sft / arm / f"seed-{seed}" / "model.safetensors").is_file()
+            assert (sft / directory_name(arm) / f"seed-{seed}" / "model.safetensors").is_file()
     assert {path.name for path in sft.glob("report.*")} == {"report.html", "report.md", "report.json"}
 
 
@@ -82,7 +83,9 @@ def test_examples_are_documents_with_the_mean_of_the_seeds(sft):
     for entry in report["examples"]:
         losses = [
             [
-                json.loads((sft / arm / f"seed-{seed}" / "run.json").read_text())["items"]["loss"][entry["item"]]
+                json.loads((sft / directory_name(arm) / f"seed-{seed}" / "run.json").read_text())["items"]["loss"][
+                    entry["item"]
+                ]
                 for seed in seeds
             ]
             for arm in (entry["baseline"], entry["candidate"])
@@ -320,7 +323,8 @@ def test_arms_blend(workshop, kind, tmp_path):
     assert compare(workshop, kind, tmp_path / "out", arms, seeds=["0"]) == 0
     report = {arm["arm"]: arm for arm in read(tmp_path / "out")["arms"]}
     history = {
-        arm: json.loads((tmp_path / "out" / arm / "seed-0" / "run.json").read_text())["history"] for arm in arms
+        arm: json.loads((tmp_path / "out" / directory_name(arm) / "seed-0" / "run.json").read_text())["history"]
+        for arm in arms
     }
     first = {arm: entries[0]["loss"] for arm, entries in history.items()}
     assert first[arms[2]] == pytest.approx(first["native"], abs=1e-6)
@@ -339,7 +343,7 @@ def test_a_recipe_that_distils_does_so_in_every_arm(workshop, tmp_path):
     argv = ["--config", recipe(workshop, "sft", distill_weight=0.5), "--arms", "native", "crrelu", "--seeds", "0"]
     assert main(["compare", "sft", *argv, "--output_dir", str(tmp_path / "out")]) == 0
     for arm in ("native", "crrelu"):
-        run = json.loads((tmp_path / "out" / arm / "seed-0" / "run.json").read_text())
+        run = json.loads((tmp_path / "out" / directory_name(arm) / "seed-0" / "run.json").read_text())
         assert all("distill_kl" in entry for entry in run["history"] if "loss" in entry)
 
 

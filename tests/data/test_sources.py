@@ -217,3 +217,49 @@ def test_token_blocks():
             yield parts[0]
 
     assert token_blocks(endless(), tokenizer, 4, limit_tokens=40).shape == (10, 4)
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "!"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": PARTS}, "Q!"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "Q\n\nA"),
+        ({"text": None, "messages": [{"role": "user", "content": "Q"}]}, "Q"),
+        (
+            {
+                "prompt": "Q",
+                "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+                "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}],
+            },
+            "Q\n\nA",
+        ),
+    ],
+)
+def test_texts_are_read_row_by_row(row, text):
+    assert list(texts([row])) == [text]
+
+
+def test_rows_without_text_are_counted(caplog):
+    assert list(texts([{"text": "a"}, {"text": None}, {"text": " "}])) == ["a"]
+    assert "2 of 3 rows have no text" in caplog.text
+
+
+@pytest.mark.parametrize("value", [3, ["a"], [{"content": "a"}], [{"role": "user", "content": 3}]])
+def test_what_is_no_text_is_refused(value):
+    with pytest.raises(InputError, match=r"row 2: .*3|row 2: .*a"):
+        list(texts([{"text": "a"}, {"messages": value}]))
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_what_save_to_disk_wrote(tmp_path, several):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    (datasets.DatasetDict({"train": rows, "test": rows}) if several else rows).save_to_disk(str(tmp_path / "saved"))
+    for streaming in (False, True):
+        found = load_dataset(str(tmp_path / "saved"), streaming=streaming)
+        assert [row["text"] for row in found["train"]] == ["a", "b"]
+        assert ("test" in found) == several

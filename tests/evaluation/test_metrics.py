@@ -23,11 +23,15 @@ def test_a_destroyed_model_has_a_finite_perplexity():
 def test_pairwise_preference():
     computed = PairwisePreference(keep_in_memory=True).compute(
         chosen_reward=[1.0, 0.0, -1.0, 2.0],
-        rejected_reward=[0.5, 0.0, 1.0, -2.0],  # margins 0.5, 0 (a tie is no win), -2 and 4
+        rejected_reward=[0.5, 0.0, 1.0, -2.0],  # margins 0.5, 0 (a tie counts one half), -2 and 4
         chosen_tokens=[3, 5, 2, 4],
         rejected_tokens=[3, 4, 6, 4],  # a tie counts one half
     )
-    wanted = {"reward_accuracy": 0.5, "reward_margin": 0.625, "longer_answer_accuracy": (0.5 + 1 + 0 + 0.5) / 4}
+    wanted = {
+        "reward_accuracy": (1 + 0.5 + 0 + 1) / 4,
+        "reward_margin": 0.625,
+        "longer_answer_accuracy": (0.5 + 1 + 0 + 0.5) / 4,
+    }
     assert computed == pytest.approx(wanted)
 
 

@@ -141,3 +141,37 @@ def test_wilsons_interval_of_right_and_wrong(right, n):
 def test_items_in_turn_from_each_group():
     assert spread_over_groups(["a", "a", "a", "b", "c", "c"], 4) == [0, 1, 3, 4]
     assert spread_over_groups(["a", "b"], 9) == [0, 1]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_text_is_scored_once_after_what_the_tokenizer_puts_before_it(tiny_checkpoint, tmp_path, adds):
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    start = tokenizer.bos_token_id
+    if adds:
+        whole = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", start)])
+        tokenizer.backend_tokenizer.post_processor = whole
+        tokenizer.save_pretrained(model)
+    texts = ["The cat walks over the stone.", "A red river."]
+    path = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    found = TextTask("texts", path, None).run(language_model(model))
+    plain = [
+        AutoTokenizer.from_pretrained(tiny_checkpoint)(text, add_special_tokens=False).input_ids for text in texts
+    ]
+    total = -sum(by_hand(model, [start, *ids], 1) for ids in plain)
+    assert found.metrics["loss"] == pytest.approx(total / sum(map(len, plain)), abs=1e-5)
+
+
+def test_a_pair_that_a_template_refuses_is_named_before_a_model_is_loaded(tokenizer, tmp_path):
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ raise_exception('no such role') }}"
+    task = PreferenceTask("pairs", write(tmp_path / "pairs.jsonl", pairs()), None, chat=True)
+    with pytest.raises(InputError, match=r"row 1, written for a: .*no such role"):
+        task.written_by(own, "a")

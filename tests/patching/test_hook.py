@@ -366,3 +366,27 @@ def test_importing_this_package_loads_nothing_heavy():
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'numpy'}"
     done = python(f"import sys, crrelu_llm; print(sorted({heavy} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_unpatch_the_base_model_of_a_patched_checkpoint(tmp_path):
+    """`AutoModel` has the same sites without the head's prefix."""
+    model = tiny_model("llama")
+    plain = AutoModel.from_config(model.config)
+    patch(model, calibration="none")
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert any(isinstance(module, CRReLU) for module in base.modules())
+    unpatch(base)
+    assert [type(module) for module in base.modules()] == [type(module) for module in plain.modules()]
+    assert not hasattr(base.config, "crrelu")
+
+
+def test_the_hook_is_installed_whoever_else_has_taken_the_name():
+    program = (
+        "from transformers.activations import ACT2FN; ACT2FN['crrelu'] = ACT2FN['relu']\n"
+        "import crrelu_llm, transformers.modeling_utils\n"
+        "from transformers import PreTrainedModel\n"
+        "assert PreTrainedModel.post_init.__name__ == 'swap_then_post_init'\n"
+        "first = PreTrainedModel.post_init; crrelu_llm.register(); assert PreTrainedModel.post_init is first\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.comparison.results import build_report
     from crrelu_llm.eafo.models import sensitivity, sensitivity_plot
     from crrelu_llm.files import plain, write_json
-    from crrelu_llm.training.arguments import parse, without_secrets
+    from crrelu_llm.secrets import without_secrets
+    from crrelu_llm.training.arguments import parse
 
     recipe_argv = ["--config", args.config, *rest]
     arms = sensitivity.arm_names(args.values)

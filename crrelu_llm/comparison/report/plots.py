@@ -170,10 +170,20 @@ _ORIGINALS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
+def _site_curves(arm: dict[str, Any], grid: Grid) -> dict[str, np.ndarray]:
+    """The curve of each site that the runs have kept one of, mean over seeds."""
+    found: dict[str, list[list[float]]] = {}
+    for run in runs(arm, grid):
+        for path, curve in (run.get("curves") or {}).items():
+            if None not in curve:
+                found.setdefault(path, []).append(curve)
+    return {path: np.mean(curves, axis=0) for path, curves in found.items()}
+
+
 def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     arm = find_arm(report, candidate)
-    epsilons = _site_values(arm, grid, "epsilon") if arm else {}
-    if arm is None or not any(any(values) for values in epsilons.values()):
+    curves = _site_curves(arm, grid) if arm else {}
+    if arm is None or not curves:
         return None
     sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
     if not sites:  # an evaluated checkpoint: what it replaced and at what scale are not known
@@ -181,27 +191,24 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
     figure, axes = new_axes(3.0)
-    x = np.linspace(-4, 3, 281)
+    count = len(next(iter(curves.values())))
+    x = np.linspace(-4, 3, count)
     axes.plot(x, formula(x), color=INK, linewidth=3.2, alpha=0.28)
     axes.plot(x, np.maximum(x, 0), color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     keys = [Key(original, "--ink", mark="thick"), Key("ReLU", "--muted", "2 2")]
-    paths = list(epsilons)
     colour = arm_colour(arm_slot(report, candidate) or 0)
     dashes = ("", "5 1.8", "1.6 1.4")
-    for path, dash in zip(dict.fromkeys((paths[0], paths[len(paths) // 2], paths[-1])), dashes, strict=False):
-        epsilon = statistics.fmean(epsilons[path])
-        scale = sites.get(path, {}).get("scale_mean") or 1.0
-        bump = epsilon * x * np.exp(-((scale * x) ** 2) / 2)
+    for (path, curve), dash in zip(curves.items(), dashes, strict=False):
         style: Any = (0, tuple(map(float, dash.split()))) if dash else "-"
-        axes.plot(x, np.maximum(x, 0) + bump, color=colour, linestyle=style)
-        keys.append(Key(f"{path}, ε = {text.number(epsilon, '{:.3f}')}", css_variable(colour), dash))
+        axes.plot(x, curve, color=colour, linestyle=style)
+        keys.append(Key(path, css_variable(colour), dash))
     axes.set(xlabel="x", ylabel="f(x)", ylim=(-0.45, 1.6), xlim=(-4, 2))
     axes.axhline(0, color=RULE, linewidth=1)
     return Picture(
         "shape",
         f"The learned activation of {candidate}",
-        "max(0, x) + ε·x·exp(−x²/2) with ε of the first, a middle and the last site, drawn at the mean scale that "
-        f"calibration gave its channels, beside the {original} it replaced and ReLU.",
+        "What the first, a middle and the last site compute after training, with all that calibration and training "
+        f"have set: the mean of their channels and of the seeds, beside the {original} it replaced and ReLU.",
         f"Curves of the learned activation of {candidate} beside {original} and ReLU.",
         inline_svg(figure, "shape"),
         keys,

@@ -3,9 +3,9 @@
 import pytest
 from suite_data import language_model, write
 
+from crrelu_llm.data.pairs import as_pair
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.preference import PreferenceTask, split
-from crrelu_llm.evaluation.published_pairs import as_pair
 
 
 def test_shp_prefers_what_its_label_says():
@@ -63,3 +63,26 @@ def test_files_of_both_are_evaluated_as_the_same_pairs(tmp_path, tiny_checkpoint
     lm = language_model(tiny_checkpoint)
     found = [PreferenceTask("pairs", file, None, chat=False).run(lm) for file in files]
     assert found[0].items == found[1].items == found[2].items
+
+
+def _talk(*texts):
+    roles = ("user", "assistant")
+    return [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def test_a_prompt_beside_conversations_that_repeat_it():
+    row = {"prompt": "Q", "chosen": _talk("Q", "A"), "rejected": _talk("Q", "B"), "score": 1}
+    assert as_pair(row) == {"score": 1, "prompt": _talk("Q"), "chosen": _talk("Q", "A")[1:],
+                            "rejected": _talk("Q", "B")[1:]}  # fmt: skip
+
+
+def test_a_prompt_beside_answers_alone():
+    row = {"prompt": "Q", "chosen": _talk("Q", "A")[1:], "rejected": _talk("Q", "B")[1:]}
+    assert as_pair(row)["prompt"] == _talk("Q")
+
+
+def test_parts_of_a_content_are_one_text():
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "!"}]}]
+    prompt, answers = split({"prompt": _talk("Q"), "chosen": parts, "rejected": _talk("Q", "B")[1:]}, "row 1")
+    assert prompt == _talk("Q")
+    assert answers[0] == [{"role": "assistant", "content": "A!"}]

@@ -1,7 +1,10 @@
-"""Preference data in the columns it was published with: SHP's two replies, and HH-RLHF's transcripts."""
+"""Preference data in the columns it was published with: SHP's two replies, HH-RLHF's transcripts, UltraFeedback's
+prompt beside conversations that repeat it."""
 
 import re
 from typing import Any
+
+from crrelu_llm.data.messages import are_messages
 
 SHP = frozenset({"history", "human_ref_A", "human_ref_B", "labels"})
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -22,7 +25,23 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
     sides = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is None and all(isinstance(side, str) and _TURN.match(side) for side in sides):
         return row | {"chosen": _messages(str(sides[0])), "rejected": _messages(str(sides[1]))}
-    return row
+    return row | with_prompt_once(row)
+
+
+def with_prompt_once(row: dict[str, Any]) -> dict[str, Any]:
+    """`prompt`, `chosen` and `rejected` of a row, where its prompt is a text and its answers are conversations.
+
+    Conversations that begin with the prompt's turn, as UltraFeedback's, are parted where they differ, as TRL parts
+    them; answers alone get the prompt as the user's turn. Empty for rows of any other shape.
+    """
+    prompt, sides = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    if not isinstance(prompt, str) or not all(are_messages(side) for side in sides):
+        return {}
+    if all(side[0]["role"] == "assistant" for side in sides):  # type: ignore[index]
+        return {"prompt": [{"role": "user", "content": prompt}], "chosen": sides[0], "rejected": sides[1]}
+    from trl.data_utils import extract_prompt
+
+    return dict(extract_prompt({"chosen": sides[0], "rejected": sides[1]}))
 
 
 def _messages(transcript: str) -> list[dict[str, str]]:

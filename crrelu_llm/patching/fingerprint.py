@@ -1,0 +1,57 @@
+"""What decides what a model or a data set is: files with their sizes and times, the hub's commit, our version."""
+
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.patching import loading
+
+# Weights, configs, tokenizers, chat templates, generation configs, a model's own code.
+_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".json", ".jinja", ".model", ".txt", ".py"}
+_REPORTS = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json"}
+
+
+def of_model(model: str, revision: str | None = None) -> dict[str, Any]:
+    """What identifies a MODEL: the files of a local one, the commit of one of the hub.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    source = loading.resolve(model)
+    path = Path(source)
+    if path.exists():
+        return {"files": files_of(path)}
+    config = loading.load_config(source, **({"revision": revision} if revision else {}))
+    return {"hub": source, "revision": revision, "commit": getattr(config, "_commit_hash", None)}
+
+
+def files_of(path: Path) -> list[list[Any]]:
+    """Name, size and time (ns) of a model's file, or of each file in its directory that decides what it computes."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.is_file() and file.suffix in _SUFFIXES and file.name not in _REPORTS]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def of_data(name: str) -> list[list[Any]]:
+    """The same of a local data file or of all files below a folder; nothing for a name of the hub or `builtin:`."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [(file.relative_to(path) if path.is_dir() else Path(file.name), file.stat()) for file in files]
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in found]
+
+
+def changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What differs between two origins of a patched copy, in words: names of files and of keys."""
+    names = []
+    for key in sorted(wanted.keys() | found.keys()):
+        mine, its = wanted.get(key), found.get(key)
+        if mine == its:
+            continue
+        if key in ("files", "data") and isinstance(mine, list) and isinstance(its, list):
+            names += sorted({str(entry[0]) for entry in mine + its if entry not in mine or entry not in its})
+        elif isinstance(mine, dict) and isinstance(its, dict):
+            names += changed(mine, its)
+        else:
+            names.append("the version of crrelu_llm" if key == "crrelu_llm" else key)
+    return names

@@ -1,0 +1,251 @@
+"""What can be known before the long work: packages, trackers, access to the hub, rows, and whether saving works."""
+
+import contextlib
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, Trainer
+from transformers.integrations import integration_utils
+from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
+
+from crrelu_llm.data.messages import are_messages, say_something
+from crrelu_llm.errors import InputError, reading, reason_of
+from crrelu_llm.patching import loading
+from crrelu_llm.training.arguments import Recipe
+
+logger = logging.getLogger("crrelu_llm")
+_OF_A_STREAM = 100  # rows that are looked at where reading all of them would be the training itself
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Looks for what a recipe needs from outside: optional packages, trackers, a login.
+
+    Raises:
+        InputError: Something is missing.
+    """
+    args, where = recipe.training, recipe.source
+    for name in args.report_to or ():
+        short = {"azure_ml": "azureml", "comet_ml": "comet"}.get(name, name)
+        available = getattr(integration_utils, f"is_{short}_available", None)
+        if available is not None and not available():
+            raise InputError(f"{where}: report_to {name}: pip install {short}, or set report_to: none")
+    if "wandb" in (args.report_to or ()):
+        _check_wandb(where)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise InputError(f"{where}: optim {args.optim}: {reason_of(error)}") from error
+    except Exception:
+        pass
+    if args.use_liger_kernel:
+        with reading(f"{where}: use_liger_kernel", "pip install liger-kernel, or leave it out"):
+            import liger_kernel.transformers  # noqa: F401
+    if args.push_to_hub:
+        from huggingface_hub import whoami
+
+        with reading(f"{where}: push_to_hub", "log in with `hf auth login`, or leave it out"):
+            whoami(token=args.hub_token)
+
+
+def _check_wandb(where: str) -> None:
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
+        return
+    with reading(f"{where}: report_to wandb", "log in with `wandb login`, or set WANDB_MODE=offline"):
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            raise ValueError("no API key")
+
+
+def check_model(recipe: Recipe, model: str) -> None:
+    """Builds a model without weights, as its config and the recipe's options say; and compares tokenizer and model.
+
+    Raises:
+        InputError: It cannot be built, or has no rows for some tokens.
+    """
+    options: dict[str, Any] = {
+        "revision": recipe.model.model_revision,
+        "trust_remote_code": recipe.training.trust_remote_code,
+    }
+    if not loading.is_gguf(model):
+        attention = {"attn_implementation": recipe.model.attn_implementation}
+        with reading(f"{recipe.source}: {model}", "choose other options, or another model"):
+            loading.skeleton(model, **{key: value for key, value in (options | attention).items() if value})
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The tokenizer that the rows will be read with, its chat template the recipe's.
+
+    Raises:
+        InputError: It cannot be loaded, or has tokens that the model has no embeddings for.
+    """
+    model = str(recipe.model.model_name_or_path)
+    options = {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
+    options = {key: value for key, value in options.items() if value}
+    tokenizer = loading.load_tokenizer(model, **options)
+    config = loading.load_config(model, **options)
+    source = getattr(recipe.training, "chat_template_path", None)
+    if source is None:
+        loading.require_embeddings(tokenizer, getattr(config.get_text_config(), "vocab_size", None), model)
+    elif source.endswith((".jinja", ".j2")):
+        with reading(f"{recipe.source}: chat_template_path {source}", "check the path"):
+            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+    else:  # its tokens come with it, and TRL gives the model embeddings for them
+        with reading(f"{recipe.source}: chat_template_path {source}", "check the path"):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    return tokenizer
+
+
+def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
+    """Looks at every row as TRL will: its parts, and what the chat template makes of it.
+
+    Args:
+        rows: A split; of a stream the first rows are looked at.
+        name: What the data is called, for messages.
+        tokenizer: Of the model, with the chat template that will be used.
+
+    Raises:
+        InputError: A row that cannot be used; the message has its number, from 1 on.
+    """
+    if rows is None or (getattr(recipe.training, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        return
+    first = next(iter(rows), None)
+    if first is None or "input_ids" in first:
+        return
+    converts, conversational = is_conversational_from_value(first), None
+    some = rows if hasattr(rows, "__len__") else itertools.islice(rows, _OF_A_STREAM)
+    for number, row in enumerate(tqdm(some, desc=f"Reading {name}", delay=5, leave=False), 1):
+        with reading(f"{name}: row {number}", "mend the row, or leave it out", ours=True):
+            row = maybe_convert_to_chatml(row) if converts else row
+            sides = _sides(recipe, row)
+            talks = is_conversational(row)
+            if conversational not in (None, talks):
+                raise InputError(f"it is {_kind(talks)}, and the rows before are {_kind(not talks)}")
+            conversational = talks
+            if talks:
+                _render(tokenizer, row, sides)
+
+
+def _kind(conversational: bool) -> str:
+    return "a conversation" if conversational else "plain text"
+
+
+def _sides(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a row that are trained on, each a text or messages."""
+    if recipe.kind == "dpo":
+        names = ["prompt"] * ("prompt" in row) + ["chosen", "rejected"]
+    elif "prompt" in row:
+        names = ["prompt", "completion"]
+    elif "messages" in row and row["messages"] is not None:
+        names = ["messages"]
+    else:
+        names = [recipe.training.dataset_text_field]
+    sides = {name: row.get(name) for name in names}
+    for name, side in sides.items():
+        if not isinstance(side, str) and not (are_messages(side) and say_something(side or [])):
+            raise InputError(f"{name} is neither text nor a list of messages: {side!r:.60}")
+    if len({isinstance(side, str) for side in sides.values()}) > 1:
+        raise InputError(f"{' and '.join(names)} must all be texts, or all messages")
+    return sides
+
+
+def _render(tokenizer: Any, row: dict[str, Any], sides: dict[str, Any]) -> None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        import json
+
+        tools = json.loads(tools)
+    prompt = sides.get("prompt") or []
+    for name, side in sides.items():
+        if name != "prompt":
+            options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+            tokenizer.apply_chat_template([*prompt, *side], tokenize=False, **options)
+
+
+def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -> None:
+    """Looks at the rows that TRL has prepared: how many are left, whether any token is trained on, how long they are.
+
+    Args:
+        given: How many rows each split had, by name; None of a stream.
+
+    Raises:
+        InputError: Nothing is left, or a row is longer than the model's table of positions.
+    """
+    for name, data in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+        if data is None or not hasattr(data, "__len__"):
+            continue
+        rows, packed = given.get(name), "seq_lengths" in data.column_names
+        cut = f"max_length is {recipe.training.max_length}"
+        if len(data) == 0 or ("labels" in data.column_names and not _any_label(data)):
+            raise InputError(
+                f"{recipe.source}: no row of the {name} data has a token to be trained on: {cut}, and prompts alone "
+                "fill it, or everything is masked; raise max_length, or look at the data"
+            )
+        if rows is not None and not packed and len(data) < rows:
+            logger.warning(
+                "%d of %d rows of the %s data are left out: nothing of them is trained on (%s)",
+                rows - len(data), rows, name, cut,
+            )  # fmt: skip
+        _check_positions(trainer, data, f"{recipe.source}: {name} data")
+
+
+def _any_label(data: Any) -> bool:
+    return any(any(label != -100 for label in labels) for labels in data["labels"])
+
+
+def _check_positions(trainer: Any, data: Any, where: str) -> None:
+    """A table of positions has no entry beyond its end; rotary positions have no end, but the model has seen none."""
+    model = trainer.model
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in data.column_names]
+    if not positions or not columns or "seq_lengths" in data.column_names:
+        return
+    lengths = zip(*([len(ids) for ids in data[name]] for name in columns), strict=True)
+    longest = max(row[0] + max(row[1:], default=0) for row in lengths)
+    longest = min(longest, trainer.args.max_length or longest)  # pairs are cut when they are batched
+    if longest <= positions:
+        return
+    table = any(
+        isinstance(module, nn.Embedding) and positions <= module.num_embeddings <= positions + 2
+        for name, module in model.named_modules()
+        if "pos" in name or name.endswith("wpe")
+    )
+    said = f"{where}: the longest row has {longest} tokens, and the model {positions} positions"
+    if table:
+        raise InputError(f"{said}; set max_length to {positions} or less")
+    logger.warning("%s: what is beyond them the model has not been trained for", said)
+
+
+@contextlib.contextmanager
+def scratch_in(directory: Path) -> Iterator[Path]:
+    """A directory in `directory` for files that nobody keeps."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".trial.", suffix=".tmp") as made:
+        yield Path(made)
+
+
+def try_saving(trainer: Any, recipe: Recipe) -> None:
+    """Saves everything but the weights, as the end of training will: what is refused then costs the training.
+
+    Raises:
+        InputError: Something cannot be saved.
+    """
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = {
+        "the model's config": base.config,
+        "its generation config": getattr(base, "generation_config", None) if base.can_generate() else None,
+        "the tokenizer": trainer.processing_class,
+    }
+    with scratch_in(Path(trainer.args.output_dir)) as made:
+        for name, part in parts.items():
+            if part is not None:
+                with reading(f"{recipe.source}: {name} could not be saved after training", "mend it before"):
+                    part.save_pretrained(str(made))
