@@ -73,12 +73,12 @@ def write_all(folder):
     return folder
 
 
-def language_model(directory, batch_size=4):
+def language_model(directory, batch_size=4, max_length=None):
     """The language model that lm-eval asks, of a checkpoint."""
     from crrelu_llm.evaluation.lm import build
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return build(model, AutoTokenizer.from_pretrained(directory), batch_size, torch.device("cpu"))
+    return build(model, AutoTokenizer.from_pretrained(directory), batch_size, torch.device("cpu"), max_length)
 
 
 def by_hand(directory, ids, start):

@@ -28,7 +28,6 @@ class EvaluationLM(HFLM):
 
     def __init__(self, *args: Any, longest: int | None = None, **kwargs: Any) -> None:
         self._longest = longest
-        self._bare = False
         super().__init__(*args, **kwargs)
         self._beginning = beginning(self.tokenizer)
 
@@ -37,10 +36,6 @@ class EvaluationLM(HFLM):
         """What a text that nothing precedes is read after: what the tokenizer puts before texts, or else lm-eval's."""
         before = getattr(self, "_beginning", None)
         return before[-1] if before else int(super().prefix_token_id)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As lm-eval's; within a rolling likelihood without what the tokenizer puts before a text."""
-        return super().tok_encode(string, False if self._bare else add_special_tokens, **kwargs)
 
     def tokens_of(self, text: str) -> int:
         """How many tokens of a text its rolling log-likelihood is the sum of."""
@@ -57,16 +52,26 @@ class EvaluationLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm or _without_bars())
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-eval's, its bar only where tqdm's are wanted.
+        """As lm-eval's, where the tokenizer puts nothing before a text; its bar only where tqdm's are wanted.
 
-        But of the text's tokens alone: lm-eval encodes the text with the tokenizer's beginning-of-sequence token, and
-        puts one more before it, so that it also scores the one after the other.
+        Else the log-likelihood of the text's tokens alone, in windows that each begin as the tokenizer begins a text.
+        lm-eval encodes the text with the beginning-of-sequence token and puts one more before it, so that it also
+        scores the one after the other; and its other windows begin without.
         """
-        self._bare = True
-        try:
+        if not self._beginning:
             return super().loglikelihood_rolling(requests, disable_tqdm or _without_bars())
-        finally:
-            self._bare = False
+        room = self.max_length + 1 - len(self._beginning)
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            cut = [ids[start : start + room] for start in range(0, len(ids), room)]
+            windows += [(None, list(self._beginning), window) for window in cut]
+            owners += [index] * len(cut)
+        total = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            total[owner] += float(score)
+        return total
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As lm-eval's, its bar only where tqdm's are wanted."""

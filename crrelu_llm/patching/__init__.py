@@ -1,4 +1,4 @@
-"""Patching: find the sites of a model, swap their activation, fit ε, and save and reload the result."""
+"""Patching: find the sites of a model, swap their activation, calibrate it, and save and reload the result."""
 
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.patch import PatchReport, patch, unpatch

@@ -11,6 +11,11 @@ from crrelu_llm.patching.modules.replace import swap_in
 from crrelu_llm.patching.sites import Site
 
 Linears = dict[str, tuple[nn.Module, nn.Module]]  # before and after, by the path of the site
+_WHY_NOT = {
+    "gated": "the offset is multiplied by the up-projection, which no bias can take",
+    "experts": "the offset is multiplied by the up-projection, which no bias can take",
+    "functional": "the activation is inside a method, with no layers of its own around it",
+}
 _INSTEAD = "leave --fold out: the calibrated checkpoint computes the same"
 
 
@@ -27,10 +32,7 @@ def find_linears(model: nn.Module, sites: list[Site], input_ids: Tensor) -> Line
     """
     for site in sites:
         if site.kind != "plain":
-            raise InputError(
-                f"--fold: {site.path} is in a {site.kind} MLP, where the offset is multiplied by what no bias can "
-                f"take; {_INSTEAD}"
-            )
+            raise InputError(f"--fold: {site.path} is in a {site.kind} MLP ({_WHY_NOT[site.kind]}); {_INSTEAD}")
     with evaluating(model):
         flow = Flow(model, sites, input_ids)
     found = {}

@@ -1,6 +1,7 @@
 """The hook into transformers: `from_pretrained` and `from_config` build a patched model where the config says so."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
@@ -26,6 +27,7 @@ def install_hook() -> None:
     guard.install()
     post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
     initialize_missing = PreTrainedModel._initialize_missing_keys
+    adjust_keys = PreTrainedModel._adjust_missing_and_unexpected_keys
 
     def swap_then_post_init(self: Any) -> None:
         names = _swap_from_section(self)
@@ -49,9 +51,14 @@ def install_hook() -> None:
         _warn_of_missing(self)
         initialize_missing(self, is_quantized)
 
+    def refuse_then_adjust_keys(self: Any, loading_info: Any) -> None:
+        _refuse_unexpected(self, loading_info.unexpected_keys)
+        adjust_keys(self, loading_info)
+
     PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
     PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
     PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
+    PreTrainedModel._adjust_missing_and_unexpected_keys = refuse_then_adjust_keys  # type: ignore[method-assign]
 
 
 def _swap_from_section(model: Any) -> set[str]:
@@ -100,6 +107,18 @@ def _check_swapped(model: Any) -> None:
             raise InputError(
                 f"{model.config._name_or_path}: config.json names the site {site['path']}, "
                 f"which {type(model).__name__} does not have; load it with the class it was saved from"
+            )
+
+
+def _refuse_unexpected(model: Any, keys: Iterable[str]) -> None:
+    """Refuses the numbers of calibrated activations under a config that knows of no calibration."""
+    plain = {path for path, module in model.named_modules() if isinstance(module, AffineModule)}
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        if name in AFFINE and path in plain:
+            raise InputError(
+                f"{model.config._name_or_path}: its weights are those of calibrated activations ({key}), and its "
+                "config.json of others; its files do not belong together: patch the original checkpoint again"
             )
 
 

@@ -37,8 +37,9 @@ class PatchReport:
     Attributes:
         sites: `{path, original, num_channels, epsilon_mean, center, width, scale_mean, relative_error,
             relative_error_naive, kept, note}` each. `center` and `width` are None unless the density is fitted.
-            `relative_error` is the root mean square of (new − original) over that of the original, given the same
-            input, at the MLP's product on tokens that were held back; `relative_error_naive` the same with ε at its
+            `relative_error` is the weighted root mean square of (new − original) over that of the original, given the
+            same input, at the MLP's product on tokens that were held back (massive activations weigh
+            less); `relative_error_naive` the same with ε at its
             start (and the centre and width of the site, where the density is fitted); None where no calibration text
             was read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
         skipped: `{path, reason}` each.

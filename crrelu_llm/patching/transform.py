@@ -65,6 +65,8 @@ def patch_checkpoint(
         DiskError: The disk is full or read-only.
     """
     started = time.perf_counter()
+    if fold and (config is None or not config.fits):
+        raise InputError("--fold moves what a calibration found into the weights; set calibration: fit")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     options = {key: value for key, value in options.items() if value}

@@ -104,7 +104,7 @@ def split_off_epsilon(optimizer: Any, model: nn.Module, learning_rate: float, we
 
 
 def split_off_affine(optimizer: Any, model: nn.Module, learning_rate: float) -> None:
-    """The same for scale, shift, gain and offset, without weight decay, as a gain of 0 is no start."""
+    """The same for scale, shift, gain and offset, without weight decay, which would draw scale and gain to 0."""
     four = [getattr(module, name) for module in affine_modules(model).values() for name in AFFINE]
     _split_off(optimizer, [value for value in four if isinstance(value, nn.Parameter)], learning_rate, 0.0)
 

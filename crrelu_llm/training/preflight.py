@@ -18,6 +18,7 @@ from trl.data_utils import is_conversational, is_conversational_from_value, mayb
 from crrelu_llm.data.messages import are_messages, say_something
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import loading
+from crrelu_llm.patching.transform import require_space
 from crrelu_llm.training.arguments import Recipe
 
 logger = logging.getLogger("crrelu_llm")
@@ -235,10 +236,12 @@ def try_saving(trainer: Any, recipe: Recipe) -> None:
     """Saves everything but the weights, as the end of training will: what is refused then costs the training.
 
     Raises:
-        InputError: Something cannot be saved.
+        InputError: Something cannot be saved, or the disk has no room for the trained model.
     """
-    model = trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model, adapts = trainer.model, hasattr(trainer.model, "peft_config")
+    base = model.get_base_model() if adapts else model
+    if not adapts and trainer.accelerator.num_processes == 1:
+        require_space(base, trainer.args.output_dir)
     parts = {
         "the model's config": base.config,
         "its generation config": getattr(base, "generation_config", None) if base.can_generate() else None,

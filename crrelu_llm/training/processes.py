@@ -165,16 +165,18 @@ def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
     process its own, and only the main one of a host may have read the checkpoint.
     """
     modules = [inner for module in _affine_modules(model) for inner in module.modules()]
-    held = {module: dict(module.named_buffers(recurse=False)) for module in modules}
-    for module, buffers in held.items():
+    hidden: dict[nn.Module, set[str]] = {}  # what a state dict holds, and for now does not
+    for module in modules:
+        buffers = dict(module.named_buffers(recurse=False))
         for name, value in buffers.items():
             setattr(module, name, broadcast(value.to(accelerator.device)))
-        module._non_persistent_buffers_set.update(buffers)
+        hidden[module] = buffers.keys() - module._non_persistent_buffers_set
+        module._non_persistent_buffers_set.update(hidden[module])
     try:
         return fsdp2_prepare_model(accelerator, model)
     finally:
-        for module, buffers in held.items():
-            module._non_persistent_buffers_set.difference_update(buffers)
+        for module, names in hidden.items():
+            module._non_persistent_buffers_set.difference_update(names)
 
 
 def _affine_modules(model: Any) -> list[AffineModule]:

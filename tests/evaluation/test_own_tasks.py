@@ -165,6 +165,11 @@ def test_text_is_scored_once_after_what_the_tokenizer_puts_before_it(tiny_checkp
     ]
     total = -sum(by_hand(model, [start, *ids], 1) for ids in plain)
     assert found.metrics["loss"] == pytest.approx(total / sum(map(len, plain)), abs=1e-5)
+    if adds:  # every window of a text that is longer than the context begins so
+        found = TextTask("texts", path, None).run(language_model(model, max_length=4))
+        windows = [[start, *ids[at : at + 4]] for ids in plain for at in range(0, len(ids), 4)]
+        total = -sum(by_hand(model, window, 1) for window in windows)
+        assert found.metrics["loss"] == pytest.approx(total / sum(map(len, plain)), abs=1e-5)
 
 
 def test_a_pair_that_a_template_refuses_is_named_before_a_model_is_loaded(tokenizer, tmp_path):

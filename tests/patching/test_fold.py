@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import crrelu_llm  # noqa: F401
+from crrelu_llm.cli.main import main
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
 from crrelu_llm.patching.loading import load_model
@@ -26,6 +27,13 @@ def test_a_folded_network_computes_the_same_with_the_activation_alone(tmp_path, 
     assert not any(name.endswith((".scale", ".shift", ".gain", ".offset")) for name in folded.state_dict())
     section = json.loads((tmp_path / "folded" / "config.json").read_text())["crrelu"]
     assert section["version"] == 1 and section["weights_changed"] and "calibrated" not in section
+
+
+def test_what_is_not_calibrated_cannot_be_folded(tiny_checkpoint, tmp_path, capsys):
+    argv = ["patch", str(tiny_checkpoint), "--output_dir", str(tmp_path / "out"), "--calibration", "none", "--fold"]
+    assert main(argv) == 2
+    assert "set calibration: fit" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gated_mlp_cannot_be_folded_and_nothing_is_written(tiny_llama_checkpoint, tmp_path):

@@ -381,6 +381,19 @@ def test_unpatch_the_base_model_of_a_patched_checkpoint(tmp_path):
     assert not hasattr(base.config, "crrelu")
 
 
+def test_calibrated_weights_under_a_config_without_calibration_are_refused(tmp_path):
+    model = tiny_model("llama")
+    plain, fitted = tmp_path / "plain", tmp_path / "fitted"
+    patch(model, calibration="none")
+    model.save_pretrained(plain)
+    unpatch(model)
+    patch(model, calibration="fit", blocks=token_ids(8, 32))
+    model.save_pretrained(fitted)
+    (fitted / "config.json").write_text((plain / "config.json").read_text())
+    with pytest.raises(InputError, match=r"its weights are those of calibrated activations .*do not belong together"):
+        AutoModelForCausalLM.from_pretrained(fitted)
+
+
 def test_the_hook_is_installed_whoever_else_has_taken_the_name():
     program = (
         "from transformers.activations import ACT2FN; ACT2FN['crrelu'] = ACT2FN['relu']\n"

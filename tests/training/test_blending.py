@@ -97,10 +97,13 @@ def test_epsilon_waits_until_lambda_leaves_0(workshop):
     assert steps[1] != steps[0]
 
 
-@pytest.mark.parametrize("arm", ["gelu", "relu", "silu"])
-def test_other_arms_are_treated_alike(workshop, arm):
+@pytest.mark.parametrize(
+    ("arm", "calibration"), [("gelu", "none"), ("silu", "fit"), ("relu", "fit"), ("crrelu", "fit")]
+)
+def test_other_arms_are_treated_alike(workshop, arm, calibration):
     native = workshop.run("sft", "native", activation=None, max_steps=1)
-    record = workshop.run("sft", "run", activation=arm, **BLEND)
+    level = {"calibration": calibration, "calibration_tokens": 512}
+    record = workshop.run("sft", "run", activation=arm, **BLEND, **level)
     assert blends(record) == [0, 0.25, 0.5, 0.75, 1, 1]
     assert losses(record)[0] == losses(native)[0]
 

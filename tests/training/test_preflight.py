@@ -7,6 +7,7 @@ import stat
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from runs import LORA, dpo_rows, sft_rows, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -78,6 +79,10 @@ class TestEpsilon:
         for path, value in record["epsilon"].items():
             assert value != record["epsilon_start"][path]
             assert weights[f"base_model.model.{path}.epsilon"].item() == pytest.approx(value, abs=1e-6)
+
+        model = AutoPeftModelForCausalLM.from_pretrained(workshop.folder / "run")
+        means = {path: module.epsilon.item() for path, module in epsilon_modules(model).items()}
+        assert means == pytest.approx(record["epsilon"], abs=1e-6)
 
     def test_one_that_would_stay(self, workshop):
         _, trainer = workshop.trainer("sft", "run", **LORA)
@@ -170,6 +175,20 @@ def test_a_generation_config_that_cannot_be_saved(source, workshop):
         with pytest.raises(InputError, match=r"generation.config.* could not be saved"):
             workshop.run("sft", "run", model_name_or_path=str(source), **options)
     assert not list((workshop.folder / "run").glob("*.safetensors"))
+
+
+def test_a_checkpoint_of_another_adapter(workshop):
+    workshop.run("sft", "run", **LORA, save_strategy="steps", save_steps=2)
+    with pytest.raises(InputError, match="checkpoint-2 is of another model or adapter"):
+        checkpoint = str(workshop.folder / "run" / "checkpoint-2")
+        workshop.run("sft", "run", **LORA | {"lora_r": 2}, max_steps=4, resume_from_checkpoint=checkpoint)
+
+
+def test_a_disk_without_room_for_the_model(workshop, monkeypatch):
+    usage = shutil.disk_usage(workshop.folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="making the checkpoint needs"):
+        workshop.run("sft", "run", activation=None)
 
 
 def test_a_tracker_that_is_not_installed(workshop):

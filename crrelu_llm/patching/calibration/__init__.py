@@ -173,7 +173,7 @@ class _Work:
         work = {
             path: Refit(self.following[path], task.original, task.activation)
             for path, task in tasks.items()
-            if path in self.following and found[path].note is None
+            if path in self.following and found[path].note is None and found[path].kept == "fit"
         }
 
         def seen(path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:

@@ -45,18 +45,13 @@ _SMALL = 1 << 13
 @dataclass
 class Parameters:
     """A calibrated activation's numbers, float32: ε `(1,)` or `(channels,)`, None without one; the others
-    `(channels,)`.
-
-    Attributes:
-        loss: `(channels,)`, float64: the squared error that is left, as a share of the channel's own square.
-    """
+    `(channels,)`."""
 
     epsilon: Tensor | None
     scale: Tensor
     shift: Tensor
     gain: Tensor
     offset: Tensor
-    loss: Tensor
 
     @torch.no_grad()
     def write(self, activation: nn.Module) -> None:
@@ -93,7 +88,9 @@ def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_p
     relu, bump = _parts(target)
     if epsilon_per == "channel":
         return _of_channels([relu, bump], weights, x, y)
-    epsilon = _common_epsilon(relu, bump, weights, x, y)
+    # Channels count by what they do to the output, as where the result is judged.
+    counts = histogram.weights.sum(1, keepdim=True)
+    epsilon = _common_epsilon(relu, bump, weights * counts if float(counts.sum()) > 0 else weights, x, y)
     found = _of_channels([lambda t: relu(t) + epsilon * bump(t)], weights, x, y)
     found.epsilon = torch.tensor([epsilon], dtype=torch.float32)
     return found
@@ -171,11 +168,11 @@ def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor)
             both.append(_refine(curves, some.float(), x.float(), y.float(), scale.float(), shift.float()))
         (numbers, loss), (others, other_loss) = both
         better = other_loss < loss
-        parts.append((torch.where(better[:, None], others, numbers), torch.where(better, other_loss, loss)))
-    numbers, loss = (torch.cat(found) for found in zip(*parts, strict=True))
+        parts.append(torch.where(better[:, None], others, numbers))
+    numbers = torch.cat(parts)
     scale, shift, offset, gain = numbers[:, 0], numbers[:, 1], numbers[:, 2], numbers[:, 3]
     epsilon = None if len(curves) == 1 else torch.where(gain == 0, 0.0, numbers[:, 4] / gain)
-    return Parameters(epsilon, scale, shift, gain, offset, loss.double())
+    return Parameters(epsilon, scale, shift, gain, offset)
 
 
 @torch.no_grad()
@@ -224,13 +221,12 @@ class _Moments:
         ab, ay, by = self.gram[0, 1], self.match[0], self.match[1]
         determinant = (aa * bb - ab * ab).clamp_min(_TINY)
         first, second = (ay * bb - by * ab) / determinant, (by * aa - ay * ab) / determinant
-        left = -(first * ay + second * by)
-        # Outside what ε may be, each factor serves alone as well as it can.
+        # Where the best ε is larger than it may be: the better end, or the first factor alone.
+        bounded = -ay * ay / aa
         for bound in (LARGEST_EPSILON, -LARGEST_EPSILON):
             size = aa + 2 * bound * ab + bound * bound * bb
-            ends = -(ay + bound * by).square() / size
-            left = torch.where(second.abs() > LARGEST_EPSILON * first.abs(), torch.minimum(ends, -ay * ay / aa), left)
-        return left
+            bounded = torch.minimum(bounded, -(ay + bound * by).square() / size)
+        return torch.where(second.abs() > LARGEST_EPSILON * first.abs(), bounded, -(first * ay + second * by))
 
     def with_epsilon(self, epsilon: float) -> Tensor:
         """The squared error with this ε and the best gain, beside a constant."""
@@ -242,6 +238,7 @@ class _Moments:
 def _common_epsilon(relu: Curve, bump: Curve, weights: Tensor, x: Tensor, y: Tensor) -> float:
     """One ε, where each channel takes the scale, shift, gain and offset that suit it: the best of a grid, refined."""
     some = weights[:: max(1, len(weights) // _SAMPLE)]
+    some = some / some.sum().clamp_min(_TINY)  # of any size: the terms that keep divisions finite are small beside 1
     scales = torch.cat([_SCALES, -_SCALES])
     moments = [_Moments([relu, bump], some, x, y, scales, shift) for shift in _SHIFTS]
     own = some @ (y * y)
@@ -304,12 +301,12 @@ def _refine(
         return error, weighted @ columns.mT, (weighted @ residual[..., None])[..., 0]
 
     # The factors first, in closed form.
-    numbers = torch.zeros(len(weights), 3 + len(curves))
+    numbers = torch.zeros(len(weights), 3 + len(curves), dtype=weights.dtype, device=weights.device)
     numbers[:, 0], numbers[:, 1] = logarithm, shift
     _, matrix, gradient = at(numbers)
     numbers[:, 2:] = _solve(matrix[:, 2:, 2:], gradient[:, 2:], 1e-6)
     numbers = _bounded(numbers)
-    damping = torch.full((len(weights),), 1e-2)
+    damping = torch.full((len(weights),), 1e-2, dtype=weights.dtype, device=weights.device)
     error, matrix, gradient = at(numbers)
     for _ in range(_STEPS):
         step = _solve(matrix, gradient, damping)

@@ -21,7 +21,9 @@ class Histogram:
     """
 
     def __init__(self, num_channels: int):
-        self.weights = torch.zeros(num_channels, _BINS, dtype=torch.float64)  # of the text that is fitted to
+        self.weights = torch.zeros(
+            num_channels, _BINS, dtype=torch.float64, device="cpu"
+        )  # of the text that is fitted to
         self.held_back = torch.zeros_like(self.weights)  # of the text that judges
         self.tokens = 0
         self.finite = True
@@ -31,7 +33,7 @@ class Histogram:
     def points(self) -> Tensor:
         """The inputs in the middle of the bins, `(bins,)`, float64."""
         step = 2 * _REACH / _BINS
-        return self._unit * ((torch.arange(_BINS, dtype=torch.float64) + 0.5) * step - _REACH).sinh()
+        return self._unit * ((torch.arange(_BINS, dtype=torch.float64, device="cpu") + 0.5) * step - _REACH).sinh()
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor, factor: Tensor | None, held_back: bool) -> None:
