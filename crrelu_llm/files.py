@@ -60,7 +60,7 @@ def is_leftover(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def alone(directory: Path, command: str, beside: bool = False) -> Iterator[None]:
+def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
     """Within it no other call works in the directory: each would replace what the other writes.
 
     The directory is made, and removed again if nothing came into it.
@@ -68,7 +68,7 @@ def alone(directory: Path, command: str, beside: bool = False) -> Iterator[None]
     Args:
         directory: An output directory.
         command: What to call the work, `crrelu eval`.
-        beside: The lock lies beside the directory, which is not made.
+        name: Of the file that is locked there; it ends in `.lock`.
 
     Raises:
         InputError: Another call does, or something that is no directory of ours stands in the way.
@@ -79,7 +79,7 @@ def alone(directory: Path, command: str, beside: bool = False) -> Iterator[None]
     except ImportError:  # Windows: nothing guards it there
         yield
         return
-    lock = directory.with_name(f".{directory.name}{_LOCK}") if beside else directory / _LOCK
+    lock = directory.resolve() / name
     absent = [path for path in (lock.parent, *lock.parent.parents) if not path.exists()]
     try:
         with writing(str(directory)):

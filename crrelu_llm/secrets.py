@@ -1,6 +1,7 @@
 """What of a recipe and of a command line may be published: no tokens, no values that nobody vouches for."""
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _SHOWN = frozenset(
         *("auto_wrap_policy", "backward_prefetch", "state_dict_type", "transformer_layer_cls_to_wrap"),
     )
 )
+_TOKEN = re.compile(r"token|key|secret|password", re.IGNORECASE)
 _IN_A_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _IN_A_QUERY = re.compile(r"([?&](?:[\w-]*(?:token|key|signature|secret|password|sig))=)[^&\s]+", re.IGNORECASE)
 
@@ -33,16 +35,24 @@ def publishable(values: dict[str, Any]) -> dict[str, Any]:
 
 def publishable_map(values: dict[str, Any]) -> dict[str, Any]:
     """The same of one of its nested maps."""
-    return {key: _shown(entry) if _is_harmless(key, entry) else HIDDEN for key, entry in values.items()}
+    return {key: _shown(entry, key in _SHOWN) if _is_harmless(key, entry) else HIDDEN for key, entry in values.items()}
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: Any, texts: bool = True) -> Any:
+    """A value; where texts are not to be shown, its numbers alone."""
     if isinstance(value, str):
+        if not texts:
+            return HIDDEN
+        if value.lstrip().startswith("{"):  # a map as text
+            try:
+                return json.dumps(publishable_map(json.loads(value)), ensure_ascii=False)
+            except (ValueError, AttributeError):
+                return HIDDEN
         return _IN_A_QUERY.sub(rf"\1{HIDDEN}", _IN_A_URL.sub(f"{HIDDEN}@", value))
     if isinstance(value, list):
-        return [_shown(entry) for entry in value]
+        return [_shown(entry, texts) for entry in value]
     if isinstance(value, dict):
-        return publishable_map(value)
+        return publishable_map(value) if texts else {key: _shown(entry, False) for key, entry in value.items()}
     return value
 
 
@@ -61,21 +71,29 @@ def without_secrets(argv: list[str]) -> list[str]:
         elif secret and equals:
             result.append(f"--{name}={HIDDEN}")
         elif argument.startswith("--") and equals:
-            result.append(f"--{name}={_text(value)}")
+            result.append(f"--{name}={_shown(value)}")
         else:
-            result.append(_text(argument))
+            result.append(str(_shown(argument)))
         hide = secret and not equals
     return result
 
 
-def _text(argument: str) -> str:
-    """A value of a command line; a map is written in JSON there."""
-    if argument.startswith("{"):
-        try:
-            return json.dumps(_shown(json.loads(argument)), ensure_ascii=False)
-        except ValueError:
-            return HIDDEN
-    return str(_shown(argument))
+def hidden_part(values: dict[str, Any]) -> str | None:
+    """A hash of what `publishable` hides of a recipe, but for access tokens; None where it hides nothing.
+
+    Two recipes that differ in it are not one, though they look so.
+    """
+    shown = publishable(values)
+    left = {key: _without_tokens(value) for key, value in values.items() if key in shown and shown[key] != value}
+    if not left:
+        return None
+    return hashlib.sha256(json.dumps(left, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _without_tokens(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tokens(entry) for key, entry in value.items() if not _TOKEN.search(str(key))}
+    return value
 
 
 @contextlib.contextmanager
@@ -84,7 +102,7 @@ def hidden(args: Any) -> Iterator[None]:
     kept = {name: getattr(args, name) for name in (*_SECRETS, "model_init_kwargs") if hasattr(args, name)}
     try:
         for name, value in kept.items():
-            setattr(args, name, _shown(value) if isinstance(value, dict) else None)
+            setattr(args, name, publishable_map(value) if isinstance(value, dict) else None)
         yield
     finally:
         for name, value in kept.items():

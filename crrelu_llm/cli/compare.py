@@ -100,7 +100,7 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
     """
     if not output_dir.is_dir():
         raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")
-    with alone(output_dir, "crrelu report", beside=True):
+    with alone(output_dir, "crrelu report", ".report.lock"):
         return _write(output_dir, margins, with_examples)
 
 

@@ -77,7 +77,7 @@ def _run(module, name: str, argv: list[str]) -> int:
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_PATIENCE)  # the first process says it once for all, and the launcher then stops this one
-        if os.environ.get(_DEBUG):
+        if os.environ.get(_DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         print(f"crrelu {name}: {error}", file=sys.stderr)
         return 2
@@ -125,7 +125,7 @@ def _silence_libraries() -> None:
 def _without_debug(argv: list[str]) -> list[str]:
     """Takes `--debug` out, and keeps it where every process sees it. The Trainer's own `--debug` has a value."""
     for index, argument in enumerate(argv):
-        if argument == "--debug" and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
+        if argument == "--debug" and (index + 1 == len(argv) or index == 0 or argv[index + 1].startswith("-")):
             os.environ[_DEBUG] = "1"
             return argv[:index] + argv[index + 1 :]
     return argv

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
     measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
-    with alone(output_dir, "crrelu patch", beside=True):
+    with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
         _check_writable(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
             args.model,

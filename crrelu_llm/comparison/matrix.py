@@ -363,7 +363,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
     """What two calls must share to be the same comparison: everything but arms, seeds and grid."""
     values = {key: value for key, value in recipe.values.items() if key not in ("seed", "output_dir")}
-    return json.loads(json.dumps({"trainer": comparison.kind, **values}, default=str))
+    hidden = {} if recipe.hidden is None else {"hidden": recipe.hidden}
+    return json.loads(json.dumps({"trainer": comparison.kind, **values, **hidden}, default=str))
 
 
 def _union(old: list[Any], new: list[Any]) -> list[Any]:

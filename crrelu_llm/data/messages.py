@@ -15,8 +15,11 @@ def are_messages(value: Any) -> bool:
 
 
 def say_something(messages: list[dict[str, Any]]) -> bool:
-    """Whether every message has a content or calls a tool; a template would write the word None otherwise."""
-    return all(message.get("content") is not None or message.get("tool_calls") for message in messages)
+    """Whether every message has a content, calls a tool, thinks, …; a template would write the word None otherwise."""
+    return all(
+        any(message[key] for key in message.keys() - {"role", "content"}) or message.get("content") is not None
+        for message in messages
+    )
 
 
 def text_of(content: Any) -> str:

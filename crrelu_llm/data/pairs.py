@@ -29,13 +29,18 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_prompt_once(row: dict[str, Any]) -> dict[str, Any]:
-    """`prompt`, `chosen` and `rejected` of a row, where its prompt is a text and its answers are conversations.
+    """`prompt`, `chosen` and `rejected` of a row whose answers are conversations that repeat its prompt.
 
-    Conversations that begin with the prompt's turn, as UltraFeedback's, are parted where they differ, as TRL parts
-    them; answers alone get the prompt as the user's turn. Empty for rows of any other shape.
+    Beside a prompt that is a text, as UltraFeedback's, conversations are parted where they differ, as TRL parts them;
+    answers alone get the prompt as the user's turn. Empty for rows of any other shape.
     """
     prompt, sides = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
-    if not isinstance(prompt, str) or not all(are_messages(side) for side in sides):
+    if not all(are_messages(side) for side in sides):
+        return {}
+    if are_messages(prompt) and all(side[: len(prompt)] == prompt for side in sides):  # type: ignore[arg-type, index]
+        chosen, rejected = (side[len(prompt) :] for side in sides)  # type: ignore[arg-type, index]
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected} if chosen and rejected else {}
+    if not isinstance(prompt, str):
         return {}
     if all(side[0]["role"] == "assistant" for side in sides):  # type: ignore[index]
         return {"prompt": [{"role": "user", "content": prompt}], "chosen": sides[0], "rejected": sides[1]}

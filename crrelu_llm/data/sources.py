@@ -17,6 +17,7 @@ from crrelu_llm.data.docstrings import load_docstrings
 from crrelu_llm.data.messages import are_messages, text_of
 from crrelu_llm.data.pairs import with_prompt_once
 from crrelu_llm.errors import InputError, reading, reason_of
+from crrelu_llm.files import disk_trouble
 
 if TYPE_CHECKING:
     import torch
@@ -241,6 +242,8 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
         Exception
     ) as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
         # a compressed file of nothing, as JSON and as text
+        if disk_trouble(error):
+            raise
         reason = reason_of(error)
         if isinstance(error, StopIteration) or "at least one example" in reason or "StopIteration" in reason:
             raise InputError(f"{source}: the file holds no rows") from error
@@ -261,6 +264,8 @@ def _load_from_hub(name: str, config: str | None, streaming: bool) -> DatasetDic
     try:
         return datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # no network, no such name, no access, no such configuration: the user's to mend
+        if disk_trouble(error):
+            raise
         raise InputError(
             f"{name}: neither a local file nor a local folder, and the hub did not give it ({reason_of(error)}); "
             "check the name, or download the data and give its path"

@@ -42,7 +42,8 @@ class NamedModel:
         if not base:
             raise InputError(f"{self.path}: {_ADAPTER} does not name the model that the adapter belongs to")
         beside = Path(self.path).expanduser() / "patched"  # of a run whose directory was moved
-        return str(beside) if not Path(base).exists() and (beside / "config.json").is_file() else base
+        moved = Path(base).is_absolute() and Path(base).name == "patched" and not Path(base).exists()
+        return str(beside) if moved and (beside / "config.json").is_file() else base
 
     @property
     def is_adapter(self) -> bool:
@@ -129,6 +130,17 @@ def require_weights(model: NamedModel) -> None:
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{file}: cannot be read ({reason}); copy or save the model again") from None
+
+
+def require_adapter(model: NamedModel) -> None:
+    """Raises InputError where an adapter's configuration is none that PEFT takes."""
+    if model.is_adapter:
+        from peft import PeftConfig
+
+        with reading(f"{model.path}: {_ADAPTER}", "save the adapter again"):
+            config: Any = PeftConfig.from_pretrained(model.path)
+            if not isinstance(getattr(config, "r", 1), int):
+                raise ValueError(f"r is {config.r!r}, no whole number")
 
 
 def _shards(index: Path) -> set[str]:
@@ -219,7 +231,7 @@ def describe(model: Any) -> dict[str, Any]:
 
 def _adapter(path: str) -> dict[str, Any] | None:
     file = Path(path).expanduser() / _ADAPTER
-    if path.startswith("builtin:") or not file.is_file() or (file.parent / "config.json").is_file():
+    if path.startswith("builtin:") or not file.is_file() or any(file.parent.glob("model*.safetensors")):
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -133,6 +133,7 @@ def _check_models(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any
     keys = {model.name: named.identity(model) for model in evaluation.models}
     for model in evaluation.models:
         named.require_weights(model)
+        named.require_adapter(model)
     tokenizers = {model.name: named.load_tokenizer(model) for model in evaluation.models}
     for model in evaluation.models:
         if evaluation.chat and not tokenizers[model.name].chat_template:

@@ -5,12 +5,12 @@ from typing import Any
 
 from crrelu_llm.patching import loading
 
-# Weights, configs, tokenizers, chat templates, generation configs, a model's own code.
-_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".json", ".jinja", ".model", ".txt", ".py"}
-_REPORTS = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json"}
+# What does not decide what a model computes.
+_REPORTS = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json", "training_args.bin"}
+_SUFFIXES = {".md", ".html", ".png", ".lock", ".tmp"}
 
 
-def of_model(model: str, revision: str | None = None) -> dict[str, Any]:
+def of_model(model: str, revision: str | None = None, **options: Any) -> dict[str, Any]:
     """What identifies a MODEL: the files of a local one, the commit of one of the hub.
 
     Raises:
@@ -20,14 +20,14 @@ def of_model(model: str, revision: str | None = None) -> dict[str, Any]:
     path = Path(source)
     if path.exists():
         return {"files": files_of(path)}
-    config = loading.load_config(source, **({"revision": revision} if revision else {}))
+    config = loading.load_config(source, **({"revision": revision} if revision else {}), **options)
     return {"hub": source, "revision": revision, "commit": getattr(config, "_commit_hash", None)}
 
 
 def files_of(path: Path) -> list[list[Any]]:
     """Name, size and time (ns) of a model's file, or of each file in its directory that decides what it computes."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in files if file.is_file() and file.suffix in _SUFFIXES and file.name not in _REPORTS]
+    files = [path] if path.is_file() else sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")])
+    files = [file for file in files if file.is_file() and file.suffix not in _SUFFIXES and file.name not in _REPORTS]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -39,6 +39,12 @@ def of_data(name: str) -> list[list[Any]]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     found = [(file.relative_to(path) if path.is_dir() else Path(file.name), file.stat()) for file in files]
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in found]
+
+
+def without_times(origin: dict[str, Any]) -> dict[str, Any]:
+    """What two origins share whose files have the same names and sizes: of copied files, or another version."""
+    files = {key: [entry[:2] for entry in origin.get(key) or []] for key in ("files", "data")}
+    return {key: value for key, value in origin.items() if key != "crrelu_llm"} | files
 
 
 def changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:

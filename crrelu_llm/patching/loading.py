@@ -93,7 +93,8 @@ def needs_safetensors(model: str) -> bool | None:
     A local directory of `.bin` files is read by torch's unpickler for weights, which runs no code of theirs.
     """
     path = Path(resolve(model))
-    return True if not path.is_dir() or any(path.glob("*.safetensors")) else None
+    own = path.is_dir() and any(path.glob("pytorch_model*.bin")) and not any(path.glob("model*.safetensors"))
+    return None if own else True
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def patch_checkpoint(
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
             after the plain swap.
         perplexity_of: What it was measured on (`tokens`, `data`), for the report.
-        **options: `revision`, `trust_remote_code`.
+        **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
     Returns:
         The patch report, as written to patch_report.json.
@@ -69,6 +69,7 @@ def patch_checkpoint(
         raise InputError("--fold moves what a calibration found into the weights; set calibration: fit")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    weights = {key: value for key in ("use_safetensors",) if (value := options.pop(key, None)) is not None}
     options = {key: value for key, value in options.items() if value}
     tokenizer = loading.load_tokenizer(model, **options)
     about = loading.load_config(model, **options)
@@ -77,10 +78,13 @@ def patch_checkpoint(
     if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
     with loading.loading_whole():
-        loaded = loading.load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+        loaded = loading.load_model(
+            model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options, **weights
+        )
     loading.require_saving(loaded, model)
     progress = None
-    made_from = origin(model, config, dtype, options.get("revision")) | ({"fold": True} if fold else {})
+    trusted = options.get("trust_remote_code", False)
+    made_from = origin(model, config, dtype, options.get("revision"), trusted) | ({"fold": True} if fold else {})
     if config is not None and blocks is not None:
         loaded.to(_device_for(loaded))
         progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
@@ -189,7 +193,8 @@ def _bytes(model: Any) -> int:
 def require_space(model: Any, output_dir: str | Path, copies: int = 1) -> None:
     """Raises InputError where the disk has no room for so many copies of the model's weights."""
     needed = copies * _bytes(model)
-    parent = next(path for path in Path(output_dir).absolute().parents if path.exists())
+    place = Path(output_dir).absolute()
+    parent = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.05 * needed:
         raise InputError(
@@ -204,14 +209,16 @@ def read_report(directory: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def origin(model: str, config: PatchConfig | None, dtype: str, revision: str | None) -> dict[str, Any]:
+def origin(
+    model: str, config: PatchConfig | None, dtype: str, revision: str | None, trust_remote_code: bool | None = False
+) -> dict[str, Any]:
     """All that decides what a patched copy of a MODEL is, the version of this package included."""
     return {
         "model": model,
         "options": None if config is None else asdict(config),
         "dtype": dtype,
         "revision": revision,
-        **fingerprint.of_model(model, revision),
+        **fingerprint.of_model(model, revision, trust_remote_code=trust_remote_code),
         "data": fingerprint.of_data(config.calibration_data) if config is not None and config.calibrates else [],
         "crrelu_llm": versions()["crrelu_llm"],
     }

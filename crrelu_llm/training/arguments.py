@@ -15,7 +15,7 @@ from crrelu_llm.errors import InputError, reason_of
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
-from crrelu_llm.secrets import publishable
+from crrelu_llm.secrets import hidden_part, publishable
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.launch import launch_keys
 
@@ -177,6 +177,7 @@ class Recipe:
 
     Attributes:
         values: What was asked for, as it may be published.
+        hidden: A hash of what is hidden there, where something is.
     """
 
     kind: str
@@ -186,6 +187,7 @@ class Recipe:
     mixture: DatasetMixtureConfig
     activation: ActivationArguments
     values: dict[str, Any]
+    hidden: str | None
     source: str
 
 
@@ -227,9 +229,9 @@ def parse(kind: str, argv: list[str]) -> Recipe:
         raise InputError(f"{where}{reason_of(error)}") from error
     _check(kind, script, training, model, mixture, activation, where)
     overrides = _overrides(argv, parser)
-    return Recipe(
-        kind, script, training, model, mixture, activation, publishable(values | overrides), path or "the command line"
-    )
+    asked = values | overrides
+    known, hidden = publishable(asked), hidden_part(asked)
+    return Recipe(kind, script, training, model, mixture, activation, known, hidden, path or "the command line")
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:

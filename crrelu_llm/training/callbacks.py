@@ -1,10 +1,11 @@
-"""What watches a training: ε that must move, and one line a log, without one number for every site."""
+"""What watches a training: ε that must be learned, and one line a log, without one number for every site."""
 
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.training.optimizer import epsilon_modules
 
 PER_SITE = "epsilon/"
 
@@ -29,29 +30,34 @@ class QuietPrinterCallback(PrinterCallback):
         super().on_log(args, state, control, logs=_without_sites(logs), **kwargs)
 
 
-class EpsilonMoves(TrainerCallback):
-    """Stops a training that was to learn ε, and in whose first steps no ε has changed: something has frozen it.
+class EpsilonLearns(TrainerCallback):
+    """Stops a training that was to learn ε where no gradient reaches it, or the optimiser does not have it.
+
+    Looked at once, before the first step. Sharded parameters are others than the model's, and are not looked at.
 
     Args:
         trainer: One of ours.
-        steps: How many steps to wait; in the first of a warm-up the learning rate is 0.
     """
 
-    def __init__(self, trainer: Any, steps: int = 3):
-        self.trainer, self.steps = trainer, steps
-        self._start: dict[str, float] = {}
-        self._from = 0
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._looked = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps where ε starts."""
-        self._start, self._from = self.trainer.epsilon_means(), state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compares, once."""
-        if state.global_step - self._from == self.steps and self.trainer.epsilon_means() == self._start:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the gradients of the first step."""
+        if self._looked or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            return
+        self._looked = True
+        learned = [module.epsilon for module in epsilon_modules(self.trainer.model).values()]
+        learned = [value for value in learned if value.requires_grad]
+        ours = {id(value) for group in self.trainer.optimizer.param_groups for value in group["params"]}
+        why = "the optimiser does not have it" if any(id(value) not in ours for value in learned) else None
+        if learned and all(value.grad is None for value in learned):
+            why = "no gradient reaches it"
+        if why:
             raise InputError(
-                f"ε has not changed in {self.steps} steps, though epsilon_learning_rate is above 0: it is not in what "
-                "the optimiser trains; report this with your recipe, or set epsilon_learning_rate: 0"
+                f"ε would not be learned, though epsilon_learning_rate is above 0: {why}; look for what freezes or "
+                "replaces the MLPs, or set epsilon_learning_rate: 0"
             )
 
 

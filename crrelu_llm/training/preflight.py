@@ -18,7 +18,6 @@ from trl.data_utils import is_conversational, is_conversational_from_value, mayb
 from crrelu_llm.data.messages import are_messages, say_something
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import loading
-from crrelu_llm.patching.transform import require_space
 from crrelu_llm.training.arguments import Recipe
 
 logger = logging.getLogger("crrelu_llm")
@@ -36,7 +35,8 @@ def check_machine(recipe: Recipe) -> None:
         short = {"azure_ml": "azureml", "comet_ml": "comet"}.get(name, name)
         available = getattr(integration_utils, f"is_{short}_available", None)
         if available is not None and not available():
-            raise InputError(f"{where}: report_to {name}: pip install {short}, or set report_to: none")
+            package = {"azure_ml": "azureml-core"}.get(name, name)
+            raise InputError(f"{where}: report_to {name}: pip install {package}, or set report_to: none")
     if "wandb" in (args.report_to or ()):
         _check_wandb(where)
     try:
@@ -118,12 +118,15 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
     if rows is None or (getattr(recipe.training, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         return
     first = next(iter(rows), None)
-    if first is None or "input_ids" in first:
+    if first is None:
         return
     converts, conversational = is_conversational_from_value(first), None
     some = rows if hasattr(rows, "__len__") else itertools.islice(rows, _OF_A_STREAM)
     for number, row in enumerate(tqdm(some, desc=f"Reading {name}", delay=5, leave=False), 1):
         with reading(f"{name}: row {number}", "mend the row, or leave it out", ours=True):
+            if "input_ids" in first:
+                _check_ids(row, max(tokenizer.get_vocab().values()))
+                continue
             row = maybe_convert_to_chatml(row) if converts else row
             sides = _sides(recipe, row)
             talks = is_conversational(row)
@@ -132,6 +135,15 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
             conversational = talks
             if talks:
                 _render(tokenizer, row, sides)
+
+
+def _check_ids(row: dict[str, Any], last: int) -> None:
+    """Of a row that is tokenised already."""
+    ids, labels = row["input_ids"], row.get("labels")
+    if not isinstance(ids, list) or not ids or not all(isinstance(entry, int) and 0 <= entry <= last for entry in ids):
+        raise InputError(f"input_ids are not a list of tokens from 0 to {last}")
+    if labels is not None and len(labels) != len(ids):
+        raise InputError(f"there are {len(ids)} input_ids, and {len(labels)} labels")
 
 
 def _kind(conversational: bool) -> str:
@@ -166,7 +178,7 @@ def _render(tokenizer: Any, row: dict[str, Any], sides: dict[str, Any]) -> None:
     prompt = sides.get("prompt") or []
     for name, side in sides.items():
         if name != "prompt":
-            options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+            options = {"tools": tools, **row.get("chat_template_kwargs", {})}
             tokenizer.apply_chat_template([*prompt, *side], tokenize=False, **options)
 
 
@@ -182,7 +194,8 @@ def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -
     for name, data in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if data is None or not hasattr(data, "__len__"):
             continue
-        rows, packed = given.get(name), "seq_lengths" in data.column_names
+        rows, own = given.get(name), getattr(trainer.args, "eval_packing", None) if name == "eval" else None
+        packed = getattr(trainer.args, "packing", False) if own is None else own
         cut = f"max_length is {recipe.training.max_length}"
         if len(data) == 0 or ("labels" in data.column_names and not _any_label(data)):
             raise InputError(
@@ -194,7 +207,8 @@ def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -
                 "%d of %d rows of the %s data are left out: nothing of them is trained on (%s)",
                 rows - len(data), rows, name, cut,
             )  # fmt: skip
-        _check_positions(trainer, data, f"{recipe.source}: {name} data")
+        if not packed:
+            _check_positions(trainer, data, f"{recipe.source}: {name} data")
 
 
 def _any_label(data: Any) -> bool:
@@ -206,7 +220,7 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
     model = trainer.model
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in data.column_names]
-    if not positions or not columns or "seq_lengths" in data.column_names:
+    if not positions or not columns or (trainer.args.max_length or positions + 1) <= positions:
         return
     lengths = zip(*([len(ids) for ids in data[name]] for name in columns), strict=True)
     longest = max(row[0] + max(row[1:], default=0) for row in lengths)
@@ -236,12 +250,10 @@ def try_saving(trainer: Any, recipe: Recipe) -> None:
     """Saves everything but the weights, as the end of training will: what is refused then costs the training.
 
     Raises:
-        InputError: Something cannot be saved, or the disk has no room for the trained model.
+        InputError: Something cannot be saved.
     """
     model, adapts = trainer.model, hasattr(trainer.model, "peft_config")
     base = model.get_base_model() if adapts else model
-    if not adapts and trainer.accelerator.num_processes == 1:
-        require_space(base, trainer.args.output_dir)
     parts = {
         "the model's config": base.config,
         "its generation config": getattr(base, "generation_config", None) if base.can_generate() else None,

@@ -42,7 +42,7 @@ def starting_checkpoint(
         trains_affine: Whether scale, shift, gain and offset are to be trained, which a calibrated model alone has.
         renews: Whether a copy that other files have been used for, or another version of this package, is made anew;
             else it is refused, as runs that began with it could not go on with another.
-        **options: `revision`, `trust_remote_code`.
+        **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
     Raises:
         InputError: The model is already patched to another activation or ε granularity, or would not be calibrated
@@ -51,7 +51,8 @@ def starting_checkpoint(
     source = loading.resolve(model)
     if config is None and not loading.is_gguf(source) and not trains_affine:
         return source
-    found = section.read(loading.load_config(source, **{key: value for key, value in options.items() if value}))
+    about = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    found = section.read(loading.load_config(source, **about))
     if trains_affine:
         check_calibrated(model, config, found)
     if config is not None and found is not None:
@@ -59,7 +60,7 @@ def starting_checkpoint(
         return source
     if config is None and not loading.is_gguf(source):
         return source
-    wanted = origin(model, config, dtype, options.get("revision"))
+    wanted = origin(model, config, dtype, options.get("revision"), options.get("trust_remote_code"))
     with main_process_first():
         if directory.is_dir() and any(directory.iterdir()):
             _renew(directory, wanted, renews)
@@ -77,6 +78,11 @@ def _renew(directory: Path, wanted: dict[str, Any], renews: bool) -> None:
         return
     differs = fingerprint.changed(wanted, found)
     asked = ("model", "options", "dtype", "revision")
+    if not renews and fingerprint.without_times(found) == fingerprint.without_times(wanted):
+        logger.warning(
+            "%s was made before %s changed, in time or version alone: it is used", directory, ", ".join(differs)
+        )
+        return
     if not found or not renews or any(wanted.get(key) != found.get(key) for key in asked):
         raise InputError(
             f"{directory} holds another patched checkpoint (different: {', '.join(differs) or 'all'}); remove it or "
@@ -121,11 +127,18 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
 
 
 def _with_prompt_once(recipe: Recipe, split: Any) -> Any:
-    """Preference rows in TRL's form where they have a text as prompt beside conversations, as UltraFeedback's do."""
-    first = None if split is None or recipe.kind != "dpo" else next(iter(split), None)
-    if first is None or not with_prompt_once(first):
+    """Rows in TRL's form where their conversations repeat the prompt that stands beside them, as UltraFeedback's."""
+    if split is None:
         return split
-    return split.map(with_prompt_once, remove_columns=["prompt"])
+    if recipe.kind == "sft":
+        columns = set(split.column_names or ())
+        return split.remove_columns(["prompt"]) if {"prompt", "messages"} <= columns - {"completion"} else split
+    first = next(iter(split), None)
+    return (
+        split
+        if first is None or not with_prompt_once(first)
+        else split.map(with_prompt_once, remove_columns=["prompt"])
+    )
 
 
 def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:

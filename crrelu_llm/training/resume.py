@@ -19,7 +19,7 @@ STATE = "trainer_state.json"
 FILES = "checkpoint_files.json"  # what a whole checkpoint has: the size of each file, by name
 ASIDE = ".old.tmp"
 # What killed writers leave in an output directory; nothing else is ever removed there.
-_LEFTOVERS = (".checkpoint-*.tmp", ".saving.tmp", ".model.tmp", ".patched.*.tmp", ".run.json.*.tmp")
+_LEFTOVERS = (".checkpoint-*.tmp", ".saving.tmp", ".model.tmp", ".trial.*.tmp", ".patched.*.tmp", ".run.json.*.tmp")
 _PARTS = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 
 

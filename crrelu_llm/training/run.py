@@ -11,6 +11,7 @@ from crrelu_llm.environment import environment
 from crrelu_llm.errors import DiskError
 from crrelu_llm.files import alone, write_json
 from crrelu_llm.memory import PeakMemory
+from crrelu_llm.patching.transform import require_space
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.curves import curves
 from crrelu_llm.training.preflight import check_machine, check_model
@@ -48,6 +49,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     recipe.training.resume_from_checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, output_dir)
     train, test = datasets_of(recipe)
     check_model(recipe, str(recipe.model.model_name_or_path))
+    use_safetensors = (recipe.training.model_init_kwargs or {}).get("use_safetensors")
     model = starting_checkpoint(
         str(recipe.model.model_name_or_path),
         recipe.activation.patch_config(f"{recipe.source}: "),
@@ -57,8 +59,11 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         renews=not recipe.training.resume_from_checkpoint,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
+        use_safetensors=use_safetensors,
     )
     trainer = build_trainer(recipe, model, train, test)
+    if not recipe.model.use_peft and trainer.accelerator.num_processes == 1:
+        require_space(trainer.model, output_dir)
     try:
         record = train_and_save(trainer, recipe)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from crrelu_llm.errors import reading
 from crrelu_llm.files import remove, sync, write_json, writing
-from crrelu_llm.training.optimizer import epsilon_modules, site_path
+from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.processes import whole_values
 from crrelu_llm.training.resume import ASIDE, FILES, STATE, checkpoints, last_checkpoint, step_of, tidy
 
@@ -205,9 +205,9 @@ def save_final_model(trainer: Any) -> None:
             trainer.save_model(str(made), _internal_call=True)  # else it would also push, before the files are there
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
-                require_saved(made, learned)
                 sync(made)
                 _move_into(made, target)
+                require_saved(target, learned)
             trainer.accelerator.wait_for_everyone()  # another host's first process, on the same disk, would remove it
         finally:
             if trainer.accelerator.is_local_main_process:
@@ -221,23 +221,28 @@ def learned_epsilons(model: Any) -> dict[str, Tensor]:
 
 
 def require_saved(directory: Path, learned: dict[str, Tensor]) -> None:
-    """Looks into the files of a saved model or adapter for every ε that was trained.
+    """Looks into the files of a saved model or adapter for the value of every ε that was trained.
+
+    By value, not by name: transformers gives the weights of some families other names in files.
 
     Raises:
-        RuntimeError: One is missing, or has another value. The checkpoints before are whole.
+        RuntimeError: One is missing. The files stay as they are.
     """
-    left = dict(learned)
     files = [*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")]
+    found = []
     for file in files:
         with safe_open(file, "pt") as saved:
-            for key in saved.keys():  # noqa: SIM118 — not a dictionary
-                path = site_path(key.removesuffix(".epsilon")) if key.endswith(".epsilon") else None
-                if path in left and torch.equal(saved.get_tensor(key).float(), left[path]):
-                    del left[path]
+            # keys() is no dictionary's
+            found += [saved.get_tensor(key).float() for key in saved.keys() if key.endswith(".epsilon")]  # noqa: SIM118
+    left = []
+    for path, value in learned.items():
+        place = next((index for index, other in enumerate(found) if torch.equal(other, value)), None)
+        if place is None:
+            left.append(path)
+        else:
+            del found[place]
     if files and left:
-        raise RuntimeError(
-            f"the saved model lacks what was learned of ε at {len(left)} sites (first: {next(iter(left))})"
-        )
+        raise RuntimeError(f"the saved model lacks what was learned of ε at {len(left)} sites (first: {left[0]})")
 
 
 def _move_into(made: Path, target: Path) -> None:

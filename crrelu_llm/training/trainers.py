@@ -10,7 +10,7 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import AffineModule
-from crrelu_llm.errors import InputError, reading
+from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import guard, loading, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
@@ -18,7 +18,7 @@ from crrelu_llm.secrets import hidden, publishable_map
 from crrelu_llm.training import preflight
 from crrelu_llm.training.arguments import ActivationArguments, Recipe
 from crrelu_llm.training.blending import BlendCallback, BlendedReferenceMixin, blend_of
-from crrelu_llm.training.callbacks import PER_SITE, EpsilonMoves, quieten
+from crrelu_llm.training.callbacks import PER_SITE, EpsilonLearns, quieten
 from crrelu_llm.training.density import DensityCallback, density_means
 from crrelu_llm.training.distillation import DistillationMixin, load_teacher
 from crrelu_llm.training.optimizer import (
@@ -77,7 +77,7 @@ class EpsilonMixin:
             train_affine(self.model)
         if patched is not None and patched["activation"] == "crrelu" and activation_args.epsilon_learning_rate > 0:
             check_learnable(self.model, [site["path"] for site in patched["sites"]])
-            self.add_callback(EpsilonMoves(self))  # type: ignore[attr-defined]
+            self.add_callback(EpsilonLearns(self))  # type: ignore[attr-defined]
         quieten(self)
         self.install_blend()
         if self.blend is not None:
@@ -125,16 +125,15 @@ class EpsilonMixin:
         with hidden(self.args):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
-    def epsilon_means(self) -> dict[str, float]:
-        """See `epsilon_means`."""
-        return epsilon_means(self.model)
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; where the first one fails, the model, the rows or the recipe are not what it takes."""
         if self.state.global_step:
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
-        with reading("the first step failed", "does plain TRL train this model with this recipe?"):
+        try:
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            why = f"the first step failed: {reason_of(error)}"
+            raise InputError(f"{why}; does plain TRL train this model with this recipe?") from error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds ε of every site (its mean, where it is per channel), λ of a blend and a tracked density to the logs."""

@@ -86,3 +86,8 @@ def test_parts_of_a_content_are_one_text():
     prompt, answers = split({"prompt": _talk("Q"), "chosen": parts, "rejected": _talk("Q", "B")[1:]}, "row 1")
     assert prompt == _talk("Q")
     assert answers[0] == [{"role": "assistant", "content": "A!"}]
+
+
+def test_a_prompt_of_messages_that_the_answers_repeat():
+    row = {"prompt": _talk("Q"), "chosen": _talk("Q", "A"), "rejected": _talk("Q", "B")}
+    assert as_pair(row) == {"prompt": _talk("Q"), "chosen": _talk("Q", "A")[1:], "rejected": _talk("Q", "B")[1:]}

@@ -54,3 +54,18 @@ def test_an_adapter_of_activations_that_are_not_calibrated(workshop, tmp_path):
         InputError, match="the model's activations are calibrated, and the adapter was trained on ones"
     ):
         models.load(NamedModel("a", str(adapter)))
+
+
+@pytest.mark.parametrize("base", ["HuggingFaceTB/SmolLM2-135M", "base", "/nowhere/model"])
+def test_another_base_is_never_replaced(tmp_path, base):
+    (tmp_path / "patched").mkdir()
+    (tmp_path / "patched/config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
+    assert NamedModel("a", str(tmp_path)).base == base
+
+
+@pytest.mark.parametrize("config", ['{"peft_type": "NOPE"}', '{"peft_type": "LORA", "r": "eight"}'])
+def test_an_adapter_that_peft_does_not_know(tmp_path, config):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(InputError, match="save the adapter again"):
+        models.require_adapter(NamedModel("a", str(tmp_path)))

@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from runs import LORA, dpo_rows, sft_rows, write_rows
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 from transformers import AutoTokenizer
 
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.files import alone, sync
 from crrelu_llm.patching import PatchConfig
+from crrelu_llm.secrets import hidden_part, publishable, without_secrets
 from crrelu_llm.training import preflight
+from crrelu_llm.training.arguments import parse
 from crrelu_llm.training.optimizer import check_learnable, epsilon_modules
 from crrelu_llm.training.prepare import starting_checkpoint
 from crrelu_llm.training.saving import learned_epsilons, require_saved
@@ -27,6 +31,12 @@ CONFIG = PatchConfig(calibration="none")
 def source(tiny_checkpoint, tmp_path):
     """A checkpoint of the test's own."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "source")
+
+
+def _without_epsilon(optimizer, model, *rates):
+    learned = {id(module.epsilon) for module in epsilon_modules(model).values()}
+    for group in optimizer.param_groups:
+        group["params"] = [value for value in group["params"] if id(value) not in learned]
 
 
 class TestStaleCopies:
@@ -43,12 +53,17 @@ class TestStaleCopies:
         assert starting_checkpoint(str(source), CONFIG, tmp_path / "out", renews=True) == made
         assert os.stat(f"{made}/config.json").st_mtime_ns != before
 
-    def test_another_version_of_the_package(self, source, tmp_path):
+    def test_times_and_versions_alone_stop_no_resume(self, source, tmp_path, caplog):
         made = starting_checkpoint(str(source), CONFIG, tmp_path / "out")
         origin = json.loads((tmp_path / "out/patch_origin.json").read_text())
         (tmp_path / "out/patch_origin.json").write_text(json.dumps(origin | {"crrelu_llm": "0.0.1"}))
-        with pytest.raises(InputError, match="the version of crrelu_llm"):
-            starting_checkpoint(made and str(source), CONFIG, tmp_path / "out")
+        os.utime(source / "model.safetensors")
+        before = os.stat(f"{made}/config.json").st_mtime_ns
+        assert starting_checkpoint(str(source), CONFIG, tmp_path / "out") == made
+        assert "the version of crrelu_llm, model.safetensors changed, in time or version alone" in caplog.text
+        assert os.stat(f"{made}/config.json").st_mtime_ns == before
+        starting_checkpoint(str(source), CONFIG, tmp_path / "out", renews=True)
+        assert os.stat(f"{made}/config.json").st_mtime_ns != before
 
     def test_a_folder_of_calibration_text(self, source, tmp_path):
         folder = tmp_path / "text"
@@ -92,12 +107,21 @@ class TestEpsilon:
         with pytest.raises(InputError, match=f"1 sites would not be trained.*{sites[1]}"):
             check_learnable(trainer.model, sites)
 
-    def test_one_that_does_not_move(self, workshop):
-        _, trainer = workshop.trainer("sft", "run", max_steps=6)
+    def test_one_that_no_gradient_reaches(self, workshop):
+        _, trainer = workshop.trainer("sft", "run")
         for module in epsilon_modules(trainer.model).values():
-            module.epsilon.register_hook(torch.zeros_like)
-        with pytest.raises(InputError, match="has not changed in 3 steps"):
+            module.register_forward_hook(lambda module, args, output: output.detach())
+        with pytest.raises(InputError, match="no gradient reaches it"):
             trainer.train()
+
+    def test_one_that_the_optimiser_does_not_have(self, workshop, monkeypatch):
+        _, trainer = workshop.trainer("sft", "run")
+        monkeypatch.setattr("crrelu_llm.training.trainers.split_off_epsilon", _without_epsilon)
+        with pytest.raises(InputError, match="the optimiser does not have it"):
+            trainer.train()
+
+    def test_a_rate_too_small_to_show_stops_nothing(self, workshop):
+        workshop.run("sft", "run", epsilon_learning_rate=1e-12, warmup_steps=2)
 
     def test_one_that_is_not_in_the_files(self, workshop):
         workshop.run("sft", "run")
@@ -196,6 +220,42 @@ def test_a_tracker_that_is_not_installed(workshop):
         workshop.run("sft", "run", report_to="wandb")
 
 
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"input_ids": [3, 99999]}, "from 0 to 399"),
+        ({"input_ids": ["a"]}, "from 0 to 399"),
+        ({"input_ids": None}, "from 0 to 399"),
+        ({"input_ids": [3, 4], "labels": [3]}, "2 input_ids, and 1 labels"),
+    ],
+)
+def test_rows_that_are_tokenised_already(tokenizer, workshop, row, fault):
+    recipe = parse("sft", workshop.argv("sft", "run"))
+    preflight.check_rows(recipe, [{"input_ids": [3, 4], "labels": [3, -100]}], "rows", tokenizer)
+    with pytest.raises(InputError, match=f"rows: row 2: .*{fault}"):
+        preflight.check_rows(recipe, [{"input_ids": [3]}, row], "rows", tokenizer)
+
+
+def test_wrapped_packing_leaves_nothing_out(workshop, caplog):
+    workshop.trainer("sft", "run", packing=True, packing_strategy="wrapped")
+    assert "left out" not in caplog.text
+
+
+def test_a_prompt_beside_messages_is_in_them(workshop):
+    talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "walks"}]
+    data = workshop.data("sft", train=[{"prompt": "the cat", "messages": talk}] * 8, test=[{"messages": talk}])
+    workshop.run("sft", "run", dataset_name=data)
+
+
+def test_a_family_whose_files_have_other_names(workshop, tokenizer):
+    model = tiny_model("mixtral", vocab_size=len(tokenizer))
+    workshop.model = str(workshop.folder / "mixtral")
+    model.save_pretrained(workshop.model)
+    tokenizer.save_pretrained(workshop.model)
+    record = workshop.run("sft", "run", max_steps=2)
+    assert record["epsilon"] != record["epsilon_start"]
+
+
 def test_dtype_auto_keeps_the_checkpoints(workshop):
     workshop.run("sft", "run", dtype="auto")
     weights = load_file(workshop.folder / "run/model.safetensors")
@@ -232,6 +292,34 @@ def test_a_planted_secret_is_in_no_file(workshop, capfd):
     assert json.loads((workshop.folder / "run/run.json").read_text())["recipe"]["env"] == {"CRRELU_PLANTED": "…"}
 
 
+def test_what_may_be_published():
+    secret = "hf_planted0secret"
+    text = json.dumps({"token": secret, "dtype": "float32"})
+    values = {
+        "model_init_kwargs": text,
+        "learning_rate": 1e-4,
+        "dataset_name": f"https://me:{secret}@host/x?token={secret}",
+    }
+    assert secret not in json.dumps(publishable(values))
+    assert secret not in json.dumps(publishable({"model_init_kwargs": {"headers": {"path": secret}}}))
+    assert json.loads(publishable(values)["model_init_kwargs"]) == {"token": "…", "dtype": "float32"}
+    argv = [
+        "sft",
+        "--model_init_kwargs",
+        text,
+        f"--model_init_kwargs={text}",
+        "--hub_token",
+        secret,
+        f"--hub_token={secret}",
+    ]
+    assert secret not in " ".join(without_secrets(argv))
+    assert without_secrets(["--max_steps", "3"]) == ["--max_steps", "3"]
+    hidden = [hidden_part({"model_init_kwargs": {"rope_type": kind, "token": kind}}) for kind in ("yarn", "linear")]
+    assert None not in hidden and hidden[0] != hidden[1]
+    assert hidden_part({"model_init_kwargs": {"token": "a"}}) == hidden_part({"model_init_kwargs": {"token": "b"}})
+    assert hidden_part({"max_steps": 3}) is None
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_follow_the_umask(workshop, mask):
     before = os.umask(mask)
@@ -246,21 +334,29 @@ def test_files_follow_the_umask(workshop, mask):
 class TestAlone:
     """Two commands do not work in one directory."""
 
-    @pytest.mark.parametrize("beside", [False, True])
-    def test_one_at_a_time(self, tmp_path, beside):
+    def test_one_at_a_time(self, tmp_path):
         place = tmp_path / "a" / "b"
         with (
-            alone(place, "crrelu sft", beside),
+            alone(place, "crrelu sft"),
             pytest.raises(InputError, match="another `crrelu sft` is at work"),
-            alone(place, "crrelu sft", beside),
+            alone(place, "crrelu sft"),
         ):
             pass
         assert not (tmp_path / "a").exists()  # nothing came into it
-        with alone(place, "crrelu sft", beside):
-            place.mkdir(parents=True, exist_ok=True)
+        with alone(place, "crrelu sft"):
             (place / "run.json").write_text("{}")
         assert [path.name for path in place.iterdir()] == ["run.json"]
-        assert [path.name for path in place.parent.iterdir()] == ["b"]
+
+    def test_by_another_name(self, tmp_path, monkeypatch):
+        (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+        monkeypatch.chdir(tmp_path)
+        for other in (Path("."), tmp_path / "link"):
+            with (
+                alone(tmp_path, "crrelu report", ".report.lock"),
+                pytest.raises(InputError, match="at work"),
+                alone(other, "crrelu report", ".report.lock"),
+            ):
+                pass
 
     def test_a_run(self, workshop):
         with (
@@ -291,8 +387,6 @@ def test_a_mixture_names_its_fault(workshop):
 
 def test_check_rows_of_a_stream_looks_at_the_first(tokenizer, workshop):
     from datasets import Dataset
-
-    from crrelu_llm.training.arguments import parse
 
     recipe = parse("sft", workshop.argv("sft", "run"))
     rows = Dataset.from_list([{"text": "a"}] * 200 + [{"text": None}]).to_iterable_dataset()
