@@ -11,7 +11,7 @@ import yaml
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from crrelu_llm.errors import InputError, reason_of
+from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
@@ -227,7 +227,8 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     except Exception as error:  # the configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
         _check_options(parser, argv)
         raise InputError(f"{where}{reason_of(error)}") from error
-    _check(kind, script, training, model, mixture, activation, where)
+    with reading(path or "the command line"):
+        _check(kind, script, training, model, mixture, activation, where)
     overrides = _overrides(argv, parser)
     asked = values | overrides
     known, hidden = publishable(asked), hidden_part(asked)
@@ -334,7 +335,7 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
             f"{where}dataset_name is missing: a hub name, a local file or directory, or builtin:docstrings"
         )
     for name in training.report_to or ():
-        if name not in INTEGRATION_TO_CALLBACK:
+        if not isinstance(name, str) or name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             raise InputError(f"{where}report_to: unknown tracker {name!r}; choose from {known}")
     if activation.patch_config(where) is not None and training.use_liger_kernel:

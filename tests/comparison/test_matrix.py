@@ -170,6 +170,7 @@ def test_a_later_call_keeps_the_baseline(sft, workshop):
     assert [entry["difference"] for entry in kept] == [entry["difference"] for entry in first]
 
 
+@pytest.mark.slow
 def test_a_grid_over_the_patch_has_checkpoints_and_metrics_of_its_own(workshop):
     directory = workshop.folder / "patch-grid"
     options = ["--grid", "epsilon_init=0.01,5", "--discard_models"]
@@ -317,7 +318,8 @@ def test_wrong_input_is_one_line_before_anything_is_written(workshop, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_arms_blend(workshop, kind, tmp_path):
     arms = ["native", "crrelu", "crrelu:blend_steps=2", "relu:blend_steps=1:blend_schedule=cosine"]
     assert compare(workshop, kind, tmp_path / "out", arms, seeds=["0"]) == 0

@@ -162,6 +162,7 @@ def test_the_trainer_uses_the_guarded_function():
     assert hasattr(liger.apply_liger_kernel, "__wrapped__")
 
 
+@pytest.mark.slow
 def test_a_trainer_that_was_imported_earlier_uses_it_too():
     code = "import transformers.trainer as t, crrelu_llm; print(hasattr(t.apply_liger_kernel, '__wrapped__'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -349,7 +349,11 @@ def test_a_program_without_this_package_fails_loudly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "imports", ["crrelu_llm, transformers", "transformers, transformers.modeling_utils, crrelu_llm"]
+    "imports",
+    [
+        "crrelu_llm, transformers",
+        pytest.param("transformers, transformers.modeling_utils, crrelu_llm", marks=pytest.mark.slow),
+    ],
 )
 def test_importing_this_package_is_enough(imports, tmp_path):
     expected = logits(saved(tmp_path)).sum().item()

@@ -257,7 +257,7 @@ def test_a_full_disk_elsewhere_in_a_run(workshop, children, what):
     line = log.strip().splitlines()[-1]
     assert status == 1 and "Traceback" not in log, log
     assert "could not be written: file too large; " in line and line.startswith("crrelu sft: ")
-    left = [path.name for path in (workshop.folder / "run").iterdir()]
+    left = [path.name for path in (workshop.folder / "run").glob("*")]  # the directory itself may not be there
     assert not [name for name in left if name.endswith(".safetensors") or name.startswith(".") or name == "patched"]
     status, _, _, log = children.run(argv)
     assert status == 0, log

@@ -133,6 +133,7 @@ def test_bad_input_is_one_line_and_writes_nothing(workshop, options, keys, messa
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_study_prints_and_writes_what_it_found(workshop, capsys):
     out = workshop.folder / "study"
     command = [*argv(workshop, epsilon_learning_rate=0.05), "--output_dir", str(out), "--json", "--values", "-1"]
