@@ -190,6 +190,12 @@ class Recipe:
     hidden: str | None
     source: str
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What every load of the recipe's model is given, where it is set: `revision`, `trust_remote_code`."""
+        given = {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
+        return {key: value for key, value in given.items() if value}
+
 
 class RecipeParser(TrlParser):
     """TRL's parser, with errors as InputError instead of a usage text and an exit."""

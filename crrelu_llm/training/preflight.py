@@ -1,11 +1,10 @@
 """What can be known before the long work: packages, trackers, access to the hub, rows, and whether saving works."""
 
-import contextlib
 import itertools
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, Trainer
 from transformers.integrations import integration_utils
-from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
+from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
 from crrelu_llm.data.messages import are_messages, say_something
 from crrelu_llm.errors import InputError, reading, reason_of
@@ -65,20 +64,17 @@ def _check_wandb(where: str) -> None:
             raise ValueError("no API key")
 
 
-def check_model(recipe: Recipe, model: str) -> None:
-    """Builds a model without weights, as its config and the recipe's options say; and compares tokenizer and model.
+def check_model(recipe: Recipe) -> None:
+    """Builds the model without weights, as its config and the recipe's options say.
 
     Raises:
-        InputError: It cannot be built, or has no rows for some tokens.
+        InputError: It cannot be built.
     """
-    options: dict[str, Any] = {
-        "revision": recipe.model.model_revision,
-        "trust_remote_code": recipe.training.trust_remote_code,
-    }
+    model, attention = str(recipe.model.model_name_or_path), recipe.model.attn_implementation
     if not loading.is_gguf(model):
-        attention = {"attn_implementation": recipe.model.attn_implementation}
+        chosen = {"attn_implementation": attention} if attention else {}
         with reading(f"{recipe.source}: {model}", "choose other options, or another model"):
-            loading.skeleton(model, **{key: value for key, value in (options | attention).items() if value})
+            loading.skeleton(model, **recipe.loading, **chosen)
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
@@ -88,10 +84,8 @@ def tokenizer_of(recipe: Recipe) -> Any:
         InputError: It cannot be loaded, or has tokens that the model has no embeddings for.
     """
     model = str(recipe.model.model_name_or_path)
-    options = {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
-    options = {key: value for key, value in options.items() if value}
-    tokenizer = loading.load_tokenizer(model, **options)
-    config = loading.load_config(model, **options)
+    tokenizer = loading.load_tokenizer(model, **recipe.loading)
+    config = loading.load_config(model, **recipe.loading)
     source = getattr(recipe.training, "chat_template_path", None)
     if source is None:
         loading.require_embeddings(tokenizer, getattr(config.get_text_config(), "vocab_size", None), model)
@@ -129,7 +123,7 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
                 continue
             row = maybe_convert_to_chatml(row) if converts else row
             sides = _sides(recipe, row)
-            talks = is_conversational(row)
+            talks = not isinstance(next(iter(sides.values())), str)
             if conversational not in (None, talks):
                 raise InputError(f"it is {_kind(talks)}, and the rows before are {_kind(not talks)}")
             conversational = talks
@@ -172,8 +166,6 @@ def _sides(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
 def _render(tokenizer: Any, row: dict[str, Any], sides: dict[str, Any]) -> None:
     tools = row.get("tools")
     if isinstance(tools, str):
-        import json
-
         tools = json.loads(tools)
     prompt = sides.get("prompt") or []
     for name, side in sides.items():
@@ -238,14 +230,6 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
     logger.warning("%s: what is beyond them the model has not been trained for", said)
 
 
-@contextlib.contextmanager
-def scratch_in(directory: Path) -> Iterator[Path]:
-    """A directory in `directory` for files that nobody keeps."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".trial.", suffix=".tmp") as made:
-        yield Path(made)
-
-
 def try_saving(trainer: Any, recipe: Recipe) -> None:
     """Saves everything but the weights, as the end of training will: what is refused then costs the training.
 
@@ -259,8 +243,10 @@ def try_saving(trainer: Any, recipe: Recipe) -> None:
         "its generation config": getattr(base, "generation_config", None) if base.can_generate() else None,
         "the tokenizer": trainer.processing_class,
     }
-    with scratch_in(Path(trainer.args.output_dir)) as made:
+    place = Path(trainer.args.output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".trial.", suffix=".tmp") as made:
         for name, part in parts.items():
             if part is not None:
                 with reading(f"{recipe.source}: {name} could not be saved after training", "mend it before"):
-                    part.save_pretrained(str(made))
+                    part.save_pretrained(made)

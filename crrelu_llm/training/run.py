@@ -48,7 +48,7 @@ def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
 def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     recipe.training.resume_from_checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, output_dir)
     train, test = datasets_of(recipe)
-    check_model(recipe, str(recipe.model.model_name_or_path))
+    check_model(recipe)
     use_safetensors = (recipe.training.model_init_kwargs or {}).get("use_safetensors")
     model = starting_checkpoint(
         str(recipe.model.model_name_or_path),

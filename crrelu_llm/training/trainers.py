@@ -248,11 +248,7 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     config: Any = get_peft_config(recipe.model)
     if config is None:
         return None
-    found = section.read(
-        loading.load_config(
-            model, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
-        )
-    )
+    found = section.read(loading.load_config(model, **recipe.loading))
     if found is None:
         return config
     asked = recipe.activation
