@@ -83,7 +83,7 @@ def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
     absent = [path for path in (lock.parent, *lock.parent.parents) if not path.exists()]
     try:
         with writing(str(directory)):
-            lock.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)  # refuses a link to nothing
             file = open(lock, "a")  # noqa: SIM115
     except (FileExistsError, IsADirectoryError) as error:  # a link to nothing, or something else called as ours are
         reason = str(error.strerror).lower()

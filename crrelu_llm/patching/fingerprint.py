@@ -1,5 +1,6 @@
 """What decides what a model or a data set is: files with their sizes and times, the hub's commit, our version."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from crrelu_llm.patching import loading
 
 # What does not decide what a model computes.
 _REPORTS = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json", "training_args.bin"}
+_PART, _PARTS = 1 << 16, 128  # bytes of a large file that are hashed
 _SUFFIXES = {".md", ".html", ".png", ".lock", ".tmp"}
 
 
@@ -41,8 +43,24 @@ def of_data(name: str) -> list[list[Any]]:
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in found]
 
 
+def digests_of(path: Path) -> dict[str, str]:
+    """A hash of each of a model's files by its name, that takes no minutes: of large ones, of parts all over them."""
+    files = [path] if path.is_file() else [path / name for name, *_ in files_of(path)]
+    return {file.name: _digest(file) for file in files if file.is_file()}
+
+
+def _digest(file: Path) -> str:
+    size, found = file.stat().st_size, hashlib.sha256()
+    starts = [0] if size <= _PARTS * _PART else [index * (size - _PART) // (_PARTS - 1) for index in range(_PARTS)]
+    with file.open("rb") as opened:
+        for start in starts:
+            opened.seek(start)
+            found.update(opened.read(_PARTS * _PART if len(starts) == 1 else _PART))
+    return found.hexdigest()[:16]
+
+
 def without_times(origin: dict[str, Any]) -> dict[str, Any]:
-    """What two origins share whose files have the same names and sizes: of copied files, or another version."""
+    """What two origins share whose files have the same content: of copied files, or another version of ours."""
     files = {key: [entry[:2] for entry in origin.get(key) or []] for key in ("files", "data")}
     return {key: value for key, value in origin.items() if key != "crrelu_llm"} | files
 
@@ -60,4 +78,4 @@ def changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
             names += changed(mine, its)
         else:
             names.append("the version of crrelu_llm" if key == "crrelu_llm" else key)
-    return names
+    return list(dict.fromkeys(names))

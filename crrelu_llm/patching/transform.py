@@ -219,6 +219,7 @@ def origin(
         "dtype": dtype,
         "revision": revision,
         **fingerprint.of_model(model, revision, trust_remote_code=trust_remote_code),
+        "digests": fingerprint.digests_of(path) if (path := Path(loading.resolve(model))).exists() else {},
         "data": fingerprint.of_data(config.calibration_data) if config is not None and config.calibrates else [],
         "crrelu_llm": versions()["crrelu_llm"],
     }
