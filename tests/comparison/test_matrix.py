@@ -341,6 +341,7 @@ def test_a_blend_longer_than_the_training_is_refused_before_any_run(workshop, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_that_distils_does_so_in_every_arm(workshop, tmp_path):
     argv = ["--config", recipe(workshop, "sft", distill_weight=0.5), "--arms", "native", "crrelu", "--seeds", "0"]
     assert main(["compare", "sft", *argv, "--output_dir", str(tmp_path / "out")]) == 0

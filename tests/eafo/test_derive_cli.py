@@ -42,7 +42,7 @@ def test_the_table_of_all_activations(capsys):
     assert len(lines) == 15 and all("logistic(0,1)" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["relu.png", "gelu.svg"])
+@pytest.mark.parametrize("name", [pytest.param("relu.png", marks=pytest.mark.slow), "gelu.svg"])
 def test_plot(name, tmp_path):
     path = tmp_path / "new" / name
     assert main(["eafo", "plot", "--activation", name.partition(".")[0], "--output", str(path)]) == 0

@@ -199,6 +199,7 @@ def test_output_dir_is_a_file(folder):
     assert (folder / "out").read_text() == "kept"
 
 
+@pytest.mark.slow  # in one process: end_to_end/test_wrong_inputs.py
 def test_the_command_prints_one_line_and_exits_with_2(folder):
     values = NEEDED | {"epsilon_per": "neuron", "gradient_checkpointing": True}
     (folder / "r.yaml").write_text(yaml.safe_dump(values))
