@@ -162,8 +162,8 @@ class _Work:
                 tasks[path].seen(x, y, other, self.walk.held_back)
 
         if tasks:
-            with tapped(self.model, sites, seen):
-                self.walk.run()
+            with tapped(self.model, sites, seen) as report:
+                self.walk.run(report)  # of each batch before the next, which may be there to judge by
         for path, task in tasks.items():
             found[path] = task.solve(self.config)
         return tasks
@@ -181,8 +181,8 @@ class _Work:
                 work[path].add(x, other, self.walk.held_back)
 
         if work:
-            with tapped(self.model, [task.site for task in tasks.values()], seen):
-                self.walk.run()
+            with tapped(self.model, [task.site for task in tasks.values()], seen) as report:
+                self.walk.run(report)
         for path in tasks:
             if path in work and work[path].solve():
                 found[path].kept, found[path].changed_weights = "refit", True

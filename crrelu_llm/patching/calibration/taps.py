@@ -19,10 +19,14 @@ Seen = Callable[[str, Tensor, Tensor, Tensor | None, Tensor], None]
 
 
 @contextlib.contextmanager
-def tapped(model: nn.Module, sites: list[Site], seen: Seen) -> Iterator[None]:
+def tapped(model: nn.Module, sites: list[Site], seen: Seen) -> Iterator[Callable[[], None]]:
     """Calls `seen` for every use of the sites' activations; sites whose module is one and the same count as the first.
 
-    The product `activation(gate) * up` is found whatever module or fused expert computes it.
+    The product `activation(gate) * up` is found whatever module or fused expert computes it. So a use is told of when
+    the next one comes, or at the end.
+
+    Yields:
+        A function that tells of the last use now.
     """
     owners: dict[int, tuple[nn.Module, str, nn.Module, str]] = {}
     for site in sites:
@@ -33,7 +37,7 @@ def tapped(model: nn.Module, sites: list[Site], seen: Seen) -> Iterator[None]:
         for owner, attribute, activation, path in owners.values():
             setattr(owner, attribute, _Tap(activation, path, products))
         with products:
-            yield
+            yield products.flush
         products.flush()
     finally:
         for owner, attribute, activation, _ in owners.values():

@@ -93,12 +93,13 @@ class Walk:
                 for layer in self.layers:
                     _move(self.model.get_submodule(layer.path), self.home)
 
-    def run(self) -> None:
+    def run(self, after_batch: Callable[[], None] = lambda: None) -> None:
         """Runs the current layer, as it is now, on all of the text."""
         with self._timed():
             for index, batch in enumerate(self.batches):
                 self.held_back = index >= self._judging
                 self._forward(batch, self._stream[index], lambda output: None)
+                after_batch()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

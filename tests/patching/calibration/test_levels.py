@@ -451,3 +451,12 @@ def test_missing_or_short_or_foreign_text_changes_nothing(tokenizer, tmp_path):
         assert "\n" not in str(caught.value)
         assert same(state(model), before)
         assert not hasattr(model.config, "crrelu")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 9])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_few_blocks_are_fitted_to_and_judged_by(family, count):
+    blocks = torch.randint(3, 97, (count, 64), generator=torch.Generator().manual_seed(3))
+    _, sites = patched(tiny_model(family), "fit", "crrelu", blocks)
+    assert {site["kept"] for site in sites} == {"fit"}
+    assert all(0 < site["relative_error"] < site["relative_error_naive"] for site in sites)
