@@ -30,7 +30,8 @@ def files_of(path: Path) -> list[list[Any]]:
     """Name, size and time (ns) of a model's file, or of each file in its directory that decides what it computes."""
     files = [path] if path.is_file() else sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")])
     files = [file for file in files if file.is_file() and file.suffix not in _SUFFIXES and file.name not in _REPORTS]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    names = [file.name if path.is_file() else str(file.relative_to(path)) for file in files]
+    return [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in zip(names, files, strict=True)]
 
 
 def of_data(name: str) -> list[list[Any]]:
@@ -45,8 +46,7 @@ def of_data(name: str) -> list[list[Any]]:
 
 def digests_of(path: Path) -> dict[str, str]:
     """A hash of each of a model's files by its name, that takes no minutes: of large ones, of parts all over them."""
-    files = [path] if path.is_file() else [path / name for name, *_ in files_of(path)]
-    return {file.name: _digest(file) for file in files if file.is_file()}
+    return {name: _digest(path if path.is_file() else path / name) for name, *_ in files_of(path)}
 
 
 def _digest(file: Path) -> str:

@@ -42,7 +42,7 @@ def check_machine(recipe: Recipe) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise InputError(f"{where}: optim {args.optim}: {reason_of(error)}") from error
-    except Exception:
+    except Exception:  # some optimisers ask for the model, which is not there yet
         pass
     if args.use_liger_kernel:
         with reading(f"{where}: use_liger_kernel", "pip install liger-kernel, or leave it out"):
@@ -115,11 +115,12 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
     if first is None:
         return
     converts, conversational = is_conversational_from_value(first), None
+    last = max(tokenizer.get_vocab().values()) if "input_ids" in first else 0
     some = rows if hasattr(rows, "__len__") else itertools.islice(rows, _OF_A_STREAM)
     for number, row in enumerate(tqdm(some, desc=f"Reading {name}", delay=5, leave=False), 1):
         with reading(f"{name}: row {number}", "mend the row, or leave it out", ours=True):
             if "input_ids" in first:
-                _check_ids(row, max(tokenizer.get_vocab().values()))
+                _check_ids(row, last)
                 continue
             row = maybe_convert_to_chatml(row) if converts else row
             sides = _sides(recipe, row)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from runs import LORA, dpo_rows, sft_rows, write_rows
+from runs import LORA, dpo_rows, losses, sft_rows, write_rows
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoTokenizer
@@ -121,7 +121,8 @@ class TestEpsilon:
             trainer.train()
 
     def test_a_rate_too_small_to_show_stops_nothing(self, workshop):
-        workshop.run("sft", "run", epsilon_learning_rate=1e-12, warmup_steps=2)
+        record = workshop.run("sft", "run", epsilon_learning_rate=1e-12, warmup_steps=2)
+        assert record["steps"] == 3 and record["epsilon"] == record["epsilon_start"]
 
     def test_one_that_is_not_in_the_files(self, workshop):
         workshop.run("sft", "run")
@@ -244,7 +245,9 @@ def test_wrapped_packing_leaves_nothing_out(workshop, caplog):
 def test_a_prompt_beside_messages_is_in_them(workshop):
     talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "walks"}]
     data = workshop.data("sft", train=[{"prompt": "the cat", "messages": talk}] * 8, test=[{"messages": talk}])
-    workshop.run("sft", "run", dataset_name=data)
+    plain = workshop.data("sft", train=[{"messages": talk}] * 8, test=[{"messages": talk}])
+    records = [workshop.run("sft", name, dataset_name=folder) for name, folder in (("run", data), ("plain", plain))]
+    assert losses(records[0]) == losses(records[1])
 
 
 def test_a_family_whose_files_have_other_names(workshop, tokenizer):
