@@ -1,5 +1,6 @@
 """Where a result was measured: versions, platform, device."""
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,11 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result, where they are installed."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:

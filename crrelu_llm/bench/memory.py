@@ -19,7 +19,6 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
         function: Has run before; leaves nothing allocated, and releases nothing that was there before the call.
         device: Where it computes.
     """
-    gc.collect()  # Else what others left in cycles is released during the call, and lowers the count.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         start = torch.cuda.memory_allocated(device)
@@ -38,7 +37,7 @@ def _changes(function: Callable[[], object]) -> list[int]:
     """What was allocated (positive) and released (negative) on the CPU, in bytes, in order of time."""
     from torch.profiler import ProfilerActivity, profile
 
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with _keeping_garbage(), _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [
@@ -47,6 +46,18 @@ def _changes(function: Callable[[], object]) -> list[int]:
         if event.name() == "[memory]" and str(event.device_type()) == "DeviceType.CPU"
     ]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+@contextmanager
+def _keeping_garbage() -> Iterator[None]:
+    """Keeps what others left in cycles from being released within it, which would lower the count."""
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -1,12 +1,9 @@
 """Tries every row of a task before any model is loaded: what cannot be asked or judged is said with its number."""
 
-import contextlib
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from lm_eval import utils
-
+from crrelu_llm.compat.lm_eval import compiling_once
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.suites import TaskSpec
 
@@ -25,7 +22,7 @@ def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> Non
         InputError: A row that cannot be used; the message has its number, from 1 on.
     """
     wanted, group = set(chosen), ((spec.config or {}).get("metadata") or {}).get("group_by")
-    with _compiling_once():
+    with compiling_once():
         for index, row in enumerate(rows):
             if index not in wanted:
                 continue
@@ -87,14 +84,3 @@ def _require_answers(task: Any, row: Any, written: Any) -> None:
         raise _Unusable(f"the right answer is {gold!r}, which is none of {len(choices)} (from 0 on)")
     if task.config.process_results is not None:
         task.process_results(row, [(-1.0, False)] * len(choices))
-
-
-@contextlib.contextmanager
-def _compiling_once() -> Iterator[None]:
-    """lm-eval compiles a template anew for each row, which takes much longer than to fill it in."""
-    original = utils.env.from_string
-    utils.env.from_string = functools.lru_cache(original)
-    try:
-        yield
-    finally:
-        utils.env.from_string = original

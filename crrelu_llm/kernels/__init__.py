@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from crrelu_llm.compat.torch import is_traceable_wrapper_subclass, is_transformed
 from crrelu_llm.kernels import choice, formula, ops, reference
 from crrelu_llm.kernels.choice import BACKENDS, set_backend
 
@@ -103,8 +103,7 @@ def _plain(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
         or any(type(tensor) not in (Tensor, Parameter) and _is_wrapper(tensor) for tensor in tensors)
         or (
             first.numel() < _FEW
@@ -116,4 +115,4 @@ def _plain(*tensors: Tensor) -> bool:
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
+    return is_traceable_wrapper_subclass(tensor)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from crrelu_llm.compat.torch import cpp_compiler, is_compiler_disabled, tree_map_only
 from crrelu_llm.kernels import eager
 from crrelu_llm.kernels.formula import SUPPORT
 
@@ -29,14 +29,12 @@ assert SUPPORT == 40.0
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot be used on a device; None where it can."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     if device.type != "cpu":
         return "it compiles loops for CPUs only"
-    if torch._dynamo.config.disable:
+    if is_compiler_disabled():
         return "torch.compile is disabled (TORCHDYNAMO_DISABLE)"
     try:
-        found = shutil.which(get_cpp_compiler())
+        found = shutil.which(cpp_compiler())
     except Exception as error:
         return f"no C++ compiler ({' '.join(str(error).split())})"
     return None if found else "no C++ compiler"

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from crrelu_llm.compat.torch import FakeTensor, is_func_active, outer_hooks, place
 
 _local = threading.local()
 # What is nothing but its memory, so that it can be told by it; a fake tensor, which stands for one where memory is
@@ -29,11 +30,11 @@ def recomputing() -> Iterator[None]:
     traces, and under torch.func; nor for what is made of the output before it is kept, by a cast or by dropout. An
     input that is changed in place before the backward pass is an error, unless the change goes through `.data`.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_func_active():
         yield
         return
     before = getattr(_local, "recorder", None)
-    recorder = _Recorder(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    recorder = _Recorder(outer_hooks())
     _local.recorder = recorder
     try:
         with torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack):
@@ -51,12 +52,7 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
     if recorder is not None and type(output) in _PLAIN and output.requires_grad and output.is_contiguous():
         # ZeRO-3 takes ε away after this module, and brings it back after the backward pass of the next one.
         kept = tuple(part.detach().clone() if hasattr(part, "ds_id") else part for part in inputs)
-        recorder.noted[_place(output)] = _Noted(output, output._version, function, kept)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor begins: the same for two tensors that share their memory there, while both live."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+        recorder.noted[place(output)] = _Noted(output, output._version, function, kept)
 
 
 @dataclass
@@ -84,7 +80,7 @@ class _Recorder:
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps instead of a tensor."""
         if type(tensor) in _PLAIN and tensor.layout == torch.strided:
-            noted = self.noted.get(_place(tensor))
+            noted = self.noted.get(place(tensor))
             if noted is not None and noted.is_(tensor):
                 return _Recomputed(noted.function, [self._keep(part) for part in noted.inputs], tensor.shape)
         return self._keep(tensor)

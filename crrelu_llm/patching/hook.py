@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
+from crrelu_llm.compat.transformers import extend_loading
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard, section
 from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
@@ -25,40 +26,20 @@ def install_hook() -> None:
     setattr(PreTrainedModel, _INSTALLED, True)
     ACT2FN["crrelu"] = CRReLU
     guard.install()
-    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
-    initialize_missing = PreTrainedModel._initialize_missing_keys
-    adjust_keys = PreTrainedModel._adjust_missing_and_unexpected_keys
+    extend_loading(_swap_from_section, _initialise, _check_what_is_missing, _refuse_unexpected)
 
-    def swap_then_post_init(self: Any) -> None:
-        names = _swap_from_section(self)
-        post_init(self)
-        self._keep_in_fp32_modules_strict.update(names)
-        # Zamba ties whole layers; each site has numbers of its own, and buffers cannot be tied.
-        tied = self.all_tied_weights_keys
-        self.all_tied_weights_keys = {name: tied[name] for name in tied if not name.endswith(tuple(names))}
 
-    def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False) -> None:
-        # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
-        # whatever torch.empty gave.
-        if is_ours(module) and not getattr(module, "_is_hf_initialized", False):
-            reset_activation(module, _missing(module))
-            module._is_hf_initialized = True
-        else:
-            initialize(self, module, is_custom_code)
+def _initialise(module: Any) -> bool:
+    if not is_ours(module) or getattr(module, "_is_hf_initialized", False):
+        return False
+    reset_activation(module, _missing(module))
+    module._is_hf_initialized = True
+    return True
 
-    def warn_then_initialize_missing(self: Any, is_quantized: bool) -> None:
-        _check_swapped(self)
-        _warn_of_missing(self)
-        initialize_missing(self, is_quantized)
 
-    def refuse_then_adjust_keys(self: Any, loading_info: Any) -> None:
-        _refuse_unexpected(self, loading_info.unexpected_keys)
-        adjust_keys(self, loading_info)
-
-    PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
-    PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
-    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
-    PreTrainedModel._adjust_missing_and_unexpected_keys = refuse_then_adjust_keys  # type: ignore[method-assign]
+def _check_what_is_missing(model: Any) -> None:
+    _check_swapped(model)
+    _warn_of_missing(model)
 
 
 def _swap_from_section(model: Any) -> set[str]:

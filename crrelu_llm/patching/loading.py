@@ -1,14 +1,13 @@
 """Loads and saves models: MODEL names, weights that are whole in each process, files that are whole or absent."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crrelu_llm.compat.transformers import dequantising, loading_whole, saving_here
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove, sync, writing
 
@@ -79,9 +78,7 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if is_gguf(model):
-        from transformers import GgufConfig
-
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        kwargs |= dequantising()
     else:
         kwargs.setdefault("use_safetensors", needs_safetensors(model))
     return _load(AutoModelForCausalLM, model, dtype=dtype, **kwargs)
@@ -95,26 +92,6 @@ def needs_safetensors(model: str) -> bool | None:
     path = Path(resolve(model))
     own = path.is_dir() and any(path.glob("pytorch_model*.bin")) and not any(path.glob("model*.safetensors"))
     return None if own else True
-
-
-@contextlib.contextmanager
-def loading_whole() -> Iterator[None]:
-    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
-
-    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
-    the main process of a host without weights.
-    """
-    from transformers.integrations import deepspeed as hf_deepspeed
-
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
-        if fsdp is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
 
 
 def skeleton(model: str, revision: str | None = None, **kwargs: Any) -> Any:
@@ -144,14 +121,7 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
     """
     target = Path(output_dir).resolve()
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    for module in model.modules():
-        if getattr(module, "layers_are_rescaled", False):  # RWKV has divided its weights to evaluate, in place
-            module.train()
-            module._rescale_layers()
-    _leave_out_what_cannot_be_reverted(model)
-    # transformers lets the first of all processes write alone; here each host's first one may, and whoever calls does.
-    model.should_save_on_this_rank = bool
-    with writing(str(target)):
+    with writing(str(target)), saving_here(model):
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(f".{target.name}.*.tmp"):
             remove(leftover)
@@ -166,25 +136,7 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
                 target.rmdir()
             os.replace(scratch, target)
         finally:
-            del model.should_save_on_this_rank
             remove(scratch)
-
-
-def _leave_out_what_cannot_be_reverted(model: Any) -> None:
-    """Of a checkpoint that was quantised before it was loaded, the weights are saved as they are.
-
-    transformers would revert what it did to each file's tensors, and reading bitsandbytes' has no reverse.
-    """
-
-    def reverts(conversion: Any) -> bool:
-        try:
-            conversion.reverse_transform()
-        except NotImplementedError:
-            return False
-        return True
-
-    if getattr(model, "_weight_conversions", None):
-        model._weight_conversions = [entry for entry in model._weight_conversions if reverts(entry)]
 
 
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:

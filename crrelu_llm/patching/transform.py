@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from crrelu_llm.compat.transformers import loading_whole
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.patching import fingerprint, loading, section
@@ -77,7 +78,7 @@ def patch_checkpoint(
     blocks = None
     if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
         blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
-    with loading.loading_whole():
+    with loading_whole():
         loaded = loading.load_model(
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options, **weights
         )

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from crrelu_llm.compat.torch import FakeTensorMode, TorchDispatchMode, tree_iter
+from crrelu_llm.compat.trl import head_of_a_gpu
 from crrelu_llm.errors import InputError
 from crrelu_llm.planning.job import Job
 from crrelu_llm.planning.model import Counts, build, count, give_fake_tensors, reference
@@ -76,7 +75,7 @@ def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
     second = reference(config, dtype) if job.has_reference else None
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # says at length what is raised too
     try:
-        with FakeTensorMode(), _kernels(job):
+        with FakeTensorMode(), contextlib.nullcontext() if job.use_cpu else head_of_a_gpu():
             return _play(model, second, job, autocast)
     except InputError:
         raise
@@ -183,19 +182,3 @@ def _take_gradients_away(model: nn.Module, tracker: _Tracker) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(take)
-
-
-@contextlib.contextmanager
-def _kernels(job: Job) -> Iterator[None]:
-    """On a GPU, TRL's fused LM head computes in one tile, in place; its plain version for CPUs makes copies of it."""
-    from trl.kernels import chunked_logprob as head
-
-    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")
-    originals = {name: getattr(head, name) for name in names}
-    try:
-        for name in () if job.use_cpu else names:
-            setattr(head, name, lambda *args, **kwargs: None)
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(head, name, original)

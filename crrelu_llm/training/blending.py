@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from crrelu_llm.activation import CRReLU
+from crrelu_llm.compat.peft import site_path
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.blend import Blend, blend_weight
-from crrelu_llm.training.optimizer import site_path
 
 logger = logging.getLogger("crrelu_llm")
 

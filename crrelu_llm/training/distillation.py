@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import create_model_from_path
 
+from crrelu_llm.compat.trl import chunked_divergence
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.transform import read_origin
@@ -63,9 +64,6 @@ class DistillationMixin:
 
     def _divergence(self, student_states: Tensor, inputs: Any, mask: Tensor) -> Tensor:
         """The divergence summed over the tokens that `mask`, (batch, tokens − 1), selects."""
-        # Here, because it is no promise of TRL's: where a release moves it, only distillation notices.
-        from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
         with torch.no_grad():
             kwargs = {key: value for key, value in inputs.items() if key not in _NOT_OF_THE_BACKBONE}
             teacher_states = self.teacher.base_model(**kwargs, use_cache=False).last_hidden_state
@@ -73,7 +71,7 @@ class DistillationMixin:
         config = self.teacher.config.get_text_config()
         scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
         length = mask.size(1)
-        total, _, _ = _chunked_divergence_loss(
+        total, _, _ = chunked_divergence(
             student_states[:, :length].to(student.weight.device),
             teacher_states[:, :length].to(student.weight.device),
             student.weight,

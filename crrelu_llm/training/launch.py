@@ -20,12 +20,11 @@ PROCESSES_ASKED = "CRRELU_PROCESSES_ASKED"  # how many the user named, for the l
 @cache
 def launch_keys() -> frozenset[str]:
     """The options of `accelerate launch`, and TRL's `accelerate_config` (a shipped name or a file)."""
-    from accelerate.commands.launch import launch_command_parser
+    from crrelu_llm.compat.accelerate import launch_actions
 
-    actions = launch_command_parser()._actions
     # TRL reads a recipe's `env` itself, and sets the variables.
     own = {"help", "training_script", "training_script_args", "env"}
-    return frozenset({action.dest for action in actions if action.option_strings} - own | {CONFIG_KEY})
+    return frozenset({action.dest for action in launch_actions() if action.option_strings} - own | {CONFIG_KEY})
 
 
 def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any], own: set[str]) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
+from crrelu_llm.compat.peft import site_path
 from crrelu_llm.errors import InputError
 
 
@@ -27,24 +28,6 @@ def affine_modules(model: nn.Module) -> dict[str, AffineModule]:
             if path not in found or ".modules_to_save." in f".{name}.":
                 found[path] = module
     return found
-
-
-def site_path(module_path: str) -> str:
-    """A module's path without what wrappers put into it."""
-    path = f".{module_path}."
-    for prefix in (
-        ".base_model.model.",
-        ".module.",
-        "._orig_mod.",
-        "._fsdp_wrapped_module.",
-        "._checkpoint_wrapped_module.",
-        ".base_layer.",  # around parameters that LoRA targets, once for each
-    ):
-        while prefix in path:
-            path = path.replace(prefix, ".")
-    for part in (".original_module.", ".modules_to_save.default.", ".modules_to_save."):
-        path = path.replace(part, ".")
-    return path.strip(".")
 
 
 def check_learnable(model: nn.Module, sites: Iterable[str]) -> None:

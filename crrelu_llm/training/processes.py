@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate import accelerator as accelerate_accelerator
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
@@ -181,17 +180,6 @@ def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
 
 def _affine_modules(model: Any) -> list[AffineModule]:
     return [module for module in model.modules() if isinstance(module, AffineModule)]
-
-
-@contextlib.contextmanager
-def sharding_with_buffers() -> Iterator[None]:
-    """Makes Accelerate shard models under FSDP2 by `shard_fsdp2` within it."""
-    original = accelerate_accelerator.fsdp2_prepare_model
-    accelerate_accelerator.fsdp2_prepare_model = shard_fsdp2
-    try:
-        yield
-    finally:
-        accelerate_accelerator.fsdp2_prepare_model = original
 
 
 @contextlib.contextmanager

@@ -1,15 +1,16 @@
 """TRL's SFT and DPO trainers with a learnable ε: one mixin, and the call that builds a trainer from a recipe."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
-from trl.trainer import dpo_trainer
 
 from crrelu_llm.activation import AffineModule
+from crrelu_llm.compat.accelerate import sharding
+from crrelu_llm.compat.bitsandbytes import trainable_layers
+from crrelu_llm.compat.trl import preparing_references
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import guard, loading, section
 from crrelu_llm.patching.blend import Blend
@@ -36,7 +37,6 @@ from crrelu_llm.training.processes import (
     refuse_16_bit_zero3,
     refuse_sharded_weights,
     shard_fsdp2,
-    sharding_with_buffers,
     whole_values,
 )
 from crrelu_llm.training.saving import SavingMixin
@@ -96,7 +96,7 @@ class EpsilonMixin:
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with FSDP2's units and dtypes set for ε and for the loss."""
         prepare_fsdp2(self.accelerator, self.model)
-        with sharding_with_buffers():
+        with sharding(shard_fsdp2):
             return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,9 +172,9 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
         **(args.model_init_kwargs or {}),
     }
     given = {"train": _rows(train), "eval": _rows(test)}
-    adapting = _trainable_bitsandbytes() if quantises(recipe) else contextlib.nullcontext()
+    adapting = trainable_layers() if quantises(recipe) else contextlib.nullcontext()
     # What TRL finds wrong while it builds a trainer is wrong in the recipe or in the data.
-    with _prepared_references(), adapting, reading(recipe.source):
+    with preparing_references(_sharded), adapting, reading(recipe.source):
         trainer: Any = TRAINERS[recipe.kind](
             model=model,
             args=args,
@@ -270,43 +270,15 @@ def _with_owners(path: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-@contextlib.contextmanager
-def _prepared_references() -> Iterator[None]:
-    """Shards DPO's reference under FSDP2 as Accelerate shards what is trained, a unit a layer.
+def _sharded(model: Any, accelerator: Any) -> Any:
+    """DPO's reference, sharded under FSDP2 as Accelerate shards what is trained, a unit a layer.
 
-    TRL makes one unit of it, so that every GPU holds all of the reference whenever it computes.
+    TRL makes one unit of it, so that every GPU holds all of the reference whenever it computes; what is sharded it
+    leaves as it is.
     """
-    original = dpo_trainer.prepare_fsdp
-
-    def prepare(model: Any, accelerator: Any) -> Any:
-        model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
-        prepare_fsdp2(accelerator, model)
-        if accelerator.is_fsdp2:
-            model = shard_fsdp2(accelerator, model)
-        return original(model, accelerator)  # leaves what is sharded as it is
-
-    dpo_trainer.prepare_fsdp = prepare
-    try:
-        yield
-    finally:
-        dpo_trainer.prepare_fsdp = original
-
-
-@contextlib.contextmanager
-def _trainable_bitsandbytes() -> Iterator[None]:
-    """Keeps 4-bit layers trainable on CPUs with AVX512-BF16.
-
-    There, the first forward pass in evaluation mode repacks the weights for a kernel without a backward pass, and
-    gradients are lost from then on, silently.
-    """
-    from bitsandbytes.nn import modules
-
-    original = modules.has_avx512bf16
-    modules.has_avx512bf16 = lambda: False
-    try:
-        yield
-    finally:
-        modules.has_avx512bf16 = original
+    model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
+    prepare_fsdp2(accelerator, model)
+    return shard_fsdp2(accelerator, model) if accelerator.is_fsdp2 else model
 
 
 def quantises(recipe: Recipe) -> bool:

@@ -1,5 +1,5 @@
-"""`crrelu quickstart` on the embedded model, without a network: in this process, and as a newcomer runs it; one seed
-to save time."""
+"""`crrelu quickstart` on the embedded model, without a network: in this process, with a part of the data and of
+the steps, and as a newcomer runs it; one seed to save time."""
 
 import json
 import os
@@ -9,9 +9,13 @@ import sys
 import time
 
 import pytest
+import yaml
 
+from crrelu_llm import recipes_path
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison import matrix
+from crrelu_llm.data.sources import load_dataset
+from crrelu_llm.recipes_path import recipes_dir
 
 OPTIONS = ["quickstart", "--seeds", "0", "--output_dir"]
 
@@ -34,6 +38,14 @@ def check_report(directory, printed):
 
 def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CRRELU_BACKEND", "eager")  # to compile takes longer than all four trainings
+    recipe = yaml.safe_load((recipes_dir() / "nano" / "sft.yaml").read_text())
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", 800), ("test", 80)):
+        load_dataset("builtin:docstrings")[split].select(range(rows)).to_json(data / f"{split}.jsonl")
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "sft.yaml").write_text(yaml.safe_dump(recipe | {"dataset_name": str(data), "max_steps": 6}))
+    monkeypatch.setattr(recipes_path, "recipes_dir", lambda: tmp_path)
     directory, build = tmp_path / "out", matrix.build_trainer
 
     def interrupted(recipe, *args):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm import PatchConfig
+from crrelu_llm.compat.accelerate import sharding
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
@@ -127,7 +128,7 @@ def test_fsdp2_is_given_parameters_alone_and_the_main_process_its_moments(monkey
     monkeypatch.setattr(processes, "fsdp2_prepare_model", prepare)
     monkeypatch.setattr(processes, "broadcast", lambda value: value + 2)  # what the main process has
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    with processes.sharding_with_buffers():
+    with sharding(processes.shard_fsdp2):
         assert accelerate.accelerator.fsdp2_prepare_model(accelerator, model) is model
     assert accelerate.accelerator.fsdp2_prepare_model is not processes.shard_fsdp2
     assert seen == [["epsilon"]]

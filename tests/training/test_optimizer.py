@@ -7,7 +7,8 @@ from runs import LORA, losses, trainers_and_methods
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
-from crrelu_llm.training.optimizer import epsilon_modules, site_path, split_off_epsilon
+from crrelu_llm.compat.peft import site_path
+from crrelu_llm.training.optimizer import epsilon_modules, split_off_epsilon
 
 
 def grouped(trainer):

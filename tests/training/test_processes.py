@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import crrelu_llm
 from crrelu_llm.cli.main import main
+from crrelu_llm.compat.transformers import loading_whole
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
 from crrelu_llm.training import launch, processes
@@ -98,7 +99,7 @@ def test_a_patch_loads_the_whole_model_whatever_the_launch_shards(monkeypatch, t
     try:
         monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
         assert integration.is_deepspeed_zero3_enabled()
-        with loading.loading_whole():
+        with loading_whole():
             assert not integration.is_deepspeed_zero3_enabled()
             assert "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ
         assert integration.is_deepspeed_zero3_enabled()

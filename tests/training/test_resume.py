@@ -89,6 +89,7 @@ def test_control_c_says_how_to_go_on(workshop):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )
     checkpoint = workshop.folder / "run" / "checkpoint-20"
     try:

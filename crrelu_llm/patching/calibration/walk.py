@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from crrelu_llm.compat.torch import tree_flatten, tree_map_only
 from crrelu_llm.patching.sites import Site
 
 logger = logging.getLogger("crrelu_llm")

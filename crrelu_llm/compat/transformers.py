@@ -1,0 +1,162 @@
+"""transformers: what builds, loads and saves a model, and the parts of the Trainer that ours replaces."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from crrelu_llm.compat import Private
+
+_MODEL = "transformers.modeling_utils:PreTrainedModel"
+_TRAINER = "transformers.trainer:Trainer"
+RELIES_ON = (
+    Private(f"{_MODEL}.post_init", "a patched checkpoint would load with its original activation"),
+    Private(
+        f"{_MODEL}._initialize_weights",
+        "ε that a checkpoint lacks would be whatever was in memory",
+        takes=("module", "is_custom_code"),
+    ),
+    Private(
+        f"{_MODEL}._initialize_missing_keys",
+        "nobody would be told that a checkpoint lacks ε",
+        takes=("is_quantized",),
+        called_by=f"{_MODEL}._finalize_model_loading",
+    ),
+    Private(
+        f"{_MODEL}._adjust_missing_and_unexpected_keys",
+        "calibrated weights under a plain config would load silently",
+        takes=("loading_info",),
+        called_by=f"{_MODEL}._finalize_model_loading",
+    ),
+    Private(f"{_MODEL}._keep_in_fp32_modules_strict", "a bfloat16 load would round ε"),
+    Private("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref", "calibration under ZeRO-3"),
+    Private("transformers.integrations.deepspeed:unset_hf_deepspeed_config", "calibration under ZeRO-3"),
+    Private("transformers.integrations.liger:apply_liger_kernel", "Liger would replace the swapped MLPs silently"),
+    Private("transformers:GgufConfig", "GGUF files where `gguf_file` alone does not dequantise", optional=True),
+    Private(f"{_TRAINER}.create_optimizer", "ε would decay and learn at the common rate"),
+    Private(f"{_TRAINER}._save", "ε in 16 bits under DeepSpeed", takes=("output_dir", "state_dict")),
+    Private(f"{_TRAINER}._save_checkpoint", "checkpoints that are whole or absent", takes=("model", "trial")),
+    Private(
+        f"{_TRAINER}._get_output_dir",
+        "checkpoints that are whole or absent",
+        takes=("trial",),
+        called_by=f"{_TRAINER}._save_checkpoint",
+    ),
+    Private(f"{_TRAINER}._push_from_checkpoint", "a half-written checkpoint would be pushed to the hub"),
+    Private(f"{_TRAINER}._load_from_checkpoint", "the error of a resume", takes=("resume_from_checkpoint", "model")),
+    Private(f"{_TRAINER}._run_epoch", "a resume after the last step would train one more"),
+    Private(f"{_TRAINER}._prepare_for_training", "FSDP2: the units of ε"),
+    Private(f"{_TRAINER}._prepare_inputs", "losses by item", takes=("inputs",)),
+)
+
+
+def extend_loading(
+    swap: Callable[[Any], set[str]],
+    initialise: Callable[[Any], bool],
+    before_initialising: Callable[[Any], None],
+    before_adjusting: Callable[[Any, Any], None],
+) -> None:
+    """Extends how transformers builds and loads every model.
+
+    Args:
+        swap: Changes a model that has just been built, and returns the names of what must stay float32.
+        initialise: Gives a module that the checkpoint has no values for its own; whether it was one of ours.
+        before_initialising: Called with a model before what its checkpoint lacks is initialised.
+        before_adjusting: Called with a model and the names that the checkpoint has and the model lacks.
+    """
+    from transformers import PreTrainedModel
+
+    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+    initialize_missing = PreTrainedModel._initialize_missing_keys
+    adjust_keys = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    @functools.wraps(post_init)
+    def swap_then_post_init(self: Any) -> None:
+        names = swap(self)
+        post_init(self)
+        if names:
+            self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | names
+            # Zamba ties whole layers; each site has numbers of its own, and buffers cannot be tied.
+            tied = self.all_tied_weights_keys
+            self.all_tied_weights_keys = {name: tied[name] for name in tied if not name.endswith(tuple(names))}
+
+    @functools.wraps(initialize)
+    def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False, *args: Any, **kwargs: Any) -> None:
+        # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
+        # whatever torch.empty gave.
+        if not initialise(module):
+            initialize(self, module, is_custom_code, *args, **kwargs)
+
+    @functools.wraps(initialize_missing)
+    def warn_then_initialize_missing(self: Any, *args: Any, **kwargs: Any) -> None:
+        before_initialising(self)
+        initialize_missing(self, *args, **kwargs)
+
+    @functools.wraps(adjust_keys)
+    def refuse_then_adjust_keys(self: Any, loading_info: Any, *args: Any, **kwargs: Any) -> None:
+        before_adjusting(self, loading_info.unexpected_keys)
+        adjust_keys(self, loading_info, *args, **kwargs)
+
+    PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
+    PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
+    PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]
+    PreTrainedModel._adjust_missing_and_unexpected_keys = refuse_then_adjust_keys  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
+
+    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
+    the main process of a host without weights.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
+
+
+@contextlib.contextmanager
+def saving_here(model: Any) -> Iterator[None]:
+    """Within it, `save_pretrained` writes in whichever process calls it, and writes the weights as they are computed.
+
+    transformers lets the first of all processes write alone. It also reverts what it did to the tensors when it read
+    them; of a checkpoint that was quantised before it was loaded that has no reverse. And RWKV has divided its weights
+    to evaluate, in place.
+    """
+
+    def reverts(conversion: Any) -> bool:
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            return False
+        return True
+
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            module.train()
+            module._rescale_layers()
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [entry for entry in model._weight_conversions if reverts(entry)]
+    model.should_save_on_this_rank = bool
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
+
+
+def dequantising() -> dict[str, Any]:
+    """The options of `from_pretrained` that make full-precision weights of a GGUF file."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # releases before 5.20 do nothing else
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
