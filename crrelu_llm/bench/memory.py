@@ -37,7 +37,11 @@ def _changes(function: Callable[[], object]) -> list[int]:
     """What was allocated (positive) and released (negative) on the CPU, in bytes, in order of time."""
     from torch.profiler import ProfilerActivity, profile
 
-    with _keeping_garbage(), _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with (
+        _keeping_garbage(),
+        _silent(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+    ):
         function()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [

@@ -15,7 +15,7 @@ RELIES_ON = (
     Private(
         f"{_MODEL}._initialize_weights",
         "ε that a checkpoint lacks would be whatever was in memory",
-        takes=("module", "is_custom_code"),
+        takes=("module",),
     ),
     Private(
         f"{_MODEL}._initialize_missing_keys",
@@ -82,11 +82,11 @@ def extend_loading(
             self.all_tied_weights_keys = {name: tied[name] for name in tied if not name.endswith(tuple(names))}
 
     @functools.wraps(initialize)
-    def initialize_ours_too(self: Any, module: Any, is_custom_code: bool = False, *args: Any, **kwargs: Any) -> None:
+    def initialize_ours_too(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
         # whatever torch.empty gave.
         if not initialise(module):
-            initialize(self, module, is_custom_code, *args, **kwargs)
+            initialize(self, module, *args, **kwargs)
 
     @functools.wraps(initialize_missing)
     def warn_then_initialize_missing(self: Any, *args: Any, **kwargs: Any) -> None:

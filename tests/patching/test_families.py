@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from families import FACTS, PATCHED, family_model, token_ids
+from families import FACTS, IS_RELEASE, PATCHED, RELEASE, family_model, token_ids
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,6 +50,7 @@ def randomise(model, paths):
             epsilon.copy_(torch.randn(epsilon.shape, generator=generator))
 
 
+@pytest.mark.skipif(not IS_RELEASE, reason=f"the list is of transformers {RELEASE}")
 def test_every_type_of_transformers_is_in_the_list():
     assert set(FACTS) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -59,8 +60,9 @@ def test_patched_whole_and_nothing_else(family, tmp_path):
     model = family_model(family)
     sites, left_alone = survey(model)
     paths = [site.path for site in sites]
-    assert {numbered(site.path): f"{site.original} {site.kind}" for site in sites} == FACTS[family]["sites"]
-    assert {numbered(item.path): item.reason for item in left_alone} == FACTS[family]["left_alone"]
+    if IS_RELEASE:
+        assert {numbered(site.path): f"{site.original} {site.kind}" for site in sites} == FACTS[family]["sites"]
+        assert {numbered(item.path): item.reason for item in left_alone} == FACTS[family]["left_alone"]
     native, modules = logits(model), tree(model)
 
     patch(model, epsilon_per="channel", calibration="none")
@@ -127,6 +129,7 @@ def test_refused_in_one_line(family):
     assert torch.equal(logits(model), native)
 
 
+@pytest.mark.skipif(not IS_RELEASE, reason=f"the list is of transformers {RELEASE}")
 @pytest.mark.parametrize("family", [family for family, facts in FACTS.items() if "not_built" in facts])
 def test_not_built(family):
     """Where this fails, a model of the family can be built now: write down its sites instead."""

@@ -403,7 +403,7 @@ def test_the_hook_is_installed_whoever_else_has_taken_the_name():
         "from transformers.activations import ACT2FN; ACT2FN['crrelu'] = ACT2FN['relu']\n"
         "import crrelu_llm, transformers.modeling_utils\n"
         "from transformers import PreTrainedModel\n"
-        "assert PreTrainedModel.post_init.__name__ == 'swap_then_post_init'\n"
+        "assert PreTrainedModel.post_init.__code__.co_name == 'swap_then_post_init'\n"
         "first = PreTrainedModel.post_init; crrelu_llm.register(); assert PreTrainedModel.post_init is first\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

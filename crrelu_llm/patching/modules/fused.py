@@ -41,9 +41,9 @@ def _lfm2(self: Any, x: Tensor) -> Tensor:
 FUSED: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("forward", "1dcfd3ff5c0d"): _llama,  # and 80 more families of transformers 5.23
     ("forward", "341f91cfeddb"): _llama4,
-    ("forward", "df1d8ea26307"): _phi3,  # GLM, GLM-4
+    ("forward", "97374bb82467"): _phi3,  # GLM, GLM-4
     ("forward", fingerprint(gated_mlp)): _lfm2,
-    ("_apply_gate", "c17206a0814a"): _experts,  # fused experts, unless their implementation is `eager`
+    ("_apply_gate", "b717e28d7e17"): _experts,  # fused experts, unless their implementation is `eager`
 }
 
 
@@ -102,7 +102,7 @@ def _source(function: Any) -> str:
     """A function's fingerprint; that of a wrapper would be that of what it wraps, and stands for nothing."""
     try:
         return "" if function is None or inspect.unwrap(function) is not function else fingerprint(function)
-    except (OSError, TypeError):  # no source: compiled, or defined by hand
+    except (OSError, TypeError, SyntaxError):  # no source: compiled, or defined by hand
         return ""
 
 

@@ -1,8 +1,10 @@
 """Families whose MLP computes its activation inside a method: replaces the method, so that a child computes it."""
 
+import ast
 import functools
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -138,12 +140,12 @@ HIDDEN = {
     "Lfm2MLP": _gated_silu_mlp,
     "Lfm2MoeMLP": _gated_silu_mlp,
     "Lfm3MLP": _gated_silu_mlp,
-    "GptOssExperts": Hidden("_apply_gate", _clamped_pairs, _sigmoid_gate, "56c298e8c648"),
-    "MiniMaxM3VLDenseMLP": Hidden("forward", _clamped_mlp, _sigmoid_gate, "cc8eb16baef6"),
-    "MiniMaxM3VLExperts": Hidden("_apply_gate", _clamped_halves, _sigmoid_gate, "3df079e4c906"),
-    "HYV4Experts": Hidden("_apply_gate", _clamped_silu, _named("silu"), "a4845d57efce"),
-    "RwkvFeedForward": Hidden("forward", _time_mixed, _named("relu2"), "f16303fd82b4"),
-    "Inkling2SoftcappedSwiGLU": Hidden("forward", _softcapped, _softcapped_silu, "e078a4e37046"),
+    "GptOssExperts": Hidden("_apply_gate", _clamped_pairs, _sigmoid_gate, "298df0b754bd"),
+    "MiniMaxM3VLDenseMLP": Hidden("forward", _clamped_mlp, _sigmoid_gate, "604ba80e1a69"),
+    "MiniMaxM3VLExperts": Hidden("_apply_gate", _clamped_halves, _sigmoid_gate, "f0f9db7e3a03"),
+    "HYV4Experts": Hidden("_apply_gate", _clamped_silu, _named("silu"), "05c813210d96"),
+    "RwkvFeedForward": Hidden("forward", _time_mixed, _named("relu2"), "be3c33b80d62"),
+    "Inkling2SoftcappedSwiGLU": Hidden("forward", _softcapped, _softcapped_silu, "a39012038ebe"),
 }
 
 
@@ -231,8 +233,22 @@ def _entry(cls: type) -> Hidden | None:
 
 
 def fingerprint(method: Callable) -> str:
-    """Of a function's source without its white space: a replacement must not outlive what it replaces."""
-    return hashlib.sha256("".join(inspect.getsource(method).split()).encode()).hexdigest()[:12]
+    """Of a function's source without annotations, comments and white space: a replacement must not outlive what it
+    replaces.
+
+    Raises:
+        OSError: It has no source.
+        SyntaxError: It is a lambda.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return hashlib.sha256("".join(ast.unparse(tree).split()).encode()).hexdigest()[:12]
 
 
 @functools.cache
