@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from crrelu_llm import find_sites
+
 _LAYERS = 2
 _LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
@@ -223,6 +225,8 @@ def family_model(family: str, seed: int = 0):
             model = AutoModelForCausalLM.from_config(config)
         if not IS_RELEASE:
             model.eval()(input_ids=token_ids())
+            if family in PATCHED:
+                find_sites(model)  # of another structure there, which is refused in one line
     except Exception as error:
         if IS_RELEASE:
             raise

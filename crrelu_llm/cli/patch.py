@@ -36,7 +36,8 @@ def _parser() -> Parser:
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
     add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
-    add("--dtype", default="float32", help="dtype to load and save the weights in (default: float32)")
+    dtype = "to load and save the weights in (default: float32, or their own 16 bits where these are measured faster)"
+    add("--dtype", help=dtype)
     add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
     add("--json", action="store_true", help="print patch_report.json instead of a table")
     return parser
@@ -52,15 +53,17 @@ def run(argv: list[str]) -> int:
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
     measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
+    perplexity = _perplexity(args, measured_on)
+    dtype = args.dtype or _dtype(args)
     with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
         _check_writable(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
             args.model,
             config,
             output_dir,
-            args.dtype,
+            dtype,
             args.fold,
-            _perplexity(args, measured_on),
+            perplexity,
             measured_on,
             trust_remote_code=args.trust_remote_code,
         )
@@ -73,6 +76,19 @@ def run(argv: list[str]) -> int:
     else:
         _print(report, output_dir)
     return 0
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    import torch
+
+    from crrelu_llm.patching import loading
+    from crrelu_llm.precision import choose_dtype
+
+    config = loading.load_config(args.model, trust_remote_code=args.trust_remote_code)
+    name, why = choose_dtype([config], "cuda" if torch.cuda.is_available() else "cpu")
+    if why:
+        print(why, file=sys.stderr)
+    return name
 
 
 def _check_writable(output_dir: Path) -> None:

@@ -55,6 +55,7 @@ class Evaluation:
         limit: The most items of a task.
         chat: Whether to apply the chat template.
         dtype: What models are loaded in.
+        why_dtype: A line that says why, if it was chosen for the user.
         batch_size: Rows of a batch, or `"auto"`.
         max_length: The longest context in tokens; None for the models' own.
         device: Where to compute.
@@ -72,6 +73,7 @@ class Evaluation:
     limit: int | None = None
     chat: bool = False
     dtype: str = "float32"
+    why_dtype: str | None = None
     batch_size: int | str = "auto"
     max_length: int | None = None
     device: str = "cpu"
@@ -103,6 +105,8 @@ def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]
         settings = _settings(evaluation, tasks, tokenizers, keys)
         write_json(evaluation.output_dir / SETTINGS, settings)
         failures: dict[str, dict[str, str]] = {}
+        if evaluation.why_dtype:
+            print(evaluation.why_dtype, file=sys.stderr)
         with _saying_how_to_go_on():
             for model in evaluation.models:
                 failed = _one_model(evaluation, model, tasks, keys[model.name], tokenizers[model.name])
