@@ -5,15 +5,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm import __version__
+
 _PACKAGES = (
-    "crrelu_llm", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
-    "deepspeed", "liger_kernel", "lm_eval",
+    "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed",
+    "liger_kernel", "lm_eval",
 )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, where they are installed."""
-    found = {}
+    """Versions of the packages that decide a result, where they are installed; of this one in any case."""
+    found = {"crrelu_llm": __version__}  # a checkout that is on the path alone has no metadata
     for name in _PACKAGES:
         try:
             found[name] = version(name)

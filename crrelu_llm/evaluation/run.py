@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crrelu_llm.environment import environment
+from crrelu_llm.environment import environment, versions
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation import models as named
 from crrelu_llm.evaluation.harness import HarnessTask, data_path, manager_for
@@ -116,12 +115,13 @@ def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]
 
 def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) -> dict[str, dict[str, Any]]:
     """All that decides the numbers of a model, by task."""
+    found = versions()
     common: dict[str, Any] = {
         "model": identity,
         "dtype": evaluation.dtype,
         "device": evaluation.device,
         # those that may change a number
-        "versions": {name: version(name) for name in ("crrelu_llm", "lm_eval", "torch", "transformers")},
+        "versions": {name: found[name] for name in ("crrelu_llm", "lm_eval", "torch", "transformers")},
     }
     if evaluation.max_length is not None:
         common["max_length"] = evaluation.max_length

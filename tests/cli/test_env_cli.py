@@ -60,3 +60,16 @@ def test_using_puts_back_what_was_set():
             raise KeyError
         assert choice.override() == ("eager", "set_backend")
     assert choice.override() is None
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    """Where nothing can be installed, the checkout is put on the path: no metadata."""
+    from importlib.metadata import PackageNotFoundError
+
+    from crrelu_llm import environment
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "version", missing)
+    assert environment.versions() == {"crrelu_llm": __version__}
