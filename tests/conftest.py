@@ -4,6 +4,11 @@ import json
 import os
 from pathlib import Path
 
+from device import has_gpu
+
+# Triton kernels run on a CPU in its interpreter only, which they, and Triton's own functions, ask for where they are
+# imported: builds of torch for CUDA import them by themselves.
+os.environ |= {} if has_gpu() else {"TRITON_INTERPRET": "1"}
 # Before torch and transformers are imported, and inherited by the processes that tests start.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow tiny models down
@@ -16,10 +21,6 @@ from hypothesis import settings
 from tiny import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-# Triton kernels run on a CPU in its interpreter only, which they ask for where they are imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # A loaded machine is no failure, and the same examples every time.
 settings.register_profile("steady", deadline=None, derandomize=True)
