@@ -73,7 +73,7 @@ def join(folder: Path, target: Path) -> None:
 
 
 def check(folder: Path) -> list[Path]:
-    """The parts in their order; refuses missing ones, and those that are not as SHA256SUMS says, where there is one."""
+    """The parts in their order; refuses missing ones, and, where there are sums, those that are not as they say."""
     parts, listing = _parts(folder), folder / SUMS
     if listing.is_file():
         lines = listing.read_text().splitlines()

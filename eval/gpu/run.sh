@@ -48,7 +48,9 @@ if ls "$CARRY"/wheels/*.whl >/dev/null 2>&1; then
         --target "$WORK/site" "$CARRY"/wheels/*.whl || stop "the carried wheels cannot be installed by $PYTHON -m pip"
     export PYTHONPATH=$root:$WORK/site
 fi
-((dry)) && export CUDA_VISIBLE_DEVICES=
+# Nothing is asked of the hub where no name of it can be meant.
+[ -n "${MODEL-}${SFT_DATA-}${DPO_DATA-}${CALIBRATION_DATA-}" ] || export HF_HUB_OFFLINE=1
+((!dry)) || export CUDA_VISIBLE_DEVICES=
 
 # The first start of torch on a cold machine; whether there is a GPU decides the sizes.
 part environment 60 bash -c '(nvidia-smi || true); "$0" -m crrelu_llm env --json >"$1" && cat "$1"' \
@@ -138,7 +140,7 @@ learn() { # KIND SECONDS
     local seconds=$2
     if ((seconds > $(limit "$1"))); then seconds=$(limit "$1"); fi
     part "$1" "$seconds" "$PYTHON" "$here/train.py" "$1" --model "$model" --data "$WORK/data/$1" --work "$WORK" \
-        --out "$WORK/parts/$1" --seconds "$seconds" "${sizes[@]}" -- "${recipe[@]}" \
+        --out "$WORK/parts/$1" --seconds "$seconds" "${sizes[@]}" "${recipe[@]}" \
         --calibration_data "$calibration_data" --calibration_tokens "${tokens[1]}"
 }
 if [ -s "$WORK/model.txt" ]; then

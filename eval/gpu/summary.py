@@ -75,9 +75,15 @@ def _said(folder: Path, results: dict[str, Any]) -> str:
     if tests and "tests" in tests:
         passed = tests["tests"] - tests["failures"] - tests["errors"] - tests["skipped"]
         return f"{passed} passed, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped"
+    if about := (results.get("environment") or {}).get("environment"):
+        names = ("torch", "triton", "transformers", "trl", "peft")
+        versions = ", ".join(f"{name} {about['versions'].get(name)}" for name in names)
+        return f"{about['device']}, Python {about['python']}, {versions}"
     if calibration and "agree" in calibration:
         word = "agree" if calibration["agree"] else "do not agree"
         return f"GPU and CPU {word}: perplexity ratio {calibration['perplexity_ratio']:.5f}"
+    if cases := (results.get("bench") or {}).get("cases"):
+        return f"{len(cases)} cases"
     log = folder / "log"
     lines = log.read_text(errors="replace").replace("\r", "\n").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")[:100]
@@ -95,19 +101,19 @@ def _table(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def _bandwidths(parts: list[dict[str, Any]]) -> list[str]:
-    """CRReLU's fastest backend and Liger beside GELU, of every bench that ran."""
+    """Forward and backward together, of CRReLU's compiled backends and of Liger, of every bench that ran."""
     lines = []
     for part in parts:
         bench = part["results"].get("bench") or {}
         for case in bench.get("cases", []):
-            if not (case["name"].startswith("crrelu") or case["backend"] == "liger"):
+            if not (case["name"].startswith("crrelu") or case["backend"] == "liger") or case["direction"] != "both":
                 continue
             if case["backend"] in ("eager", "reference"):
                 continue
             share = case["fraction_of_copy_bandwidth"]
             lines.append(
                 f"{part['part']}: {case['name']}, {case['backend']}, {case['dtype']}, "
-                f"{'x'.join(map(str, case['shape']))}, {case['direction']}: {case['milliseconds']:.3g} ms, "
+                f"{case['kind']}, {'x'.join(map(str, case['shape']))}: {case['milliseconds']:.3g} ms, "
                 f"{case['ratio_to_gelu']:.2f} of GELU's" + ("" if share is None else f", {share:.0%} of a copy's GB/s")
             )
     return lines

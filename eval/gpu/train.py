@@ -1,6 +1,6 @@
 """One comparison, `crrelu compare sft|dpo`, of as many steps as fit its time: native, gelu, relu and crrelu, 3 seeds.
 
-    train.py sft --model M --data D --work W --out O --seconds S [--most N] [--seeds ...] [-- OPTIONS OF THE RECIPE]
+    train.py sft --model M --data D --work W --out O --seconds S [--most N] [--seeds ...] [OPTIONS OF THE RECIPE]
 
 The number of steps comes from two short runs of the native arm, the first of which warms up. Seed after seed is then
 trained in every arm, so that time that runs out costs a seed, not an arm; the report is of what is finished.
@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ REPORT_SECONDS = 12
 
 def main() -> int:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("kind", choices=("sft", "dpo"))
     for name in ("model", "data", "work", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seconds", type=float, required=True, help="for all of it")
     parser.add_argument("--most", type=int, default=200, help="steps of a run at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("options", nargs="*", help="of the recipe, after --")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()  # what it does not know is the recipe's
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -44,7 +46,7 @@ def main() -> int:
     signal.alarm(max(1, int(args.seconds - REPORT_SECONDS)))
     work, out = Path(args.work), Path(args.out)
     recipe = ["--config", str(HERE / f"{args.kind}.yaml"), "--model_name_or_path", args.model]
-    recipe += ["--dataset_name", args.data, *args.options]
+    recipe += ["--dataset_name", args.data, *options]
     comparison = work / args.kind
     try:
         ended = started + args.seconds - REPORT_SECONDS
@@ -56,8 +58,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("train: out of time; the report is of the runs that are finished", flush=True)
         status = 0
-    except Exception as error:
-        print(f"train: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except Exception:  # the report of what is finished is still wanted
+        traceback.print_exc()
         status = 1
     signal.alarm(0)
     done = _finished(comparison, args.seeds)
@@ -118,7 +120,7 @@ def _matrix(kind: str, recipe: list[str], arms: list[str], seeds: list[int], out
     from crrelu_llm.cli.compare import run_matrix
 
     what = {"kind": kind, "arms": arms, "seeds": seeds, "output_dir": str(output_dir)}
-    args = Namespace(**what, baseline=None, discard_models=True)
+    args = Namespace(**what, baseline=None, grid=[], discard_models=True)
     words = [kind, *recipe, "--arms", *arms, "--seeds", *map(str, seeds), "--output_dir", str(output_dir)]
     failed = run_matrix(args, recipe, " ".join(["crrelu compare", *words, "--discard_models"]))
     if failed is not None:
