@@ -60,14 +60,14 @@ device=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["env
 if [ "$device" = cpu ]; then
     echo "run: no GPU: a dry run with tiny sizes" >&2
     BUDGET=1500
-    tokens=(--calibration_tokens 512 --perplexity_tokens 512) rows=16
+    tokens=512 rows=16
     op=(--shapes 64x96) mlp=(--layers 1 --hidden 32 --width 64 --tokens 64) train=(--batch_size 1 --length 32)
     quick=(--repeats 2)
     sizes=(--most 2 --seeds 0)
     recipe=(--use_cpu true --bf16 false --max_length 64 --per_device_train_batch_size 2)
     limits=(prepare 120 tests 120 op 240 train 120 mlp 120 sft 240 dpo 240)
 else
-    tokens=(--calibration_tokens 8192 --perplexity_tokens 4096) rows=2000
+    tokens=8192 rows=2000
     # 8 192 tokens of Llama 3 8B's MLP, 16 384 of SmolLM2's.
     op=(--shapes 8192x14336 16384x1536) mlp=(--layers 1 --hidden 4096 --width 14336 --tokens 8192)
     train=(--batch_size 8 --length 512)
@@ -94,11 +94,14 @@ model=${MODEL:-${weights:-builtin:nano}}
 sft_data=${SFT_DATA:-$(carried sft builtin:docstrings)}
 dpo_data=${DPO_DATA:-$(carried dpo builtin:pairs)}
 calibration_data=${CALIBRATION_DATA:-$(carried calibration builtin:docstrings)}
+calibrated=(--calibration_data "$calibration_data" --calibration_tokens "$tokens")
 echo "run: $device, model $model, SFT on $sft_data, DPO on $dpo_data, calibration on $calibration_data" >&2
 
-patched() { # ARM FOLDER
-    part "calibrate-${3:-$1}" 120 "$PYTHON" -m crrelu_llm patch "$(<"$WORK/model.txt")" --activation "$1" \
-        --output_dir "$WORK/$2" --epsilon_per channel --calibration_data "$calibration_data" "${tokens[@]}"
+patched() { # ARM FOLDER PART OPTIONS OF THE RECIPE
+    local arm=$1 folder=$2 name=$3
+    shift 3
+    part "$name" 120 "$PYTHON" "$here/calibrate.py" "$arm" --model "$(<"$WORK/model.txt")" --data "$WORK/data/sft" \
+        --out "$WORK/$folder" --perplexity_tokens "$((tokens / 2))" "${calibrated[@]}" "$@"
 }
 # Beside the tests, which are not timed: the model as a directory, and the calibrated starting points of the arms.
 background() {
@@ -107,8 +110,8 @@ background() {
     part prepare "$(limit prepare)" "$PYTHON" "$here/prepare.py" --model "$model" --sft "$sft_data" \
         --dpo "$dpo_data" --work "$WORK" --rows "$rows"
     [ -s "$WORK/model.txt" ] || return 0
-    for arm in gelu relu crrelu; do patched "$arm" "patched/$arm" & done
-    CUDA_VISIBLE_DEVICES='' patched crrelu patched-cpu cpu &
+    for arm in gelu relu crrelu; do patched "$arm" "patched/$arm" "calibrate-$arm" "${recipe[@]}" & done
+    CUDA_VISIBLE_DEVICES='' patched crrelu patched-cpu calibrate-cpu --use_cpu true --bf16 false &
     wait
 }
 background &
@@ -141,7 +144,7 @@ learn() { # KIND SECONDS
     if ((seconds > $(limit "$1"))); then seconds=$(limit "$1"); fi
     part "$1" "$seconds" "$PYTHON" "$here/train.py" "$1" --model "$model" --data "$WORK/data/$1" --work "$WORK" \
         --out "$WORK/parts/$1" --seconds "$seconds" "${sizes[@]}" "${recipe[@]}" \
-        --calibration_data "$calibration_data" --calibration_tokens "${tokens[1]}"
+        "${calibrated[@]}"
 }
 if [ -s "$WORK/model.txt" ]; then
     learn sft $(($(left) / 2))
