@@ -21,6 +21,18 @@ def backend(request):
     assert failed == {}
 
 
+@pytest.fixture
+def cuda():
+    """A CUDA device where Triton computes; the test fails if it fell back."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kernels.set_backend("triton")
+    yield torch.device("cuda")
+    failed = dict(choice._failed)
+    kernels.set_backend(None)
+    assert failed == {}
+
+
 # Every dtype, form and kind of ε is a compiled loop of its own, seconds of a core: of these cases, by parts of their
 # names, the default run has each value, but not each combination.
 _SLOW_WHERE_COMPILED = {

@@ -12,7 +12,7 @@ import torch
 from kernel_tools import DTYPES, assert_error_is_below_twice, bump, epsilon_of, evaluate, normal
 
 from crrelu_llm import kernels
-from crrelu_llm.kernels import choice, eager, reference
+from crrelu_llm.kernels import eager, reference
 
 pytest.importorskip("triton", reason="Triton is not installed: it has no build for this platform")
 triton = importlib.import_module("crrelu_llm.kernels.triton")
@@ -117,18 +117,6 @@ def test_the_gradient_of_epsilon_has_the_same_bits_each_time(size, monkeypatch):
     x, epsilon = normal((70, 40), torch.float32).to(_device()), epsilon_of(size, torch.float32).to(_device())
     first, second = (triton.backward(torch.cos(x), x, epsilon)[1] for _ in range(2))
     assert torch.equal(first, second)
-
-
-@pytest.fixture
-def cuda():
-    """A CUDA device where Triton computes; the test fails if it fell back."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    kernels.set_backend("triton")
-    yield torch.device("cuda")
-    failed = dict(choice._failed)
-    kernels.set_backend(None)
-    assert failed == {}
 
 
 def _packed(gate, up, epsilon):
