@@ -46,14 +46,14 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     output_dir = Path(args.output_dir).resolve()
-    _check_writable(output_dir)
+    check_writable(output_dir)
     from crrelu_llm.patching.config import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
     measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
     with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
-        _check_writable(output_dir)  # another call may have made it meanwhile
+        check_writable(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
             args.model,
             config,
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path) -> None:
     """Before the work, not after it."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         if (output_dir / "patch_origin.json").is_file():  # what a call that was killed right after it left behind
