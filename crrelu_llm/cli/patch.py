@@ -130,8 +130,9 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     found = report["perplexity"]
     if found:
         naive = "" if found["after_naive"] is None else f", {found['after_naive']:.2f} with the plain swap"
+        as_it_was = f"{found['patched']:.2f} as it was patched, " if "patched" in found else ""
         print(
-            f"perplexity on {found['tokens']} tokens of {found['data']}: {found['before']:.2f} before, "
+            f"perplexity on {found['tokens']} tokens of {found['data']}: {as_it_was}{found['before']:.2f} before, "
             f"{found['after']:.2f} after{naive}"
         )
     print(f"saved to {output_dir} in {report['seconds']:.0f} s", file=sys.stderr)

@@ -12,6 +12,7 @@ from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.export import check, graph, runtimes, standalone
 from crrelu_llm.export.formats import require, versions_of
+from crrelu_llm.export.quiet import quiet
 from crrelu_llm.files import remove, sync, write_json, writing
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.guard import check as check_patch
@@ -124,9 +125,8 @@ def _write_and_check(
     if limit is not None and limit < ids.shape[1]:
         raise InputError(f"--max_length {limit}: the check alone takes {ids.shape[1]} tokens; give a longer one")
     started = time.perf_counter()
-    # The exporters change the model for the trace: what it computes is asked before.
     exported = graph.trace(loaded, format_name, inputs, limit or 0)
-    with writing(str(scratch)), graph.quiet():
+    with writing(str(scratch)), quiet():
         scratch.parent.mkdir(parents=True, exist_ok=True)
         exported.save_pretrained(scratch)
         if tokenizer is not None:

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.export.quiet import quiet
 
 TRANSFORMERS = "5.23"
 
@@ -36,9 +37,9 @@ FORMATS = {
     "transformers": Format("transformers", dtypes=("float32", "float16", "bfloat16")),
 }
 _GGUF = (
-    "gguf (llama.cpp) knows no CRReLU and no numbers of a channel around an activation; go back to the model's own "
-    "activation, `crrelu patch MODEL --activation silu --calibration none --output_dir D` (gelu, … as `crrelu inspect` "
-    "names it), which prints what that costs in perplexity, and convert D"
+    "gguf (llama.cpp) knows no CRReLU, and no numbers of a channel around an activation; go back to the model's own "
+    "activation (`crrelu inspect MODEL` names it) with `crrelu patch MODEL --activation silu --calibration none "
+    "--output_dir D`, which prints what that costs in perplexity, and convert D"
 )
 
 
@@ -74,8 +75,9 @@ def require(name: str, dtype: str = "float32") -> Format:
 def has_exporter(name: str) -> bool:
     """Whether this transformers has an exporter and a runner of the format."""
     try:
-        from transformers.exporters.auto import EXPORT_BACKENDS
-        from transformers.exporters.base import ExportedModel  # noqa: F401
+        with quiet():
+            from transformers.exporters.auto import EXPORT_BACKENDS
+            from transformers.exporters.base import ExportedModel  # noqa: F401
     except ImportError:
         return False
     return getattr(EXPORT_BACKENDS.get(name), "runner", None) is not None

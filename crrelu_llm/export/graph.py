@@ -1,20 +1,15 @@
 """What a model is traced with, and its trace by transformers' exporters."""
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.export.formats import FORMATS
+from crrelu_llm.export.quiet import quiet
 
 _BEFORE, _NOW = 5, 3  # tokens in the cache, and tokens that come after them, of the traced call
-_LIBRARIES = ("torch.onnx", "torch.utils._pytree", "torch.export", "torchao", "executorch", "onnxscript", "onnx_ir")
 
 
 def empty_cache(model: Any, batch: int = 1) -> Any:
@@ -37,7 +32,8 @@ def _filled_cache(model: Any, batch: int, length: int) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     with torch.no_grad():
-        cache = getattr(model(input_ids=_some_ids(model, batch, length), use_cache=True), "past_key_values", None)
+        out = model(input_ids=_some_ids(model, batch, length), use_cache=True)
+    cache: Any = getattr(out, "past_key_values", None)
     if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
     cache = copy.deepcopy(cache)
@@ -91,23 +87,3 @@ def require_exportable(model: Any, name: str) -> None:
     """Raises InputError for weights that no exporter can read."""
     if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         raise InputError(f"{name}: its weights are quantised; export the checkpoint that was not quantised yet")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps from the terminal what the exporters say of each of their steps."""
-    from transformers.utils import logging as of_transformers
-
-    before = of_transformers.get_verbosity()
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    of_transformers.set_verbosity_error()
-    for name in _LIBRARIES:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        of_transformers.set_verbosity(before)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

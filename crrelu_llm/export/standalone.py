@@ -14,7 +14,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.export import check, runtimes
 from crrelu_llm.patching import loading
 
-# Reads a line of JSON for each call, [begin, ids], and answers with the size of the vocabulary in a line, and float32s.
+# Reads a line of JSON for each call, [begin, ids]; answers with a line, the size of the vocabulary, and float32s.
 # None in sys.modules makes every import of the package fail, as where it is not installed.
 _PROCESS = """
 import json, sys
