@@ -75,7 +75,7 @@ def trace(model: Any, format_name: str, inputs: dict[str, Any], max_length: int)
     config: dict[str, Any] = {"dynamic": True}
     if format_name == "executorch":
         length = torch.export.Dim("length", min=2, max=max_length)
-        shapes = {name: {1: length} if torch.is_tensor(value) else None for name, value in inputs.items()}
+        shapes = {name: {1: length} for name, value in inputs.items() if torch.is_tensor(value)}
         config |= {"dynamic_shapes": shapes, "prefer_deferred_runtime_asserts_over_guards": True}
     with quiet(), reading(f"{format_name} cannot hold this {model.config.model_type}", "choose another --format"):
         made = EXPORT_BACKENDS[format_name].config(**config)
