@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
     "eval": ("eval", "any checkpoints side by side on benchmarks, preference pairs or text, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
+    "export": ("export", "a patched model for ONNX Runtime, OpenVINO, ExecuTorch or plain transformers, checked"),
     "card": ("card", "a Hugging Face model card: ε per layer, calibration, results"),
     "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),
     "eafo": ("eafo", "the entropy method: derive, measure and learn activations"),

@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     output_dir = Path(args.output_dir).resolve()
-    _check_writable(output_dir)
+    check_writable(output_dir)
     from crrelu_llm.patching.config import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     perplexity = _perplexity(args, measured_on)
     dtype = args.dtype or _dtype(args)
     with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
-        _check_writable(output_dir)  # another call may have made it meanwhile
+        check_writable(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
             args.model,
             config,
@@ -91,7 +91,7 @@ def _dtype(args: argparse.Namespace) -> str:
     return name
 
 
-def _check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path) -> None:
     """Before the work, not after it."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         if (output_dir / "patch_origin.json").is_file():  # what a call that was killed right after it left behind
@@ -146,8 +146,9 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     found = report["perplexity"]
     if found:
         naive = "" if found["after_naive"] is None else f", {found['after_naive']:.2f} with the plain swap"
+        as_it_was = f"{found['patched']:.2f} as it was patched, " if "patched" in found else ""
         print(
-            f"perplexity on {found['tokens']} tokens of {found['data']}: {found['before']:.2f} before, "
+            f"perplexity on {found['tokens']} tokens of {found['data']}: {as_it_was}{found['before']:.2f} before, "
             f"{found['after']:.2f} after{naive}"
         )
     print(f"saved to {output_dir} in {report['seconds']:.0f} s", file=sys.stderr)

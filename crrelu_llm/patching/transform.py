@@ -146,14 +146,17 @@ def _patch(
 ) -> dict[str, Any]:
     """Patches a loaded model; what the report says of it."""
     found = section.read(model.config)
+    as_it_was: dict[str, float] = {}
     if found is not None:
         section.check_may_be_patched_again(found, config, name)
+        if perplexity is not None:  # what its weights were trained with: the way back may cost something
+            as_it_was = {"patched": perplexity(model, tokenizer)}
         unpatch(model)
     with reading(name, ours=True):
         require_finite(model, _A_FEW_TOKENS % model.config.get_text_config().vocab_size)
     measured: dict[str, Any] | None = None
     if perplexity is not None:
-        measured = {"before": perplexity(model, tokenizer), "after_naive": None}
+        measured = {**as_it_was, "before": perplexity(model, tokenizer), "after_naive": None}
         if config.calibrates:
             patch(model, replace(config, calibration="none", density="standard"))
             measured["after_naive"] = perplexity(model, tokenizer)

@@ -7,6 +7,7 @@ import sys
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -263,3 +264,17 @@ def test_a_patched_checkpoint(tiny_checkpoint, tmp_path, capsys):
     capsys.readouterr()
     error = fails(capsys, tmp_path, tmp_path / "one", "--output_dir", tmp_path / "two", *argv)
     assert "is already patched to crrelu" in error
+
+
+def test_the_way_back_is_a_plain_checkpoint_and_says_what_it_costs(tiny_llama_checkpoint, text_file, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    measured = ["--perplexity_data", text_file, "--perplexity_tokens", "256"]
+    assert crrelu_patch(tiny_llama_checkpoint, "--output_dir", there, *measured) == 0
+    assert crrelu_patch(there, "--activation", "silu", "--output_dir", back, *measured) == 0
+    before, found = (json.loads((path / "patch_report.json").read_text())["perplexity"] for path in (there, back))
+    assert found["patched"] == before["after"]
+    assert found["before"] == found["after"] == before["before"]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"{before['after']:.2f} as it was patched" in line
+    original, plain = (load_file(path / "model.safetensors") for path in (tiny_llama_checkpoint, back))
+    assert original.keys() == plain.keys() and all(torch.equal(plain[name], original[name]) for name in original)

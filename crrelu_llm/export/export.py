@@ -1,0 +1,147 @@
+"""A patched MODEL in, an export out: written beside its place, loaded again, checked, and then renamed."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crrelu_llm.environment import versions
+from crrelu_llm.errors import InputError, reading
+from crrelu_llm.export import check, graph, runtimes, standalone
+from crrelu_llm.export.formats import require, versions_of
+from crrelu_llm.export.quiet import quiet
+from crrelu_llm.files import remove, sync, write_json, writing
+from crrelu_llm.patching import loading, section
+from crrelu_llm.patching.guard import check as check_patch
+from crrelu_llm.patching.transform import require_space
+
+REPORT = "export_report.json"
+
+
+def export_model(
+    model: str,
+    format_name: str,
+    output_dir: str | Path,
+    dtype: str = "float32",
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Exports a patched MODEL, and checks the export on its own runtime.
+
+    Args:
+        model: Hub name or directory of a patched checkpoint.
+        format_name: `onnx`, `openvino`, `executorch` or `transformers`.
+        output_dir: Where to write: absent or empty.
+        dtype: Name of the torch dtype to export in.
+        max_length: executorch: the longest text, whose memory is planned beforehand.
+        trust_remote_code: Whether code from the model's repository may run.
+        tell: Is told what is being done.
+
+    Returns:
+        The report, as written to export_report.json.
+
+    Raises:
+        InputError: The model is not patched, the format cannot hold it, or its runtime is not there.
+        DiskError: The disk is full or read-only.
+    """
+    started = time.perf_counter()
+    found = require(format_name, dtype)
+    require_patched(loading.load_config(model, trust_remote_code=trust_remote_code), model)
+    tell(f"loading {model}")
+    loaded = loading.load_model(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(model, trust_remote_code)
+    loaded.requires_grad_(False)
+    graph.require_exportable(loaded, model)
+    check_patch(loaded)
+    require_space(loaded, output_dir, copies=1)
+    target = Path(output_dir).resolve()
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    ids = check.tokens(tokenizer, loaded.config.get_text_config().vocab_size)
+    try:
+        tell(f"exporting to {format_name}")
+        if format_name == "transformers":
+            result = standalone.write_and_check(loaded, tokenizer, scratch, ids, dtype, model, tell)
+        else:
+            result = _write_and_check(loaded, tokenizer, format_name, scratch, ids, dtype, model, max_length, tell)
+        report = {
+            "model": model,
+            "model_type": loaded.config.model_type,
+            "format": format_name,
+            "runtime": found.runtime,
+            "dtype": dtype,
+            "files": _files(scratch),
+            **result,
+            "threads": torch.get_num_threads(),
+            "versions": versions() | versions_of(found),
+            "seconds": time.perf_counter() - started,
+        }
+        with writing(str(target)):
+            write_json(scratch / REPORT, report)
+            sync(scratch)
+            if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
+                target.rmdir()
+            os.replace(scratch, target)
+    finally:
+        remove(scratch)
+    return report
+
+
+def require_patched(config: Any, name: str) -> None:
+    """Raises InputError for a model that is not patched: for such ones there are other tools."""
+    if section.read(config) is None:
+        raise InputError(
+            f"{name}: not patched, so there is nothing of CRReLU to export; use transformers' own exporters "
+            "(transformers.exporters), or patch it first with `crrelu patch`"
+        )
+
+
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+    """The model's tokenizer; None where the checkpoint has none."""
+    try:
+        return loading.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    except InputError:
+        return None
+
+
+def _write_and_check(
+    loaded: Any,
+    tokenizer: Any,
+    format_name: str,
+    scratch: Path,
+    ids: torch.Tensor,
+    dtype: str,
+    name: str,
+    max_length: int,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    inputs = graph.sample(loaded, format_name)
+    cached = "past_key_values" in inputs
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or max_length
+    limit = min(max_length, positions) if format_name == "executorch" else None
+    if limit is not None and limit < ids.shape[1]:
+        raise InputError(f"--max_length {limit}: the check alone takes {ids.shape[1]} tokens; give a longer one")
+    started = time.perf_counter()
+    exported = graph.trace(loaded, format_name, inputs, limit or 0)
+    with writing(str(scratch)), quiet():
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        exported.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    del exported
+    seconds = time.perf_counter() - started
+    tell(f"checking it in {require(format_name, dtype).runtime}")
+    empty = graph.empty_cache(loaded) if cached else None
+    with reading(f"{format_name} cannot run this {loaded.config.model_type}", "choose another --format or --dtype"):
+        runtime = runtimes.load(format_name, scratch, empty)
+        result = check.compare(runtimes.Torch(loaded), runtime, ids, dtype, name)
+    return {"cache": cached, "max_length": limit, "export_seconds": seconds, **result}
+
+
+def _files(directory: Path) -> list[dict[str, Any]]:
+    """Names and sizes."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [{"name": str(path.relative_to(directory)), "bytes": path.stat().st_size} for path in found]

@@ -1,0 +1,94 @@
+"""The formats of `crrelu export`, what each needs to be installed, and what it can hold."""
+
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.export.quiet import quiet
+
+TRANSFORMERS = "5.23"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        runtime: Package that runs it, as it is imported.
+        packages: What must be importable to write and to run it.
+        extra: The extra of this package that brings them; empty where there is nothing to install.
+        caches: Whether the graph takes and gives the keys and values of the tokens before.
+        dtypes: What the runtime computes in on a CPU.
+    """
+
+    runtime: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    caches: bool = True
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+FORMATS = {
+    "onnx": Format("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "export", dtypes=("float32", "float16")),
+    "openvino": Format("openvino", ("openvino",), "export", dtypes=("float32", "float16", "bfloat16")),
+    "executorch": Format("executorch", ("executorch",), "executorch", caches=False),
+    "transformers": Format("transformers", dtypes=("float32", "float16", "bfloat16")),
+}
+_GGUF = (
+    "gguf (llama.cpp) knows no CRReLU, and no numbers of a channel around an activation; go back to the model's own "
+    "activation (`crrelu inspect MODEL` names it) with `crrelu patch MODEL --activation silu --calibration none "
+    "--output_dir D`, which prints what that costs in perplexity, and convert D"
+)
+
+
+def require(name: str, dtype: str = "float32") -> Format:
+    """The format of this name, its packages there.
+
+    Raises:
+        InputError: No such format, a package is missing or too old, or the format has no such dtype.
+    """
+    if name == "gguf":
+        raise InputError(f"--format {_GGUF}")
+    if name not in FORMATS:
+        raise InputError(f"--format: unknown format {name!r}; choose {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    if dtype not in found.dtypes:
+        raise InputError(
+            f"--dtype {dtype}: {found.runtime} on a CPU does not run {name} in it; choose {' or '.join(found.dtypes)}"
+        )
+    missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"--format {name} needs {', '.join(missing)}: pip install 'crrelu_llm[{found.extra}]' (or "
+            f"pip install {' '.join(missing)})"
+        )
+    if found.packages and not has_exporter(name):
+        raise InputError(
+            f"--format {name} needs transformers {TRANSFORMERS} or newer (transformers.exporters), and this one is "
+            f"{version('transformers')}: pip install 'transformers>={TRANSFORMERS}'"
+        )
+    return found
+
+
+def has_exporter(name: str) -> bool:
+    """Whether this transformers has an exporter and a runner of the format."""
+    try:
+        with quiet():
+            from transformers.exporters.auto import EXPORT_BACKENDS
+            from transformers.exporters.base import ExportedModel  # noqa: F401
+    except ImportError:
+        return False
+    return getattr(EXPORT_BACKENDS.get(name), "runner", None) is not None
+
+
+def versions_of(found: Format) -> dict[str, Any]:
+    """Versions of a format's packages."""
+    result = {}
+    for package in found.packages:
+        try:
+            result[package] = version(package)
+        except PackageNotFoundError:  # found under another name (onnxruntime-gpu)
+            continue
+    return result

@@ -1,0 +1,189 @@
+"""`crrelu export`: what is refused, in one line, before any heavy work; and what a traced graph holds."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model, token_ids
+from transformers import AutoModelForCausalLM
+
+import crrelu_llm
+from crrelu_llm.cli import main as command_line
+from crrelu_llm.errors import InputError
+from crrelu_llm.export import check, export, formats, graph
+
+
+def patched(family, epsilon_per="layer", calibrated=False, **overrides):
+    """A tiny patched model whose ε, and where asked for whose four numbers a channel, are far from the start."""
+    model = tiny_model(family, **overrides)
+    ids = token_ids(batch=8, length=16) if calibrated else None
+    calibration = "fit" if calibrated else "none"
+    crrelu_llm.patch(model, "crrelu", calibration=calibration, epsilon_per=epsilon_per, epsilon_init=0.3, blocks=ids)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A patched tiny Llama, without a tokenizer."""
+    path = tmp_path_factory.mktemp("patched") / "llama"
+    patched("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def all_installed(monkeypatch):
+    """As if every package of every format were there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(formats, "has_exporter", lambda name: True)
+
+
+def refused(capsys, *argv):
+    """The one line that a wrong call is answered with."""
+    assert command_line.main(["export", *map(str, argv)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def test_gguf_is_answered_with_the_way_back(capsys, tmp_path):
+    line = refused(capsys, "m", "--format", "gguf", "--output-dir", tmp_path / "out")
+    assert "crrelu patch MODEL --activation silu --calibration none" in line and "perplexity" in line
+
+
+def test_unknown_format(capsys, tmp_path):
+    line = refused(capsys, "m", "--format", "tflite", "--output_dir", tmp_path / "out")
+    assert "choose onnx, openvino, executorch, transformers" in line
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "executorch"])
+def test_a_missing_runtime_is_told_before_the_model_is_looked_for(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    line = refused(capsys, "/no/such/model", "--format", name, "--output_dir", tmp_path / "out")
+    assert f"pip install 'crrelu_llm[{formats.FORMATS[name].extra}]'" in line
+    assert formats.FORMATS[name].runtime in line
+
+
+def test_a_transformers_without_exporters(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setitem(sys.modules, "transformers.exporters.auto", None)
+    line = refused(capsys, "m", "--format", "onnx", "--output_dir", tmp_path / "out")
+    assert "needs transformers 5.23 or newer" in line
+
+
+def test_a_dtype_that_the_runtime_does_not_run(capsys, tmp_path, all_installed):
+    line = refused(capsys, "m", "--format", "executorch", "--dtype", "bfloat16", "--output_dir", tmp_path / "out")
+    assert "--dtype bfloat16" in line and "float32" in line
+
+
+def test_an_output_directory_that_holds_something(capsys, tmp_path, all_installed):
+    (tmp_path / "file").write_text("mine")
+    line = refused(capsys, "m", "--format", "onnx", "--output_dir", tmp_path)
+    assert "already exists" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_unpatched_model_is_sent_to_transformers_own_exporters(capsys, tmp_path, all_installed):
+    line = refused(capsys, "builtin:nano", "--format", "onnx", "--output_dir", tmp_path / "out")
+    assert "not patched" in line and "transformers.exporters" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_model():
+    model = patched("llama")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(InputError, match="quantised"):
+        graph.require_exportable(model, "m")
+
+
+def test_nothing_is_left_of_an_export_that_fails(capsys, tmp_path, checkpoint, all_installed, monkeypatch):
+    class Exported:
+        def save_pretrained(self, directory):
+            directory.mkdir()
+            (directory / "model.onnx").write_text("half")
+            raise ValueError("no such operator")
+
+    monkeypatch.setattr(graph, "trace", lambda *args: Exported())
+    with pytest.raises(ValueError, match="no such operator"):
+        export.export_model(str(checkpoint), "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Wrong:
+    """A runtime whose logits are those of torch and something more."""
+
+    def __init__(self, model, more):
+        self.inner, self.more = export.runtimes.Torch(model), more
+
+    def begin(self):
+        self.inner.begin()
+
+    def __call__(self, ids):
+        return self.inner(ids) + self.more
+
+
+def test_an_export_that_computes_something_else_is_refused():
+    model = patched("llama")
+    ids = check.tokens(None, 97)
+    for more in (0.1, float("nan")):
+        with pytest.raises(InputError, match="other logits"):
+            check.compare(export.runtimes.Torch(model), Wrong(model, more), ids, "float32", "m")
+
+
+def test_the_report_of_a_runtime_that_agrees():
+    model = patched("gpt2")
+    found = check.compare(export.runtimes.Torch(model), Wrong(model, 1e-5), check.tokens(None, 97), "float32", "m")
+    assert found["greedy_equal"] and found["compared_tokens"] == 64
+    assert 5e-6 < found["largest_logit_difference"] < 2e-5
+    assert set(found["tokens_per_second"]) == {"torch", "runtime"}
+    assert json.dumps(found)
+
+
+FAMILIES = [("llama", "channel", True), ("gpt2", "layer", True), ("phi3", "channel", False)]
+
+
+@pytest.mark.parametrize(("family", "epsilon_per", "calibrated"), FAMILIES)
+def test_the_graph_holds_plain_operations_and_computes_the_same(family, epsilon_per, calibrated):
+    model = patched(family, epsilon_per, calibrated)
+    ids = token_ids(batch=1, length=10)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+        found = program.module()(input_ids=ids, use_cache=False).logits
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any(name.startswith("aten.exp.") for name in targets)  # the formula itself
+    assert {name.partition(".")[0] for name in targets} <= {"aten", "<built-in function getitem>"}
+    assert not [node for node in program.graph.nodes if node.op == "call_module"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_the_traced_call_continues_a_text(family):
+    model = patched(family)
+    inputs = graph.sample(model, "onnx")
+    assert inputs["attention_mask"].shape[1] > inputs["input_ids"].shape[1]
+    empty = graph.empty_cache(model)
+    assert all(layer.keys.shape[2] == 0 for layer in empty.layers)
+    ids = token_ids(batch=1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=ids, past_key_values=empty).logits, model(input_ids=ids, use_cache=False).logits
+        )
+
+
+def test_a_cache_of_another_kind_is_left_out():
+    from tiny import tiny_lfm2
+
+    assert "past_key_values" not in graph.sample(tiny_lfm2(), "onnx")
+
+
+def test_transformers_checkpoint_loads_without_the_package(checkpoint, tmp_path, capsys):
+    pytest.importorskip("crrelu_llm.patching.standalone", reason="needs crrelu patch --standalone")
+    out = tmp_path / "out"
+    assert command_line.main(["export", str(checkpoint), "--format", "transformers", "--output_dir", str(out)]) == 0
+    report = json.loads((out / "export_report.json").read_text())
+    assert report["greedy_equal"] and report["largest_logit_difference"] < 1e-5
+    assert (out / "modeling_crrelu.py").is_file()
+    assert AutoModelForCausalLM.from_pretrained(out).config.crrelu["activation"] == "crrelu"
+    assert "greedy continuation, 32 tokens: equal" in capsys.readouterr().out
