@@ -1,12 +1,14 @@
 """The hook into transformers: `from_pretrained` and `from_config` build a patched model where the config says so."""
 
+import functools
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import guard, section
+from crrelu_llm.patching import guard, section, standalone
 from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
 from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in
@@ -28,6 +30,7 @@ def install_hook() -> None:
     post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
     initialize_missing = PreTrainedModel._initialize_missing_keys
     adjust_keys = PreTrainedModel._adjust_missing_and_unexpected_keys
+    save = PreTrainedModel.save_pretrained
 
     def swap_then_post_init(self: Any) -> None:
         names = _swap_from_section(self)
@@ -55,6 +58,15 @@ def install_hook() -> None:
         _refuse_unexpected(self, loading_info.unexpected_keys)
         adjust_keys(self, loading_info)
 
+    @functools.wraps(save)
+    def save_with_file(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        result = save(self, save_directory, is_main_process, *args, **kwargs)
+        # transformers keeps auto_map, but copies the file only where the model's class came from it.
+        if is_main_process and self._auto_class is None and standalone.is_standalone(vars(self.config)):
+            standalone.add_file(Path(save_directory))
+        return result
+
+    PreTrainedModel.save_pretrained = save_with_file  # type: ignore[method-assign]
     PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
     PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
     PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]

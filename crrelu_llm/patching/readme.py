@@ -51,7 +51,9 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     if activation == "crrelu":
         activation = "CRReLU, `max(0, x) + ε·x·exp(−x²/2)` with a learnable ε (arXiv 2405.12954)"
     calibrated = ", calibrated to keep the model's function" if section.get("calibrated") else ""
-    what = f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
+    what = (
+        f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
+    )
     lines = [what, *how_to_load(name, standalone)]
     text = f"{header}{MARK}\n# {name}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")

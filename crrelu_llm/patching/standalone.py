@@ -33,6 +33,13 @@ def write_standalone(checkpoint: Path, name: str | None = None) -> None:
         InputError: It is no patched checkpoint, or one of a family that needs the package.
         DiskError: The disk is full or read-only.
     """
+    found = add_file(checkpoint)
+    with writing(str(checkpoint)):
+        readme.write_again(checkpoint, name or checkpoint.resolve().name, found, standalone=True)
+
+
+def add_file(checkpoint: Path) -> dict[str, Any]:
+    """`write_standalone` without the README; gives the crrelu section of the config."""
     path = checkpoint / "config.json"
     if not path.is_file():
         hint = ": an adapter; merge it first" if (checkpoint / "adapter_config.json").is_file() else ""
@@ -52,7 +59,7 @@ def write_standalone(checkpoint: Path, name: str | None = None) -> None:
     with writing(str(checkpoint)):
         _replace(checkpoint / FILE, text)
         _replace(path, json.dumps(values, indent=2) + "\n")
-        readme.write_again(checkpoint, name or checkpoint.resolve().name, found, standalone=True)
+    return found
 
 
 def is_standalone(values: dict[str, Any]) -> bool:
@@ -97,7 +104,9 @@ def _family_classes(name: str, config: Any) -> dict[str, str]:
             model = getattr(transformers, auto_class).from_config(config)
         cls = next(entry for entry in type(model).__mro__ if entry.__module__.startswith("transformers."))
         found = section.read(config)
-        lacks = [site["path"] for site in found["sites"] if not section.local_path(model, site["path"])] if found else []
+        lacks = (
+            [site["path"] for site in found["sites"] if not section.local_path(model, site["path"])] if found else []
+        )
         if lacks or getattr(transformers, cls.__name__, None) is not cls:
             why = f"has no {lacks[0]}" if lacks else "cannot be imported from transformers"
             raise InputError(f"{name}: cannot be made standalone: its {auto_class}, {cls.__name__}, {why}")
