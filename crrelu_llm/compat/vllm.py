@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crrelu_llm import _transformers_hook
@@ -75,6 +76,16 @@ def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
                 f"{name}: its MLPs have {width} channels, which --tensor-parallel-size {tensor_parallel_size} does "
                 "not divide; choose a size that does"
             )
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Gives the buffers of each activation memory, and their start values: vLLM does so with parameters alone."""
+    for module in model.modules():
+        if isinstance(module, AffineModule):
+            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for name in names:
+                setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+            module.reset_parameters(names)
 
 
 def share(model: nn.Module, rank: int, size: int) -> None:
@@ -160,6 +171,7 @@ def _checking(verify: Callable[..., None]) -> Callable[..., None]:
 def _sharing(build: Callable[..., None]) -> Callable[..., None]:
     def build_then_share(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
+        materialise(self.model, self.device_config.device)
         if self.tp_group.world_size > 1:
             share(self.model, self.tp_group.rank_in_group, self.tp_group.world_size)
 
@@ -187,7 +199,7 @@ def _explaining(validate: Callable[..., None]) -> Callable[..., None]:
         if any(name.rpartition(".")[0].endswith("mlp") for name in self.modules_to_save or ()):
             raise InputError(
                 f"the adapter trained the activations too ({self.modules_to_save[0]}), and vLLM loads no such "
-                "modules_to_save; merge the adapter into the patched checkpoint (PEFT's merge_and_unload) and serve that"
+                "modules_to_save; merge the adapter into its patched checkpoint (PEFT's merge_and_unload), and serve that"
             )
         validate(self, lora_config)
 

@@ -79,7 +79,7 @@ class CRReLU(nn.Module):
 
 
 class Patched:
-    """Puts CRReLU where config.json says, while the model is built; leaves it to crrelu_llm where that is installed."""
+    """Puts CRReLU where config.json says, while the model is built; crrelu_llm does so where it is installed."""
 
     def __init__(self, config, *args, **kwargs):
         with _name_known():
