@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such directory; give the output_dir of `crrelu patch`, `sft` or `dpo`")
     path = Path(args.output) if args.output else checkpoint / "README.md"
-    if path.exists() and not args.overwrite:
+    if path.exists() and not args.overwrite and not _is_of_patch(path):
         raise InputError(f"{path} is there already; add --overwrite to replace it, or choose another --output")
     from crrelu_llm.comparison.card import card
 
@@ -60,6 +60,12 @@ def run(argv: list[str]) -> int:
 
         print(ModelCard(text).push_to_hub(args.hub_model_id, token=args.hub_token))
     return 0
+
+
+def _is_of_patch(path: Path) -> bool:
+    from crrelu_llm.patching import readme
+
+    return path.is_file() and readme.is_ours(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _report(name: str | None) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ def _parser() -> Parser:
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
     add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
+    add("--standalone", action="store_true", help="also make it load without crrelu_llm, by trust_remote_code=True")
     dtype = "to load and save the weights in (default: float32, or their own 16 bits where these are measured faster)"
     add("--dtype", help=dtype)
     add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
@@ -65,6 +66,7 @@ def run(argv: list[str]) -> int:
             args.fold,
             perplexity,
             measured_on,
+            args.standalone,
             trust_remote_code=args.trust_remote_code,
         )
     if args.plot:

@@ -7,6 +7,7 @@ from typing import Any
 from crrelu_llm.comparison.report.render import escape_markdown
 from crrelu_llm.comparison.report.text import number
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.standalone import is_standalone
 
 FILE = "README.md"
 PAPER = "arXiv 2405.12954"
@@ -198,11 +199,20 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
 
 def _use(checkpoint: Path) -> str:
     name = json.dumps(checkpoint.resolve().name, ensure_ascii=False)
-    return (
+    use = (
         "## Use\n\n```python\nimport crrelu_llm  # teaches transformers to load the patched activation\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({name})\n```"
     )
+    if (checkpoint / "adapter_config.json").is_file():
+        return use + "\n\nvLLM takes no adapter that trained ε: merge it into its model first (`merge_and_unload`)."
+    if is_standalone(_read(checkpoint / "config.json") or {}):
+        use += (
+            "\n\nWithout `crrelu_llm`, `modeling_crrelu.py` of this checkpoint does the same, more slowly:\n\n"
+            f"```python\nmodel = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n```"
+        )
+    code = " --trust-remote-code" if is_standalone(_read(checkpoint / "config.json") or {}) else ""
+    return f"{use}\n\nvLLM serves it: `vllm serve {checkpoint.resolve().name} --model-impl transformers{code}`."
 
 
 def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict[str, Any]) -> str:

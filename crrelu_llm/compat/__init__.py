@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "lm_eval")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "lm_eval", "vllm")
 
 
 @dataclass(frozen=True)

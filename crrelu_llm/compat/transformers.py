@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from crrelu_llm.compat import Private
@@ -51,19 +52,21 @@ RELIES_ON = (
 )
 
 
-def extend_loading(
+def extend(
     swap: Callable[[Any], set[str]],
     initialise: Callable[[Any], bool],
     before_initialising: Callable[[Any], None],
     before_adjusting: Callable[[Any, Any], None],
+    after_saving: Callable[[Any, Path], None],
 ) -> None:
-    """Extends how transformers builds and loads every model.
+    """Extends how transformers builds, loads and saves every model.
 
     Args:
         swap: Changes a model that has just been built, and returns the names of what must stay float32.
         initialise: Gives a module that the checkpoint has no values for its own; whether it was one of ours.
         before_initialising: Called with a model before what its checkpoint lacks is initialised.
         before_adjusting: Called with a model and the names that the checkpoint has and the model lacks.
+        after_saving: Called with a model and the directory that the main process has saved it in.
     """
     from transformers import PreTrainedModel
 
@@ -98,6 +101,18 @@ def extend_loading(
         before_adjusting(self, loading_info.unexpected_keys)
         adjust_keys(self, loading_info, *args, **kwargs)
 
+    save = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_then_complete(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = save(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            after_saving(self, Path(save_directory))
+        return result
+
+    PreTrainedModel.save_pretrained = save_then_complete  # type: ignore[method-assign]
     PreTrainedModel.post_init = swap_then_post_init  # type: ignore[method-assign]
     PreTrainedModel._initialize_weights = initialize_ours_too  # type: ignore[method-assign]
     PreTrainedModel._initialize_missing_keys = warn_then_initialize_missing  # type: ignore[method-assign]

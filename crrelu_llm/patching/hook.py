@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
-from crrelu_llm.compat.transformers import extend_loading
+from crrelu_llm.compat.transformers import extend
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import guard, section
+from crrelu_llm.patching import guard, section, standalone
 from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
 from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in
@@ -26,7 +27,7 @@ def install_hook() -> None:
     setattr(PreTrainedModel, _INSTALLED, True)
     ACT2FN["crrelu"] = CRReLU
     guard.install()
-    extend_loading(_swap_from_section, _initialise, _check_what_is_missing, _refuse_unexpected)
+    extend(_swap_from_section, _initialise, _check_what_is_missing, _refuse_unexpected, _complete_saved)
 
 
 def _initialise(module: Any) -> bool:
@@ -40,6 +41,12 @@ def _initialise(module: Any) -> bool:
 def _check_what_is_missing(model: Any) -> None:
     _check_swapped(model)
     _warn_of_missing(model)
+
+
+def _complete_saved(model: Any, directory: Path) -> None:
+    # transformers keeps auto_map, but copies the file only where the model's class came from it.
+    if model._auto_class is None and standalone.is_standalone(vars(model.config)):
+        standalone.add_file(directory)
 
 
 def _swap_from_section(model: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,18 @@ def skeleton(model: str, revision: str | None = None, **kwargs: Any) -> Any:
             raise InputError(f"{model}: {config.model_type} has no causal language model in transformers") from error
 
 
-def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, Any] | None = None) -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    files: dict[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a checkpoint beside `output_dir` and renames it, so that what bears the name is whole.
 
     Args:
         files: JSON documents to put into the same directory, by file name.
+        finish: Called with the directory before it gets its name.
 
     Raises:
         DiskError: The disk is full or read-only; nothing is left behind.
@@ -131,6 +139,8 @@ def save(model: Any, tokenizer: Any, output_dir: str | Path, files: dict[str, An
                 tokenizer.save_pretrained(scratch)
             for name, content in (files or {}).items():
                 (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+            if finish is not None:
+                finish(scratch)
             sync(scratch)
             if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
                 target.rmdir()

@@ -15,7 +15,7 @@ import torch
 from crrelu_llm.compat.transformers import loading_whole
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import DiskError, InputError, reading
-from crrelu_llm.patching import fingerprint, loading, section
+from crrelu_llm.patching import fingerprint, loading, readme, section, standalone
 from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
@@ -40,6 +40,7 @@ def patch_checkpoint(
     fold: bool = False,
     perplexity: Callable[[Any, Any], float] | None = None,
     perplexity_of: dict[str, Any] | None = None,
+    loads_alone: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Loads a MODEL, patches it and saves it. A patched MODEL gets its original activations back first.
@@ -56,6 +57,7 @@ def patch_checkpoint(
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
             after the plain swap.
         perplexity_of: What it was measured on (`tokens`, `data`), for the report.
+        loads_alone: Also write the file with which the checkpoint loads without this package (see `standalone`).
         **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
     Returns:
@@ -83,6 +85,8 @@ def patch_checkpoint(
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options, **weights
         )
     loading.require_saving(loaded, model)
+    if loads_alone and config is not None:
+        standalone.require(loaded, config.activation, model)
     progress = None
     trusted = options.get("trust_remote_code", False)
     made_from = origin(model, config, dtype, options.get("revision"), trusted) | ({"fold": True} if fold else {})
@@ -105,7 +109,16 @@ def patch_checkpoint(
                 model, loaded, tokenizer, config, blocks, progress, linears, perplexity, perplexity_of or {}
             )
         report |= {"seconds": time.perf_counter() - started, "versions": versions()}
-        loading.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from})
+
+        def describe(directory: Path) -> None:
+            found = section.read(loaded.config)
+            if found is not None:
+                header = readme.header_of_model(model, options.get("revision"))
+                readme.write(directory, Path(output_dir).resolve().name, found, header)
+            if loads_alone:
+                standalone.write_standalone(directory, Path(output_dir).resolve().name)
+
+        loading.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from}, describe)
     return report
 
 

@@ -1,0 +1,206 @@
+"""vLLM: the plugin with which it serves patched checkpoints, and shares each site's channels among its processes.
+
+vLLM calls `register` in every process that it starts, by the entry point `vllm.general_plugins`. Nothing of vLLM is
+imported here: its modules are changed when vLLM has imported them.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crrelu_llm import _transformers_hook
+from crrelu_llm.activation import AFFINE, AffineModule
+from crrelu_llm.compat import Private
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching import section
+
+_CONFIG = "vllm.config.model"
+_BACKEND = "vllm.model_executor.models.transformers.base"
+_ADAPTER = "vllm.lora.peft_helper"
+_INSTALLED = "_crrelu_installed"
+RELIES_ON = (
+    Private(f"{_CONFIG}:ModelConfig.verify_with_parallel_config", "refusals", takes=("parallel_config",)),
+    Private(f"{_BACKEND}:Base.recursive_replace", "the channels of a site would not be shared among processes"),
+    Private(f"{_BACKEND}:Base._create_hf_to_vllm_mapper", "GPT-2's weights would not be loaded"),
+    Private(f"{_BACKEND}:Base.keep_in_fp32", "ε would be rounded in bfloat16 models", takes=("module",)),
+    Private(f"{_ADAPTER}:PEFTHelper.validate_legal", "what to do with an adapter that trained ε", ("lora_config",)),
+)
+
+
+def register() -> None:
+    """What `import crrelu_llm` does, and the same for vLLM. Calling it again is harmless."""
+    import crrelu_llm
+
+    crrelu_llm.register()
+    _transformers_hook.arrange(_install_checks, _CONFIG)
+    _transformers_hook.arrange(_install_sharing, _BACKEND)
+    _transformers_hook.arrange(_install_adapters, _ADAPTER)
+
+
+def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
+    """Whether vLLM can serve a model; one that is not patched passes unchecked.
+
+    Args:
+        config: The model's config.
+        model_impl: vLLM's option of this name: whose model code to run.
+        tensor_parallel_size: How many processes share each layer.
+
+    Raises:
+        InputError: It would compute another activation or fail half-way, or a newer crrelu_llm has patched it.
+    """
+    found = section.read(config)
+    if found is None:
+        return
+    name = getattr(config, "_name_or_path", "") or "the model"
+    if str(getattr(model_impl, "value", model_impl)) != "transformers":
+        raise InputError(
+            f"{name} is patched to {found['activation']}, which vLLM's own model code does not compute; serve it with "
+            "--model-impl transformers"
+        )
+    experts = next((site["path"] for site in found["sites"] if site.get("kind") == "experts"), None)
+    if experts is not None:
+        raise InputError(
+            f"{name}: vLLM runs fused experts ({experts}) with kernels that do not call the patched activation; "
+            "serve this model with transformers"
+        )
+    plan = getattr(config.get_text_config(), "base_model_tp_plan", None)
+    widths = sorted({site["num_channels"] for site in found["sites"]}) if plan else []
+    for width in widths:
+        if width % tensor_parallel_size:
+            raise InputError(
+                f"{name}: its MLPs have {width} channels, which --tensor-parallel-size {tensor_parallel_size} does "
+                "not divide; choose a size that does"
+            )
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Gives the buffers of each activation memory, and their start values: vLLM does so with parameters alone."""
+    for module in model.modules():
+        if isinstance(module, AffineModule):
+            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for name in names:
+                setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+            module.reset_parameters(names)
+
+
+def share(model: nn.Module, rank: int, size: int) -> None:
+    """Leaves each activation the channels that its MLP has in this process, and has a load take just these.
+
+    Args:
+        model: A model whose linear layers are vLLM's already.
+        rank: Which of the processes this is.
+        size: How many there are.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, AffineModule):
+            continue
+        channels = max(tensor.numel() for tensor in module.state_dict().values() if tensor.dim() == 1)
+        if channels > 1 and _is_shared(model.get_submodule(path.rpartition(".")[0]), channels):
+            _narrow(module, channels, rank, size)
+
+
+def _is_shared(owner: nn.Module, channels: int) -> bool:
+    """Whether the linear layers around an activation hold a part of its channels each."""
+    for child in owner.children():
+        if getattr(child, "tp_size", 1) > 1:
+            taken = getattr(child, "input_is_parallel", False) and child.input_size == channels
+            given = getattr(child, "gather_output", True) is False and child.output_size in (channels, 2 * channels)
+            if taken or given:
+                return True
+    return False
+
+
+def _narrow(module: AffineModule, channels: int, rank: int, size: int) -> None:
+    width, rest = divmod(channels, size)
+    if rest:
+        raise InputError(f"CRReLU: {channels} channels cannot be shared equally among {size} processes")
+    for name in ("epsilon", *AFFINE):
+        whole = getattr(module, name, None)
+        if whole is None or whole.shape != (channels,):
+            continue
+        part: Tensor = whole.detach().narrow(0, rank * width, width).clone()
+        if isinstance(whole, nn.Parameter):
+            part = nn.Parameter(part, whole.requires_grad)
+        part.weight_loader = functools.partial(_load_part, channels, rank * width)  # type: ignore[attr-defined]
+        setattr(module, name, part)
+    if getattr(module, "num_channels", None) is not None:
+        module.num_channels = width
+
+
+def _load_part(channels: int, start: int, part: Tensor, loaded: Tensor) -> None:
+    if loaded.shape != (channels,):
+        raise InputError(f"CRReLU: the checkpoint has numbers of shape {tuple(loaded.shape)}, not ({channels},)")
+    part.data.copy_(loaded.narrow(0, start, len(part)))
+
+
+def _install_checks() -> None:
+    _wrap(sys.modules[_CONFIG].ModelConfig, "verify_with_parallel_config", _checking)
+
+
+def _install_sharing() -> None:
+    base = sys.modules[_BACKEND].Base
+    _wrap(base, "__init__", _sharing)
+    _wrap(base, "_create_hf_to_vllm_mapper", _expecting)
+
+
+def _install_adapters() -> None:
+    _wrap(sys.modules[_ADAPTER].PEFTHelper, "validate_legal", _explaining)
+
+
+def _wrap(cls: Any, name: str, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(cls, name)
+    if not hasattr(original, _INSTALLED):
+        wrapped = functools.wraps(original)(made(original))
+        setattr(wrapped, _INSTALLED, True)
+        setattr(cls, name, wrapped)
+
+
+def _checking(verify: Callable[..., None]) -> Callable[..., None]:
+    def check_then_verify(self: Any, parallel_config: Any) -> None:
+        check(self.hf_config, self.model_impl, parallel_config.tensor_parallel_size)
+        verify(self, parallel_config)
+
+    return check_then_verify
+
+
+def _sharing(build: Callable[..., None]) -> Callable[..., None]:
+    def build_then_share(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        materialise(self.model, self.device_config.device)
+        if self.tp_group.world_size > 1:
+            share(self.model, self.tp_group.rank_in_group, self.tp_group.world_size)
+
+    return build_then_share
+
+
+def _expecting(make: Callable[..., None]) -> Callable[..., None]:
+    def make_with_all_expected(self: Any) -> None:
+        # vLLM drops every weight that such a pattern is found in: GPT-2's `attn.bias`, meant for a buffer of former
+        # days, is found in c_attn.bias.
+        if section.read(self.config) is not None and self.model._keys_to_ignore_on_load_unexpected:
+            names = list(self.model.state_dict())
+            self.model._keys_to_ignore_on_load_unexpected = [
+                pattern
+                for pattern in self.model._keys_to_ignore_on_load_unexpected
+                if not any(re.search(pattern, name) for name in names)
+            ]
+        make(self)
+
+    return make_with_all_expected
+
+
+def _explaining(validate: Callable[..., None]) -> Callable[..., None]:
+    def explain_then_validate(self: Any, lora_config: Any) -> None:
+        if any(name.rpartition(".")[0].endswith("mlp") for name in self.modules_to_save or ()):
+            raise InputError(
+                f"the adapter trained the activations too ({self.modules_to_save[0]}), and vLLM loads no such "
+                "modules_to_save; merge the adapter into its patched checkpoint (PEFT's merge_and_unload), and serve that"
+            )
+        validate(self, lora_config)
+
+    return explain_then_validate

@@ -1,0 +1,89 @@
+"""The README.md of a patched checkpoint: in three lines, what it is and how to load it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.patching import loading
+
+FILE = "README.md"
+# Tells a README that may be written again from one that somebody has written.
+MARK = "<!-- written by crrelu patch -->"
+_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def is_ours(text: str) -> bool:
+    """Whether `crrelu patch` wrote a README, and nobody else has since taken its mark out."""
+    return MARK in text
+
+
+def how_to_load(name: str, standalone: bool) -> list[str]:
+    """Two lines of Markdown.
+
+    Args:
+        name: What the checkpoint is called there.
+        standalone: Whether it also loads without this package.
+    """
+    without = " without it `from_pretrained(…, trust_remote_code=True)`, which runs modeling_crrelu.py from here"
+    first = (
+        f'Load it: `import crrelu_llm`, then `AutoModelForCausalLM.from_pretrained("{name}")`;'
+        f"{without if standalone else ' without the import it cannot be loaded'}."
+    )
+    second = (
+        f"Serve it: `vllm serve {name} --model-impl transformers{' --trust-remote-code' if standalone else ''}`"
+        f"{'.' if standalone else ', with crrelu_llm installed beside vLLM.'}"
+    )
+    return [first, second]
+
+
+def write(directory: Path, name: str, section: dict[str, Any], header: str = "", standalone: bool = False) -> None:
+    """Writes the README of a checkpoint.
+
+    Args:
+        directory: Where it is now.
+        name: What it is called.
+        section: The crrelu section of its config.
+        header: Metadata in YAML, between lines of `---`; kept as it is.
+        standalone: Whether it also loads without this package.
+    """
+    originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
+    activation = section["activation"]
+    if activation == "crrelu":
+        activation = "CRReLU, `max(0, x) + ε·x·exp(−x²/2)` with a learnable ε (arXiv 2405.12954)"
+    calibrated = ", calibrated to keep the model's function" if section.get("calibrated") else ""
+    what = (
+        f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
+    )
+    lines = [what, *how_to_load(name, standalone)]
+    text = f"{header}{MARK}\n# {name}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+    (directory / FILE).write_text(text, encoding="utf-8")
+
+
+def write_again(directory: Path, name: str, section: dict[str, Any], standalone: bool) -> None:
+    """Brings the README that `crrelu patch` has written up to date; one of somebody else stays as it is."""
+    path = directory / FILE
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if before is None or is_ours(before):
+        write(directory, name, section, header_of(before or ""), standalone)
+
+
+def header_of(text: str) -> str:
+    """A README's metadata, between lines of `---`, these included; empty where there is none."""
+    found = _HEADER.match(text.replace("\r\n", "\n"))
+    return found.group(0) if found else ""
+
+
+def header_of_model(model: str, revision: str | None = None) -> str:
+    """The metadata of a MODEL's own README, empty where it has none or the hub does not answer."""
+    source = Path(loading.resolve(model))
+    path: Any = source / FILE if source.is_dir() else None
+    if not source.exists():
+        from transformers.utils.hub import cached_file
+
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        for error in ("gated_repo", "missing_entries", "connection_errors"):
+            options[f"_raise_exceptions_for_{error}"] = False
+        path = cached_file(model, FILE, **options)
+    if path is None or not Path(path).is_file():
+        return ""
+    return header_of(Path(path).read_text(encoding="utf-8", errors="replace"))

@@ -1,0 +1,40 @@
+"""Run by vLLM's Python: greedy tokens and log-probabilities of several checkpoints, each with a line of options.
+
+python generate.py REQUESTS.json: a list of {model, prompts (token ids), options, adapter, out}.
+"""
+
+import json
+import sys
+
+
+def main() -> None:
+    """Answers every request; a refusal is written where the answer would be."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    sampling = SamplingParams(temperature=0, max_tokens=16, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    for request in json.loads(open(sys.argv[1]).read()):
+        try:
+            llm = LLM(request["model"], max_model_len=128, enforce_eager=True, **request["options"])
+            adapter = LoRARequest("adapter", 1, request["adapter"]) if request.get("adapter") else None
+            prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+            answers = [told(entry) for entry in llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)]
+            del llm
+        except Exception as error:
+            answers = {"error": f"{type(error).__name__}: {error}"}
+        with open(request["out"], "w") as file:
+            json.dump(answers, file)
+
+
+def told(entry) -> dict:
+    """One answer: the new tokens, and the log-probability of every token but the first."""
+    answer = entry.outputs[0]
+    before = [
+        values[token] for token, values in zip(entry.prompt_token_ids[1:], entry.prompt_logprobs[1:], strict=True)
+    ]
+    after = [values[token] for token, values in zip(answer.token_ids, answer.logprobs, strict=True)]
+    return {"tokens": list(answer.token_ids), "logprobs": [value.logprob for value in before + after]}
+
+
+if __name__ == "__main__":
+    main()
