@@ -1,4 +1,4 @@
-"""`crrelu env`: versions, device, and which CRReLU backend is used here and why."""
+"""`crrelu env`: versions, whether they have what we rely on, device, which CRReLU backend is used here and why."""
 
 import json
 from typing import Any
@@ -13,17 +13,23 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu env",
-        description="Versions, device, and which backend computes CRReLU here and why, as a bug report needs them.",
+        description="Versions, what this package relies on in them and does not find, device, and which backend "
+        "computes CRReLU here and why: as a bug report needs them.",
         epilog="example: crrelu env --json",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
+    from crrelu_llm.cli.quiet import quieten_libraries
+
+    quieten_libraries()
+    from crrelu_llm.compat import problems
     from crrelu_llm.environment import environment
     from crrelu_llm.kernels import choice
 
     override = choice.override()
     document = {
         "environment": environment(),
+        "problems": problems(),
         "override": None if override is None else {"backend": override[0], "source": override[1]},
         "backends": [row for device in _devices() for row in _chosen(device)],
     }
@@ -58,6 +64,12 @@ def _text(document: dict[str, Any]) -> str:
     lines = [f"{name:<14}{version}" for name, version in about["versions"].items()]
     keys = ("python", "platform", "processor", "device", "threads")
     lines += [f"{key:<14}{about[key]}" for key in keys]
+    found = document["problems"]
+    lines += [
+        "",
+        "private parts of these libraries that we rely on: " + ("not as we know them:" if found else "all there"),
+    ]
+    lines += [f"  {problem}" for problem in found]
     override = document["override"]
     chosen = f"{override['backend']}, set by {override['source']}" if override else "the best one for each call"
     lines += ["", f"CRReLU backend: {chosen}"]

@@ -168,10 +168,17 @@ def saving_here(model: Any) -> Iterator[None]:
         del model.should_save_on_this_rank
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Turns gradient checkpointing on, as the Trainer does."""
+    # Older releases have the older name alone; the newer ones warn of it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def dequantising() -> dict[str, Any]:
     """The options of `from_pretrained` that make full-precision weights of a GGUF file."""
     try:
         from transformers import GgufConfig
-    except ImportError:  # releases before 5.20 do nothing else
+    except ImportError:  # older releases do nothing else
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}

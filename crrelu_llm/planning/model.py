@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from crrelu_llm.activation import AffineModule
+from crrelu_llm.compat.transformers import checkpoint_activations
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.patching.config import PatchConfig
@@ -104,7 +105,7 @@ def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
         if job.use_peft:
             model.enable_input_require_grads()
         try:
-            base_model(model).activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(base_model(model))
         except ValueError as error:  # as in training
             raise InputError(f"{error} Add --gradient_checkpointing false") from error
     return model

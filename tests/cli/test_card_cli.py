@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from crrelu_llm.cli.main import main
+from crrelu_llm.patching import readme
 
 
 def _run(seed, **metrics):
@@ -96,7 +97,7 @@ def test_wrong_input_is_one_line_and_status_2(checkpoint, report, tiny_llama_che
         assert main(["card", *argv]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and message in lines[0]
-    assert not (checkpoint / "README.md").exists()
+    assert readme.is_ours((checkpoint / "README.md").read_text())
 
 
 def test_damaged_files_are_one_line(checkpoint, report, capsys):
@@ -146,7 +147,7 @@ def test_files_of_another_shape_are_one_line(checkpoint, report, capsys):
     config = json.loads((checkpoint / "config.json").read_text())["crrelu"]
     line = _refused(checkpoint / "config.json", {"crrelu": config | {"sites": [{}]}}, [checkpoint], capsys)
     assert "no checkpoint that crrelu_llm patched" in line
-    assert not (checkpoint / "README.md").exists()
+    assert readme.is_ours((checkpoint / "README.md").read_text())
 
 
 def test_push_uploads_the_card(checkpoint, monkeypatch):

@@ -1,6 +1,7 @@
 """`crrelu env` as a user runs it."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ def document(capsys):
 def test_text_and_json_say_the_same(capsys):
     found = document(capsys)
     text = env(capsys)
-    assert found["environment"]["versions"]["torch"] == torch.__version__ and torch.__version__ in text
+    assert found["environment"]["versions"]["torch"] == version("torch") and version("torch") in text
     assert found["environment"]["processor"] in text and __version__ in text
+    assert found["problems"] == [] and "that we rely on: all there" in text
     assert found["override"] is None and "CRReLU backend: the best one for each call" in text
     cpu = [row for row in found["backends"] if row["device"] == "cpu"]
     assert {(row["dtype"], row["size"]) for row in cpu} == {
@@ -44,6 +46,14 @@ def test_an_override_is_named_with_its_source(monkeypatch, capsys):
         found = document(capsys)
     assert found["override"] == {"backend": "reference", "source": "set_backend"}
     assert {(row["backend"], row["reason"]) for row in found["backends"]} == {("reference", "chosen by the user")}
+
+
+def test_what_a_release_lacks_is_named(monkeypatch, capsys):
+    from crrelu_llm.compat import Private, trl
+
+    monkeypatch.setattr(trl, "RELIES_ON", (Private("trl:no_such_thing", "the loss of X"),))
+    assert [line.endswith("the loss of X") for line in document(capsys)["problems"]] == [True]
+    assert "trl:no_such_thing is gone" in env(capsys)
 
 
 def test_a_wrong_name_is_one_line(monkeypatch, capsys):
@@ -72,4 +82,4 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(environment, "version", missing)
-    assert environment.versions() == {"crrelu_llm": __version__}
+    assert environment._versions.__wrapped__() == {"crrelu_llm": __version__}
