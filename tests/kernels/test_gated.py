@@ -36,6 +36,11 @@ def _unfused(gate, up, epsilon):
 
 FORMS = {"separate": crrelu_gated, "halves": _halves, "packed": _packed}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# Halves of one tensor are strided tensors to every backend, which the tests of values have too.
+forms_apart = pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, id=name, marks=pytest.mark.slow if name == "halves" else ()) for name, form in FORMS.items()],
+)
 per_layer_and_channel = pytest.mark.parametrize("per_channel", [False, True], ids=["layer", "channel"])
 
 
@@ -87,7 +92,7 @@ def test_views_agree_with_contiguous_input(backend, view):
 
 
 @robust_backend
-@every_form
+@forms_apart
 @per_layer_and_channel
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
@@ -104,7 +109,7 @@ def test_error_is_below_twice_that_of_the_unfused_product(backend, form, per_cha
 
 
 @robust_backend
-@every_form
+@forms_apart
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_results_are_the_exact_ones_rounded_once(backend, form, dtype):
     inputs = _inputs((64, 48), True, dtype, scale=2.5)
@@ -121,7 +126,7 @@ def test_low_precision_results_are_the_exact_ones_rounded_once(backend, form, dt
 
 
 @robust_backend
-@every_form
+@forms_apart
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinity_and_nan_of_gate_and_up(backend, form, dtype):
     inf, nan, value_at_1 = math.inf, math.nan, 1 + 0.25 * math.exp(-0.5)
@@ -147,7 +152,7 @@ def test_infinity_and_nan_of_gate_and_up(backend, form, dtype):
 
 
 @every_backend
-@every_form
+@forms_apart
 @per_layer_and_channel
 def test_first_and_second_gradients(backend, form, per_channel):
     inputs = [t.requires_grad_() for t in _inputs((2, 4), per_channel)]
