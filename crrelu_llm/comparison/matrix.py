@@ -205,7 +205,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         return {"metrics": metrics, "items": items, "grid": point}
 
     train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
-    for tracker in trainer.accelerator.trackers:  # not trainer.end(): the next run needs the other processes
+    for tracker in trainer.accelerator.trackers:  # not end_training(): the next run needs the other processes
         tracker.finish()
     _discard(comparison, Path(trainer.args.output_dir))
     trainer.accelerator.free_memory()

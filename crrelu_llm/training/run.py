@@ -72,7 +72,7 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
         raise DiskError(f"{error}; {how_to_go_on(output_dir)}") from error
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
     return record
 
 
