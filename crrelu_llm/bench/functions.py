@@ -41,7 +41,7 @@ class Function:
 
     def prepare(self) -> None:
         """Sets the backend, also before the backward pass, which looks at it too."""
-        if self.forced is not None:
+        if self.forced is not None and choice.forced() != self.forced:  # setting it forgets what has failed
             choice.set_backend(self.forced)
 
     def failed(self, device: torch.device, dtype: torch.dtype, elements: int) -> str | None:

@@ -1,5 +1,10 @@
 """torch: what traces and transforms, what autograd keeps, and tensors without contents."""
 
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -13,6 +18,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "compiled_apart",
     "cpp_compiler",
     "is_compiler_disabled",
     "is_func_active",
@@ -38,6 +44,17 @@ RELIES_ON = (
     Private("torch._subclasses.fake_tensor:FakeTensorMode", "crrelu plan"),
     Private("torch.utils._python_dispatch:is_traceable_wrapper_subclass", "tensors that are spread over devices"),
 )
+
+
+def compiled_apart(function: FunctionType, **options: Any) -> Callable[..., Any]:
+    """`function` compiled as one graph, with a cache of its own in torch, also where it is compiled several times.
+
+    Before torch 2.13 the cache belongs to the function's code, of which each gets a copy.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return torch.compile(function, fullgraph=True, isolate_recompiles=True, recompile_limit=64, **options)
+    copied = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return torch.compile(copied, fullgraph=True, **options)
 
 
 def is_func_active() -> bool:

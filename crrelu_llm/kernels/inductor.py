@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crrelu_llm.compat.torch import cpp_compiler, is_compiler_disabled, tree_map_only
+from crrelu_llm.compat.torch import compiled_apart, cpp_compiler, is_compiler_disabled, tree_map_only
 from crrelu_llm.kernels import eager
 from crrelu_llm.kernels.formula import SUPPORT
 
 # Rows whose ε gradients are added up in registers before they are stored, per channel.
 _ROWS = 4
 _OPTIONS: dict[str, Any] = {
-    "fullgraph": True,
     "dynamic": True,
-    "isolate_recompiles": True,
-    "recompile_limit": 64,
     "options": {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True},
 }
 # In the loops every number stands as a literal: torch makes each named one an argument, a tensor of its own, which
@@ -102,10 +99,10 @@ def gated_backward(
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], *variant: object) -> Callable[..., Any]:
+def _compiled(function: Any, *variant: object) -> Callable[..., Any]:
     """`function`, compiled for one dtype, number of dimensions, …: each variant has a cache of its own in torch, so
     that none is evicted, and none is checked against the guards of the others."""
-    compiled: Callable[..., Any] = torch.compile(function, **_OPTIONS)
+    compiled = compiled_apart(function, **_OPTIONS)
 
     def call(*args: Any) -> Any:
         # The same graph whether the caller is training or not: the operators have their own gradients.

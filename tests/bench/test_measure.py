@@ -116,3 +116,26 @@ def test_what_fails_is_left_out_with_the_reason():
 def test_torch_itself_may_not_fail():
     with pytest.raises(ValueError, match="way"):
         measure([Candidate("gelu", "torch", "activation", "forward", fails)], 1, CPU)
+
+
+def test_a_backend_that_another_has_replaced_is_not_timed_under_its_name(monkeypatch):
+    """Each run sets the backend again, and must not forget by that that it has failed."""
+    from crrelu_llm import kernels
+    from crrelu_llm.bench.functions import Function
+    from crrelu_llm.kernels import choice, formula
+
+    def fail(*args):
+        raise RuntimeError("broken")
+
+    inductor = pytest.importorskip("crrelu_llm.kernels.inductor")
+    monkeypatch.setattr(inductor, "unavailable", lambda device: None)
+    monkeypatch.setattr(inductor, "forward", fail)
+    function = Function(
+        "crrelu", "inductor", "activation", ("x", "epsilon"), kernels.crrelu, formula.crrelu, forced="inductor"
+    )
+    x, epsilon = torch.ones(4, 4), torch.tensor([0.25])
+    with choice.using(None):
+        for _ in range(2):
+            function.prepare()
+            function.compute(x.requires_grad_(), epsilon)
+        assert "broken" in function.failed(CPU, torch.float32, x.numel())
