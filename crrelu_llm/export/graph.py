@@ -72,15 +72,29 @@ def trace(model: Any, format_name: str, inputs: dict[str, Any], max_length: int)
     """
     from transformers.exporters.auto import EXPORT_BACKENDS, AutoHfExporter
 
-    config: dict[str, Any] = {"dynamic": True}
+    config: dict[str, Any] = {"dynamic_shapes": _shapes(inputs, None)}
     if format_name == "executorch":
-        length = torch.export.Dim("length", min=2, max=max_length)
-        shapes = {name: {1: length} for name, value in inputs.items() if torch.is_tensor(value)}
-        config |= {"dynamic_shapes": shapes, "prefer_deferred_runtime_asserts_over_guards": True}
+        config["dynamic_shapes"] = _shapes(inputs, torch.export.Dim("length", min=2, max=max_length))
+        config["prefer_deferred_runtime_asserts_over_guards"] = True
     with quiet(), reading(f"{format_name} cannot hold this {model.config.model_type}", "choose another --format"):
         made = EXPORT_BACKENDS[format_name].config(**config)
         exported = AutoHfExporter.from_config(made).export(model, inputs, made)
     return exported
+
+
+def _shapes(inputs: dict[str, Any], length: Any) -> dict[str, Any]:
+    """Which axes may have another size: batch and length; or the length alone, where its bounds are given."""
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if torch.is_tensor(value):
+            shapes[name] = {0: auto, 1: auto} if length is None else {1: length}
+        elif name == "past_key_values":  # as the exporters flatten it: keys, values, and what else a layer holds
+            leaves = get_auto_dynamic_shapes(value)
+            shapes[name] = [{0: auto, 2: auto} if axes and len(axes) == 4 else axes for axes in leaves]
+    return shapes
 
 
 def require_exportable(model: Any, name: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -39,8 +40,8 @@ class Apart:
 
     def __init__(self, directory: Path) -> None:
         command = [sys.executable, "-c", _PROCESS, str(directory), str(torch.get_num_threads())]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        self.said = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
         self.begin()
 
     def begin(self) -> None:
@@ -64,7 +65,9 @@ class Apart:
         return torch.frombuffer(data, dtype=torch.float32).view(*ids.shape, vocabulary)
 
     def _failed(self) -> None:
-        lines = cast(IO[bytes], self.process.stderr).read().decode(errors="replace").strip().splitlines()
+        self.process.wait()
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
         raise InputError(
             f"the checkpoint does not load without crrelu_llm: {lines[-1] if lines else 'no reason given'}"
         )
@@ -73,6 +76,7 @@ class Apart:
         """Ends the process."""
         self.process.kill()
         self.process.communicate()
+        self.said.close()
 
 
 def write_and_check(

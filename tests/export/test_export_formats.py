@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import crrelu_llm
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.errors import InputError
-from crrelu_llm.export import check, export, formats, graph
+from crrelu_llm.export import check, export, formats, graph, standalone
 
 
 def patched(family, epsilon_per="layer", calibrated=False, **overrides):
@@ -178,12 +178,34 @@ def test_a_cache_of_another_kind_is_left_out():
     assert "past_key_values" not in graph.sample(tiny_lfm2(), "onnx")
 
 
-def test_transformers_checkpoint_loads_without_the_package(checkpoint, tmp_path, capsys):
+class InThisProcess(export.runtimes.Torch):
+    """In place of the process without the package, which takes its time to start."""
+
+    def __init__(self, directory):
+        super().__init__(AutoModelForCausalLM.from_pretrained(directory).eval())
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("process", [InThisProcess, pytest.param(standalone.Apart, marks=pytest.mark.slow)])
+def test_transformers_checkpoint(process, checkpoint, tmp_path, capsys, monkeypatch):
     pytest.importorskip("crrelu_llm.patching.standalone", reason="needs crrelu patch --standalone")
+    monkeypatch.setattr(standalone, "Apart", process)
     out = tmp_path / "out"
     assert command_line.main(["export", str(checkpoint), "--format", "transformers", "--output_dir", str(out)]) == 0
     report = json.loads((out / "export_report.json").read_text())
     assert report["greedy_equal"] and report["largest_logit_difference"] < 1e-5
-    assert (out / "modeling_crrelu.py").is_file()
+    assert "modeling_crrelu.py" in [entry["name"] for entry in report["files"]]
     assert AutoModelForCausalLM.from_pretrained(out).config.crrelu["activation"] == "crrelu"
     assert "greedy continuation, 32 tokens: equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_load_apart_is_told_in_one_line(tmp_path):
+    apart = standalone.Apart(tmp_path)
+    try:
+        with pytest.raises(InputError, match="does not load without crrelu_llm: .*config.json"):
+            apart(torch.tensor([[1, 2]]))
+    finally:
+        apart.close()
