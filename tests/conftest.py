@@ -56,10 +56,10 @@ def tokenizer():
     )
 
 
-def _checkpoint(family, tokenizer, directory):
+def _checkpoint(family, tokenizer, directory, **sizes):
     """Saves a tiny model that has learnt a little English, so that a swap makes its perplexity worse."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=len(tokenizer))).train()
+    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=len(tokenizer), **sizes)).train()
     ids = torch.tensor(tokenizer(TEXT, verbose=False)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -72,6 +72,12 @@ def _checkpoint(family, tokenizer, directory):
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tokenizer):
+    """What saves a tiny model of a family, with its tokenizer: `(family, directory, **sizes)`."""
+    return lambda family, directory, **sizes: _checkpoint(family, tokenizer, directory, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ from crrelu_llm.patching import section
 _CONFIG = "vllm.config.model"
 _BACKEND = "vllm.model_executor.models.transformers.base"
 _ADAPTER = "vllm.lora.peft_helper"
-_INSTALLED = "_crrelu_installed"
+_ATTENTION = "vllm"  # vLLM's name for its attention in transformers
+_INSTALLED, _SHARED = "_crrelu_installed", "_crrelu_shared"
 RELIES_ON = (
     Private(f"{_CONFIG}:ModelConfig.verify_with_parallel_config", "refusals", takes=("parallel_config",)),
     Private(f"{_BACKEND}:Base.recursive_replace", "the channels of a site would not be shared among processes"),
@@ -97,7 +98,7 @@ def share(model: nn.Module, rank: int, size: int) -> None:
         size: How many there are.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, AffineModule):
+        if not isinstance(module, AffineModule) or _SHARED in module.__dict__:
             continue
         channels = max(tensor.numel() for tensor in module.state_dict().values() if tensor.dim() == 1)
         if channels > 1 and _is_shared(model.get_submodule(path.rpartition(".")[0]), channels):
@@ -130,6 +131,7 @@ def _narrow(module: AffineModule, channels: int, rank: int, size: int) -> None:
         setattr(module, name, part)
     if getattr(module, "num_channels", None) is not None:
         module.num_channels = width
+    module.__dict__[_SHARED] = True
 
 
 def _load_part(channels: int, start: int, part: Tensor, loaded: Tensor) -> None:
@@ -171,11 +173,33 @@ def _checking(verify: Callable[..., None]) -> Callable[..., None]:
 def _sharing(build: Callable[..., None]) -> Callable[..., None]:
     def build_then_share(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
+        if section.read(self.config) is None:
+            return
+        _shape_attention()
         materialise(self.model, self.device_config.device)
         if self.tp_group.world_size > 1:
             share(self.model, self.tp_group.rank_in_group, self.tp_group.world_size)
 
     return build_then_share
+
+
+def _shape_attention() -> None:
+    """Has vLLM's attention give GPT-2 what transformers' own give, a dimension for the batch and one for the heads."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS[_ATTENTION]
+    if hasattr(attend, _INSTALLED):
+        return
+
+    @functools.wraps(attend)
+    def attend_then_shape(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, weights = attend(module, query, *args, **kwargs)
+        if type(module).__name__ == "GPT2Attention":
+            output = output.view(query.shape[0], query.shape[2], query.shape[1], -1)
+        return output, weights
+
+    setattr(attend_then_shape, _INSTALLED, True)
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend_then_shape)
 
 
 def _expecting(make: Callable[..., None]) -> Callable[..., None]:
@@ -199,7 +223,7 @@ def _explaining(validate: Callable[..., None]) -> Callable[..., None]:
         if any(name.rpartition(".")[0].endswith("mlp") for name in self.modules_to_save or ()):
             raise InputError(
                 f"the adapter trained the activations too ({self.modules_to_save[0]}), and vLLM loads no such "
-                "modules_to_save; merge the adapter into its patched checkpoint (PEFT's merge_and_unload), and serve that"
+                "modules_to_save; merge the adapter into the checkpoint (PEFT's merge_and_unload) and serve that"
             )
         validate(self, lora_config)
 

@@ -103,10 +103,8 @@ def _family_classes(name: str, config: Any) -> dict[str, str]:
         with torch.device("meta"), reading(f"{name}: cannot be made standalone"):
             model = getattr(transformers, auto_class).from_config(config)
         cls = next(entry for entry in type(model).__mro__ if entry.__module__.startswith("transformers."))
-        found = section.read(config)
-        lacks = (
-            [site["path"] for site in found["sites"] if not section.local_path(model, site["path"])] if found else []
-        )
+        sites = (section.read(config) or {"sites": []})["sites"]
+        lacks = [site["path"] for site in sites if not section.local_path(model, site["path"])]
         if lacks or getattr(transformers, cls.__name__, None) is not cls:
             why = f"has no {lacks[0]}" if lacks else "cannot be imported from transformers"
             raise InputError(f"{name}: cannot be made standalone: its {auto_class}, {cls.__name__}, {why}")

@@ -5,6 +5,7 @@ python generate.py REQUESTS.json: a list of {model, prompts (token ids), options
 
 import json
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -13,7 +14,7 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(temperature=0, max_tokens=16, logprobs=0, prompt_logprobs=0, ignore_eos=True)
-    for request in json.loads(open(sys.argv[1]).read()):
+    for request in json.loads(Path(sys.argv[1]).read_text()):
         try:
             llm = LLM(request["model"], max_model_len=128, enforce_eager=True, **request["options"])
             adapter = LoRARequest("adapter", 1, request["adapter"]) if request.get("adapter") else None
@@ -22,18 +23,16 @@ def main() -> None:
             del llm
         except Exception as error:
             answers = {"error": f"{type(error).__name__}: {error}"}
-        with open(request["out"], "w") as file:
-            json.dump(answers, file)
+        Path(request["out"]).write_text(json.dumps(answers))
 
 
 def told(entry) -> dict:
     """One answer: the new tokens, and the log-probability of every token but the first."""
     answer = entry.outputs[0]
-    before = [
-        values[token] for token, values in zip(entry.prompt_token_ids[1:], entry.prompt_logprobs[1:], strict=True)
-    ]
-    after = [values[token] for token, values in zip(answer.token_ids, answer.logprobs, strict=True)]
-    return {"tokens": list(answer.token_ids), "logprobs": [value.logprob for value in before + after]}
+    tokens = [*entry.prompt_token_ids[1:], *answer.token_ids]
+    found = [*entry.prompt_logprobs[1:], *answer.logprobs]
+    logprobs = [values[token].logprob for token, values in zip(tokens, found, strict=True)]
+    return {"tokens": list(answer.token_ids), "logprobs": logprobs}
 
 
 if __name__ == "__main__":
