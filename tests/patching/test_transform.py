@@ -28,7 +28,7 @@ def test_the_checkpoint_is_the_model_patched_in_memory(tiny_checkpoint, tmp_path
 
 def test_files(tiny_checkpoint, tmp_path):
     report = patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "out")
-    names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json", "patch_origin.json"}
+    names = {path.name for path in tiny_checkpoint.iterdir()} | {"patch_report.json", "patch_origin.json", "README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((tmp_path / "out/patch_report.json").read_text()) == report == read_report(tmp_path / "out")
@@ -113,7 +113,8 @@ def test_a_patched_checkpoint_can_be_patched_to_another_activation(tiny_checkpoi
     )
     straight = patch_checkpoint(str(tiny_checkpoint), PatchConfig("relu", calibration="none"), tmp_path / "three")
     assert report["sites"] == straight["sites"]
-    assert measured == ["NewGELUActivation", "ReLU"]  # "before" is the original activation
+    # "patched" is as it came, "before" the original activation
+    assert measured == ["CRReLU", "NewGELUActivation", "ReLU"]
     two, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("two", "three"))
     assert torch.equal(logits(two), logits(three))
     assert two.config.crrelu == three.config.crrelu

@@ -141,6 +141,7 @@ def files(directory):
     found = {path.name: path.read_bytes() for path in directory.iterdir()}
     report = json.loads(found.pop("patch_report.json"))
     del report["seconds"], report["calibration"]  # what it took
+    del found["README.md"]  # says what the directory is called
     return found, report
 
 
