@@ -40,7 +40,7 @@ class Apart:
 
     def __init__(self, directory: Path) -> None:
         command = [sys.executable, "-c", _PROCESS, str(directory), str(torch.get_num_threads())]
-        self.said = tempfile.TemporaryFile()
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
         self.begin()
 

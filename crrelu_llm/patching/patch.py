@@ -206,8 +206,8 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             raise InputError("unpatch: `original` is not the model that was patched: its weights differ") from error
     elif found.get("weights_changed"):
         logger.warning(
-            "the weights around the activations were changed by the calibration and stay so: the model is not what it "
-            "was before the patch; give unpatch(model, original=...), or load the original checkpoint"
+            "the weights have changed since the patch, by training or refit, and stay so: the model is not what it "
+            "was before; give unpatch(model, original=...), or load the original checkpoint"
         )
 
 

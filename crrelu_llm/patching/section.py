@@ -78,13 +78,16 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfi
     """Whether a model with this section, called `name`, may be patched to `patch_config`.
 
     Raises:
-        InputError: It has been patched in the same way already, or its weights no longer fit its original activation.
+        InputError: It has been patched in the same way already; or its weights were trained or refitted, and are no
+            longer those that a calibration compares with. Back to the original activation they may go as they are.
     """
     activation = section["activation"]
-    if section.get("weights_changed", False):
+    originals = {site["original"] for site in section["sites"]}
+    goes_back = originals == {patch_config.activation} and not patch_config.calibrates
+    if section.get("weights_changed", False) and not goes_back:
         raise InputError(
             f"{name} is already patched to {activation}, and its weights were fitted to that; start from the original "
-            "checkpoint"
+            f"checkpoint, or go back with activation {' or '.join(sorted(originals))}, calibration none"
         )
     if activation != patch_config.activation:
         return

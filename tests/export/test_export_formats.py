@@ -205,7 +205,7 @@ def test_transformers_checkpoint(process, checkpoint, tmp_path, capsys, monkeypa
 def test_a_checkpoint_that_does_not_load_apart_is_told_in_one_line(tmp_path):
     apart = standalone.Apart(tmp_path)
     try:
-        with pytest.raises(InputError, match="does not load without crrelu_llm: .*config.json"):
+        with pytest.raises(InputError, match=r"does not load without crrelu_llm: .*config\.json"):
             apart(torch.tensor([[1, 2]]))
     finally:
         apart.close()

@@ -113,7 +113,7 @@ def test_a_patched_checkpoint_can_be_patched_to_another_activation(tiny_checkpoi
     )
     straight = patch_checkpoint(str(tiny_checkpoint), PatchConfig("relu", calibration="none"), tmp_path / "three")
     assert report["sites"] == straight["sites"]
-    # "patched" is as it came, "before" the original activation
+    # "patched" is what it was, "before" the original activation
     assert measured == ["CRReLU", "NewGELUActivation", "ReLU"]
     two, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("two", "three"))
     assert torch.equal(logits(two), logits(three))
@@ -129,6 +129,24 @@ def test_a_checkpoint_whose_weights_a_calibration_changed_is_refused(tiny_checkp
     with pytest.raises(InputError, match="weights were fitted to that; start from the original checkpoint") as caught:
         patch_checkpoint(str(tmp_path / "one"), PatchConfig("gelu", calibration="none"), tmp_path / "two")
     assert "\n" not in str(caught.value)
+
+
+def test_trained_weights_may_go_back_to_the_original_activation_as_they_are(tiny_checkpoint, tmp_path):
+    patch_checkpoint(str(tiny_checkpoint), PatchConfig(calibration="none"), tmp_path / "one")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    model.config.crrelu["weights_changed"] = True  # as training does
+    model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "trained")
+    patch_checkpoint(str(tmp_path / "trained"), PatchConfig("gelu_new", calibration="none"), tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    original = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        original.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    assert torch.equal(logits(back), logits(original))
+    assert back.state_dict().keys() == original.state_dict().keys()
+    assert back.config.activation_function == "gelu_new"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float31", "Tensor"])
