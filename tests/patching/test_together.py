@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from families import family_config, family_model
+from families import IS_RELEASE, family_config, family_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_model, token_ids
@@ -83,6 +83,8 @@ def test_a_patched_checkpoint_loads_with_a_device_map(family, tmp_path, caplog):
         )
     assert [record for record in caplog.records if record.name == "crrelu_llm"] == []  # no epsilon is missing
     torch.testing.assert_close(logits(spread), logits(model))
+    if family == "mixtral" and not IS_RELEASE:  # older releases cannot save fused experts that are on the disk
+        return
     spread.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(model))

@@ -132,3 +132,8 @@ class CRReLUModel(Patched, Model):
 
 class CRReLUForCausalLM(Patched, CausalLM):
     """The language model."""
+
+
+# So that releases of transformers that do not do it themselves copy this file when the model is saved again.
+CRReLUModel.register_for_auto_class("AutoModel")
+CRReLUForCausalLM.register_for_auto_class("AutoModelForCausalLM")
