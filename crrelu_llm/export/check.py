@@ -16,6 +16,7 @@ TEXT = (
     "river reaches the sea, it leaves the sand that it has carried, and new land rises there year after year."
 )
 _PROMPT, _COMPARED, _GENERATED = 16, 64, 32
+_ROUNDS = 3  # in turn, the fastest of each counts: other work on the machine comes and goes
 # Share of the largest logit by which an export may differ before it is called another model.
 _TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
@@ -45,8 +46,9 @@ def compare(model: Runtime, export: Runtime, ids: Tensor, dtype: str, name: str)
             f"largest logit {largest:.3g}; nothing was written, choose another --format or --dtype"
         )
     prompt = ids[:, :_PROMPT]
-    wanted, torch_speed = _greedy(model, prompt)
-    got, runtime_speed = _greedy(export, prompt)
+    rounds = [(_greedy(model, prompt), _greedy(export, prompt)) for _ in range(_ROUNDS)]
+    (wanted, _), (got, _) = rounds[0]
+    torch_speed, runtime_speed = (max(speed for _, speed in found) for found in zip(*rounds, strict=True))
     return {
         "largest_logit_difference": difference,
         "largest_logit": largest,
