@@ -65,7 +65,7 @@ if [ "$device" = cpu ]; then
     quick=(--repeats 2)
     sizes=(--most 2 --seeds 0)
     recipe=(--use_cpu true --bf16 false --max_length 64 --per_device_train_batch_size 2)
-    limits=(prepare 120 tests 120 op 240 train 120 mlp 120 sft 240 dpo 240)
+    limits=(prepare 120 calibrate 300 tests 120 op 240 train 120 mlp 120 sft 240 dpo 240)
 else
     tokens=8192 rows=2000
     # 8 192 tokens of Llama 3 8B's MLP, 16 384 of SmolLM2's.
@@ -74,7 +74,7 @@ else
     quick=(--repeats 10)
     sizes=(--most 200)
     recipe=()
-    limits=(prepare 80 tests 140 op 50 train 40 mlp 35 sft 150 dpo 150)
+    limits=(prepare 80 calibrate 120 tests 140 op 50 train 40 mlp 35 sft 150 dpo 150)
 fi
 limit() { # NAME
     local index
@@ -100,7 +100,7 @@ echo "run: $device, model $model, SFT on $sft_data, DPO on $dpo_data, calibratio
 patched() { # ARM FOLDER PART OPTIONS OF THE RECIPE
     local arm=$1 folder=$2 name=$3
     shift 3
-    part "$name" 120 "$PYTHON" "$here/calibrate.py" "$arm" --model "$(<"$WORK/model.txt")" --data "$WORK/data/sft" \
+    part "$name" "$(limit calibrate)" "$PYTHON" "$here/calibrate.py" "$arm" --model "$(<"$WORK/model.txt")" --data "$WORK/data/sft" \
         --out "$WORK/$folder" --perplexity_tokens "$((tokens / 2))" "${calibrated[@]}" "$@"
 }
 # Beside the tests, which are not timed: the model as a directory, and the calibrated starting points of the arms.
