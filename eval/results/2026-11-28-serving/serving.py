@@ -6,6 +6,7 @@ Each in its own environment; `python serving.py compare A.json B.json` then says
 import json
 import sys
 import time
+from pathlib import Path
 
 QUESTIONS = (
     "Write one sentence about the sea.",
@@ -84,7 +85,7 @@ def speeds(one: float, together: float) -> dict:
 
 def compare(first: str, second: str) -> str:
     """In how many answers the tokens are equal, and the largest difference of log-probabilities while they are."""
-    a, b = (json.load(open(name)) for name in (first, second))
+    a, b = (json.loads(Path(name).read_text()) for name in (first, second))
     largest, equal = 0.0, 0
     for mine, other, p, q in zip(a["tokens"], b["tokens"], a["logprobs"], b["logprobs"], strict=True):
         equal += mine == other
@@ -102,5 +103,5 @@ if __name__ == "__main__":
         chosen = dict(option.split("=", 1) for option in options)
         chosen = {key: json.loads(value) for key, value in chosen.items()}
         found = (by_vllm if what == "vllm" else by_transformers)(directory, **chosen)
-        json.dump(found, open(out, "w"))
+        Path(out).write_text(json.dumps(found))
         print({key: round(value, 1) for key, value in found.items() if isinstance(value, float)})
