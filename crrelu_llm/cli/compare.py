@@ -26,6 +26,14 @@ def _parser() -> Parser:
     add("--output_dir", required=True, help="directory of the comparison")
     add("--baseline", help="the arm the others are compared with (default: gelu, else native, else the first)")
     add("--grid", action="append", default=[], metavar="KEY=V1,V2", help="repeat for each value of a recipe key")
+    add(
+        "--tune",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="choose a training key (learning_rate, ...) for each arm by itself, on training rows held out for it",
+    )
+    add("--patched_dir", help="where the patched copies are, to share with other comparisons (default: output_dir)")
     add("--discard_models", action="store_true", help="keep metrics and reports, but not the trained models")
     return parser
 
@@ -60,6 +68,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
     from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
     from crrelu_llm.comparison.matrix import Comparison, RunsFailed, run_comparison
+    from crrelu_llm.comparison.tuning import parse_tune
 
     quieten_libraries()
     arms = parse_arms(args.arms)
@@ -74,6 +83,8 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         output_dir=Path(args.output_dir),
         command=command,
         keep_models=not args.discard_models,
+        tune=parse_tune(args.tune),
+        patched_dir=Path(args.patched_dir) if args.patched_dir else None,
     )
     try:
         run_comparison(comparison)

@@ -35,6 +35,8 @@ def run(argv: list[str]) -> int:
         output_dir=args.output_dir,
         baseline="native",
         grid=[],
+        tune=[],
+        patched_dir=None,
         discard_models=True,
     )
     status = compare(arguments, ["--config", str(recipe)], shlex.join(["crrelu", "quickstart", *argv]))

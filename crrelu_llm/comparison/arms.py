@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from crrelu_llm.errors import InputError
@@ -101,6 +102,12 @@ def grid_name(point: dict[str, str]) -> str:
 def directory_name(text: str) -> str:
     """An arm or a grid point as the name of one directory that every file system takes: `:` is `%3A`, `/` is `%2F`."""
     return re.sub(r'[<>:"/\\|?*%\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", text)
+
+
+def arm_dir(output_dir: Path, arm: str, point: dict[str, str]) -> Path:
+    """Where an arm at a grid point has its starting checkpoint, its metrics before training, and its runs."""
+    earlier = output_dir / arm.replace("/", "%2F")  # as version 0.1 called it
+    return (earlier if earlier.is_dir() else output_dir / directory_name(arm)) / grid_name(point)
 
 
 def check_grid(points: list[dict[str, str]], arms: list[Arm]) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from crrelu_llm.comparison.arms import Arm, check_grid, default_baseline, directory_name, grid_argv, grid_name
+from crrelu_llm.comparison import tuning
+from crrelu_llm.comparison.arms import Arm, arm_dir, check_grid, default_baseline, grid_argv, grid_name
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation.items import evaluate_trainer, texts
 from crrelu_llm.files import alone, is_leftover, remove, write_json
@@ -53,6 +54,9 @@ class Comparison:
         output_dir: Where everything goes.
         command: The exact command, for the report.
         keep_models: Whether the trained models are saved.
+        tune: Recipe options to try with each arm, of which the best on held-out training rows is taken.
+        patched_dir: Where the patched copies are, by arm, to share them with other comparisons; else in `output_dir`.
+        tuned: The options that were taken, by arm and grid point.
     """
 
     kind: str
@@ -64,11 +68,16 @@ class Comparison:
     output_dir: Path
     command: str
     keep_models: bool = True
+    tune: list[dict[str, str]] = field(default_factory=list)
+    patched_dir: Path | None = None
+    tuned: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
 
     def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
         """The recipe of one run; arms differ in the activation section only."""
         directory = self.run_dir(arm.name, point, seed)
-        argv = [*self.argv, *grid_argv(point), *arm.argv, "--seed", str(seed), "--output_dir", str(directory)]
+        chosen = self.tuned.get((arm.name, grid_name(point)), {})
+        argv = [*self.argv, *grid_argv(point), *grid_argv(chosen), *arm.argv]
+        argv += ["--seed", str(seed), "--output_dir", str(directory)]
         recipe = parse(self.kind, argv)
         if arm.activation is None:
             recipe.activation.activation = None
@@ -80,11 +89,33 @@ class Comparison:
         """`D/<arm>/seed-<n>`, with the grid point between."""
         return arm_dir(self.output_dir, arm, point) / f"seed-{seed}"
 
+    def patched(self, arm: str, point: dict[str, str]) -> Path:
+        """The patched copy that an arm starts from at a grid point."""
+        return patched_copy(self.patched_dir or self.output_dir, arm, point)
 
-def arm_dir(output_dir: Path, arm: str, point: dict[str, str]) -> Path:
-    """Where an arm at a grid point has its starting checkpoint, its metrics before training, and its runs."""
-    earlier = output_dir / arm.replace("/", "%2F")  # as version 0.1 called it
-    return (earlier if earlier.is_dir() else output_dir / directory_name(arm)) / grid_name(point)
+    def tries(self) -> "Comparison":
+        """The comparison of the tries, in a directory of its own, from the same patched copies."""
+        return replace(
+            self,
+            points=[point | attempt for point in self.points for attempt in self.tune],
+            seeds=[tuning.SEED],
+            output_dir=self.output_dir / tuning.TUNING,
+            keep_models=False,
+            tune=[],
+            patched_dir=self.patched_dir or self.output_dir,
+        )
+
+
+def patched_copy(directory: Path, arm: str, point: dict[str, str]) -> Path:
+    """Where the patched copy is; what a run's training alone depends on has no part in its name."""
+    earlier = arm_dir(directory, arm, point) / "patched"
+    return earlier if earlier.is_dir() else arm_dir(directory, arm, tuning.starting_point(point)) / "patched"
+
+
+def before_training(directory: Path, arm: str, point: dict[str, str]) -> Path:
+    """Where the metrics of an arm before training are."""
+    earlier = arm_dir(directory, arm, point) / BEFORE
+    return earlier if earlier.is_file() else arm_dir(directory, arm, tuning.starting_point(point)) / BEFORE
 
 
 def run_comparison(comparison: Comparison) -> None:
@@ -98,13 +129,40 @@ def run_comparison(comparison: Comparison) -> None:
     recipe = _check_everything(comparison)
     _claim(comparison, recipe)
     train, test = datasets_of(recipe, always_test=True)
+    held_out = None
+    if comparison.tune:
+        train, held_out = tuning.hold_out(train, test)
     with contextlib.ExitStack() as held:
         with main_process_first():
             if PartialState().is_main_process:
                 held.enter_context(alone(comparison.output_dir, "crrelu compare"))
         _claim(comparison, recipe)  # another call may have begun meanwhile
         _record(comparison, recipe, train, test)
+        if comparison.tune:
+            _tune(comparison, recipe, train, held_out)
         _run_all(comparison, train, test)
+
+
+def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> None:
+    """Runs the tries that are missing, and takes the best of each arm and grid point.
+
+    Raises:
+        RunsFailed: An arm has no try that ended with a finite loss.
+    """
+    attempts = comparison.tries()
+    _claim(attempts, recipe)
+    _record(attempts, recipe, train, held_out)
+    _say(f"{len(attempts.points) * len(attempts.arms)} tries on {len(held_out)} held-out training rows")
+    with contextlib.suppress(RunsFailed):  # a try may diverge
+        _run_all(attempts, train, held_out)
+    names = [arm.name for arm in comparison.arms]
+    for entry in tuning.read_tries(comparison.output_dir, names, comparison.points, comparison.tune):
+        place = (entry["arm"], grid_name(entry["point"]))
+        if entry["chosen"] is None:
+            what = ", ".join(filter(None, place))
+            raise RunsFailed(f"{what}: no try of {', '.join(entry['losses'])} ended with a finite loss")
+        comparison.tuned[place] = entry["chosen"]
+        _say(f"{', '.join(filter(None, place))}: {grid_name(entry['chosen'])} is the best of the tries")
 
 
 def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
@@ -180,12 +238,11 @@ def is_done(directory: Path) -> bool:
 
 def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any) -> None:
     recipe = comparison.recipe(arm, point, seed)
-    patch_dir = arm_dir(comparison.output_dir, arm.name, point)
     config = recipe.activation.patch_config()
     model = starting_checkpoint(
         _source(comparison, recipe),
         config,
-        patch_dir / "patched",
+        comparison.patched(arm.name, point),
         recipe.model.dtype or "float32",
         # The arm of the model as it is shares the recipe with the others.
         trains_affine=recipe.activation.affine_learning_rate > 0 and config is not None,
@@ -194,7 +251,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
     )
     trainer = build_trainer(recipe, model, train, test)
     _keep_texts(comparison, trainer)
-    before = BeforeTraining(comparison.kind, trainer, patch_dir / BEFORE)
+    before = BeforeTraining(comparison.kind, trainer, before_training(comparison.output_dir, arm.name, point))
     trainer.add_callback(before)
     # A run that goes on has other weights than the first step: without its `before` it starts again.
     newest = checkpoint_to_resume("auto", Path(trainer.args.output_dir)) if from_main(before.path.is_file()) else None
@@ -263,8 +320,11 @@ def _check_everything(comparison: Comparison) -> Recipe:
     """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
     base = parse(comparison.kind, comparison.argv)
     model = str(base.model.model_name_or_path)
-    check_grid(comparison.points, comparison.arms)
-    for point in comparison.points:
+    points = comparison.tries().points if comparison.tune else comparison.points
+    check_grid(points, comparison.arms)
+    if comparison.tune and (both := comparison.points[0].keys() & comparison.tune[0].keys()):
+        raise InputError(f"--tune {min(both)}=…: --grid sets this key too; leave one of them out")
+    for point in points:
         for arm in comparison.arms:
             recipe = comparison.recipe(arm, point, comparison.seeds[0])
             config = recipe.activation.patch_config(f"{recipe.source}: ")
@@ -336,6 +396,8 @@ def _record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> No
         "points": _union(old.get("points", []), comparison.points),
         "recipe": recipe.values,
         "data": data,
+        **({"tune": comparison.tune} if comparison.tune else {}),
+        **({"patched_dir": str(comparison.patched_dir.resolve())} if comparison.patched_dir else {}),
     }
     if PartialState().is_main_process:
         write_json(directory / SETTINGS, settings)
@@ -364,7 +426,8 @@ def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
     """What two calls must share to be the same comparison: everything but arms, seeds and grid."""
     values = {key: value for key, value in recipe.values.items() if key not in ("seed", "output_dir")}
     hidden = {} if recipe.hidden is None else {"hidden": recipe.hidden}
-    return json.loads(json.dumps({"trainer": comparison.kind, **values, **hidden}, default=str))
+    tuned = {"tune": comparison.tune} if comparison.tune else {}
+    return json.loads(json.dumps({"trainer": comparison.kind, **values, **hidden, **tuned}, default=str))
 
 
 def _union(old: list[Any], new: list[Any]) -> list[Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.comparison import single_items
-from crrelu_llm.comparison.arms import grid_name, number, parse_arm
-from crrelu_llm.comparison.matrix import BEFORE, TEXTS, arm_dir, read_settings
+from crrelu_llm.comparison import single_items, tuning
+from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_arm
+from crrelu_llm.comparison.matrix import TEXTS, before_training, patched_copy, read_settings
 from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
+from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.training.run import RUN
@@ -71,7 +72,21 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         "baseline": settings["baseline"],
         "headline": {"metric": HEADLINE, "higher_is_better": False},
         "metrics": metrics,
+        "tuning": _tuning(directory, settings),
+        "trajectories": trajectories(_pairs(settings, runs), settings["baseline"]),
     }
+
+
+def _tuning(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The tries of each arm, and what was chosen; None where nothing was tuned."""
+    if not settings.get("tune"):
+        return None
+    tries = tuning.read_tries(directory, settings["arms"], settings["points"], settings["tune"])
+    for entry in tries:
+        entry["grid"] = {key: number(value) for key, value in entry.pop("point").items()}
+    kept = read_settings(directory / tuning.TUNING)["data"] if (directory / tuning.TUNING).is_dir() else []
+    rows = next((entry["rows"] for entry in reversed(kept)), None)
+    return {"seed": tuning.SEED, "rows": rows, "tries": tries}
 
 
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
@@ -80,7 +95,7 @@ def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> di
     empty: dict[str, Any] = {
         **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}},
         **{"history": [], "environment": {}},
-        "before": _read_json(place / BEFORE) or {},
+        "before": _read_json(before_training(directory, arm, point)) or {},
     }
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
 
@@ -92,7 +107,8 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, A
         *("peak_memory_bytes", "epsilon", "epsilon_start", "curves", "history"),
     )
     own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
-    patches = [read_report(arm_dir(directory, name, point) / "patched") for point in settings["points"]]
+    copies = Path(settings.get("patched_dir", directory))
+    patches = [read_report(patched_copy(copies, name, point)) for point in settings["points"]]
     return {
         "arm": name,
         "activation": arm.activation or "native",

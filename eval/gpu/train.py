@@ -96,7 +96,7 @@ def _steps_that_fit(kind: str, recipe: list[str], probe: Path, ended: float, run
 def _compare(kind: str, recipe: list[str], seeds: list[int], comparison: Path, patched: Path) -> Exception | None:
     """Trains seed after seed; returns what to say where runs failed."""
     _matrix(kind, recipe, ["native"], seeds[:1], comparison)  # makes the directory of this comparison
-    from crrelu_llm.comparison.matrix import arm_dir
+    from crrelu_llm.comparison.arms import arm_dir
 
     for arm in ARMS[1:]:
         target = arm_dir(comparison, arm, {}) / "patched"
@@ -120,7 +120,7 @@ def _matrix(kind: str, recipe: list[str], arms: list[str], seeds: list[int], out
     from crrelu_llm.cli.compare import run_matrix
 
     what = {"kind": kind, "arms": arms, "seeds": seeds, "output_dir": str(output_dir)}
-    args = Namespace(**what, baseline=None, grid=[], discard_models=True)
+    args = Namespace(**what, baseline=None, grid=[], tune=[], patched_dir=None, discard_models=True)
     words = [kind, *recipe, "--arms", *arms, "--seeds", *map(str, seeds), "--output_dir", str(output_dir)]
     failed = run_matrix(args, recipe, " ".join(["crrelu compare", *words, "--discard_models"]))
     if failed is not None:
@@ -129,7 +129,8 @@ def _matrix(kind: str, recipe: list[str], arms: list[str], seeds: list[int], out
 
 
 def _finished(comparison: Path, seeds: list[int]) -> dict[str, int]:
-    from crrelu_llm.comparison.matrix import arm_dir, is_done
+    from crrelu_llm.comparison.arms import arm_dir
+    from crrelu_llm.comparison.matrix import is_done
 
     return {arm: sum(is_done(arm_dir(comparison, arm, {}) / f"seed-{seed}") for seed in seeds) for arm in ARMS}
 

@@ -93,7 +93,7 @@ def test_an_arms_directory_is_a_name_on_every_file_system(name):
 
 
 def test_a_comparison_of_an_earlier_version_keeps_its_directories(tmp_path):
-    from crrelu_llm.comparison.matrix import arm_dir
+    from crrelu_llm.comparison.arms import arm_dir
 
     assert arm_dir(tmp_path, "crrelu:calibration=none", {}).name == "crrelu%3Acalibration=none"
     (tmp_path / "crrelu:calibration=none").mkdir()

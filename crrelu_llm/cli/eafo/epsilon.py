@@ -58,6 +58,8 @@ def run(argv: list[str]) -> int:
         output_dir=args.output_dir,
         baseline="native",
         grid=[],
+        tune=[],
+        patched_dir=None,
         discard_models=not args.keep_models,
     )
     command = shlex.join(["crrelu", "eafo", "epsilon", *without_secrets(argv)])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from scipy.special import erf
 
-from crrelu_llm.comparison.report import text
+from crrelu_llm.comparison.report import over_training, text
 from crrelu_llm.comparison.report.contents import (
     Grid,
     Report,
@@ -44,6 +44,7 @@ def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]
     """
     with drawing_style():
         found = [forest(report), changes(report, candidate, grid)]
+        found += over_training.pictures(report)
         found += [*(_loss_curves(report, value, i) for i, value in enumerate(grids(report)))]
         found += [_epsilons(report, grid), _shape(report, candidate, grid)]
     return [picture for picture in found if picture]

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import evaluation, tables, text
+from crrelu_llm.comparison.report import evaluation, over_training, tables, text
 from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.cost import cost
 from crrelu_llm.comparison.report.drawing import arm_key
@@ -85,6 +85,9 @@ def _contents(report: Report) -> dict[str, Any]:
         "cost": cost(report),
         "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
         "comparisons": tables.comparisons(report),
+        "over_training": over_training.table(report),
+        "tuning": tables.tuning(report),
+        "tuning_hint": tables.tuning_hint(report),
         "failures": tables.failures(report),
         "data": tables.data(report),
         "baseline": str(report.get("baseline")),

@@ -193,6 +193,29 @@ def swaps(report: Report) -> Table:
     return table
 
 
+def tuning(report: Report) -> Table:
+    """The loss of every try of an arm on the held-out training rows, and what was chosen; no rows without tuning."""
+    tries = (report.get("tuning") or {}).get("tries") or []
+    names = list(dict.fromkeys(name for entry in tries for name in entry["losses"]))
+    gridded = any(entry["grid"] for entry in tries)
+    table = Table(["arm", *(["grid"] if gridded else []), "chosen", *names], words=3 if gridded else 2)
+    for entry in tries:
+        chosen = ", ".join(f"{key}={value}" for key, value in (entry["chosen"] or {}).items()) or text.MISSING
+        row = [Cell(entry["arm"], arm=entry["arm"]), *([Cell(text.grid_label(entry["grid"]))] if gridded else [])]
+        row += [Cell(chosen + (" (at the edge of what was tried)" if entry["at_edge"] else ""))]
+        table.rows.append(row + [Cell(text.number(entry["losses"].get(name), "{:.4f}")) for name in names])
+    return table
+
+
+def tuning_hint(report: Report) -> str:
+    """What the tries were judged on."""
+    about = report.get("tuning") or {}
+    return (
+        f"Loss on {about.get('rows')} training rows that no run trains on, seed {about.get('seed')}, the same tries "
+        "for each arm; the lowest is taken for all seeds."
+    )
+
+
 def failures(report: Report) -> Table:
     """Runs that did not finish, with their error on one line."""
     table = Table(["arm", "seed", "grid", "error"], words=4)

@@ -1,0 +1,107 @@
+"""A recipe key chosen for each arm by itself: the same tries for all, judged on rows that no run trains on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_grid
+from crrelu_llm.errors import InputError
+from crrelu_llm.training.run import RUN
+
+TUNING = "tuning"  # directory of the tries, a comparison of its own
+SEED = 1000  # of the tries: none of the seeds that are compared shares its luck
+_LARGEST_SHARE = 0.2
+# Keys that change neither the model that a run starts with nor how it is evaluated.
+TRAINING_ALONE = frozenset(
+    (
+        *("learning_rate", "epsilon_learning_rate", "affine_learning_rate", "weight_decay", "epsilon_weight_decay"),
+        *("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "max_grad_norm"),
+        *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps"),
+        "per_device_train_batch_size",
+    )
+)
+
+
+def parse_tune(texts: list[str]) -> list[dict[str, str]]:
+    """`["learning_rate=1e-5,1e-4"]` → its tries, as recipe options; none without `--tune`.
+
+    Raises:
+        InputError: Not written so, fewer than two values, or a key that a run's training does not depend on alone.
+    """
+    if not texts:
+        return []
+    try:
+        tries = parse_grid(texts)
+    except InputError as error:
+        raise InputError(str(error).replace("--grid", "--tune")) from error
+    for key in tries[0]:
+        if key not in TRAINING_ALONE:
+            known = ", ".join(sorted(TRAINING_ALONE))
+            raise InputError(f"--tune {key}=…: cannot be tuned; choose from {known}")
+        if len({attempt[key] for attempt in tries}) < 2:
+            raise InputError(f"--tune {key}=…: give two values or more")
+    return tries
+
+
+def starting_point(point: dict[str, str]) -> dict[str, str]:
+    """What of a grid point decides the model that a run starts with and how it is evaluated."""
+    return {key: value for key, value in point.items() if key not in TRAINING_ALONE}
+
+
+def hold_out(train: Any, test: Any) -> tuple[Any, Any]:
+    """Training rows without those that the tries are judged on, and these: as many as are tested, at most a fifth.
+
+    Raises:
+        InputError: The training data is a stream, or has too few rows.
+    """
+    if not hasattr(train, "train_test_split") or not hasattr(test, "__len__"):
+        raise InputError("--tune holds rows of the training data out, and this data is a stream; leave it out")
+    rows = min(len(test), int(len(train) * _LARGEST_SHARE))
+    if rows < 1:
+        raise InputError(f"--tune holds training rows out to judge by, and there are only {len(train)}")
+    parts = train.train_test_split(test_size=rows, seed=SEED)
+    return parts["train"], parts["test"]
+
+
+def read_tries(
+    directory: Path, arms: list[str], points: list[dict[str, str]], tune: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """What the tries gave, an entry for each arm and grid point.
+
+    Args:
+        directory: Of the comparison.
+        arms: Their names.
+        points: Grid points of the comparison.
+        tune: The tries.
+
+    Returns:
+        `{arm, point, losses: {try: loss or None}, chosen, at_edge}` each: `chosen` are recipe options, None where no
+        try ended with a finite loss; `at_edge` names the keys whose best value is the smallest or largest tried.
+    """
+    found = []
+    for point in points:
+        for arm in arms:
+            places = {grid_name(one): arm_dir(directory / TUNING, arm, point | one) / f"seed-{SEED}" for one in tune}
+            losses = {name: _loss(place / RUN) for name, place in places.items()}
+            finite = {name: loss for name, loss in losses.items() if loss is not None}
+            best = min(finite, key=lambda name: finite[name]) if finite else None
+            chosen = next((one for one in tune if grid_name(one) == best), None)
+            edges = [] if chosen is None else _at_edge(chosen, tune)
+            found.append({"arm": arm, "point": point, "losses": losses, "chosen": chosen, "at_edge": edges})
+    return found
+
+
+def _at_edge(best: dict[str, str], tune: list[dict[str, str]]) -> list[str]:
+    edges = []
+    for key, value in best.items():
+        values = [number(attempt[key]) for attempt in tune]
+        if all(isinstance(entry, int | float) for entry in values) and number(value) in (min(values), max(values)):
+            edges.append(key)
+    return edges
+
+
+def _loss(path: Path) -> float | None:
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    loss = (run.get("metrics") or {}).get("loss") if run.get("status") == "done" else None
+    return loss if loss is not None and math.isfinite(loss) else None
