@@ -1,0 +1,104 @@
+"""Runs the study: each model on each task, as one `crrelu compare`. Call it again to go on: what is finished is kept.
+
+    python run.py DATA OUTPUT_DIR --models nano=builtin:nano smollm2=PATH gemma=PATH [--only smollm2/dolly] [--list]
+
+DATA is what prepare.py made. `--list` prints the commands alone.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SFT, DPO = ("dolly", "oasst", "gsm8k"), ("hh", "pandalm", "alpaca")
+PLAIN = "crrelu:calibration=none:epsilon_per=layer"  # the paper's swap
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model's size allows.
+
+    Attributes:
+        arms: All are calibrated alike, but for the model as it is and the paper's swap.
+        seeds: How many.
+        steps: Of SFT and of DPO.
+        rates: Learning rates that are tried with each arm, for SFT and for DPO.
+        options: Further keys of the recipe.
+    """
+
+    arms: tuple[str, ...]
+    seeds: int
+    steps: tuple[int, int]
+    rates: tuple[str, str]
+    options: dict[str, str] = field(default_factory=dict)
+
+
+# The nano GPT-2 and Gemma are GELU models: their native arm is GELU.
+SETTINGS = {
+    "nano": Setting(
+        ("native", "relu", "crrelu", PLAIN), 5, (60, 30), ("3e-4,1e-3,3e-3", "3e-5,1e-4,3e-4"),
+        {"calibration_tokens": "8192"},
+    ),
+    "smollm2": Setting(
+        ("native", "gelu", "relu", "crrelu", PLAIN), 3, (20, 20), ("1e-4,2e-4,4e-4", "1e-5,2e-5,4e-5"),
+        {"calibration_tokens": "16384"},
+    ),
+    "gemma": Setting(
+        ("native", "relu", "crrelu", PLAIN), 3, (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
+        {"calibration_tokens": "8192", "chat_template_path": str(HERE / "chat_template.jinja")},
+    ),
+}  # fmt: skip
+BETAS = "0.1,1"
+
+
+def main() -> int:
+    """Runs what is asked for; the exit status is 1 where a comparison failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH", help=", ".join(SETTINGS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL[/TASK]")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    models = dict(text.split("=", 1) for text in args.models)
+    failed = False
+    for name, path in models.items():
+        for task in SFT + DPO:
+            if args.only and name not in args.only and f"{name}/{task}" not in args.only:
+                continue
+            words = command(name, path, task, args.data, args.output_dir)
+            print(shlex.join(["crrelu", *words]), flush=True)
+            if args.list:
+                continue
+            started = time.monotonic()
+            failed |= subprocess.run([sys.executable, "-m", "crrelu_llm", *words]).returncode != 0
+            print(f"{name}/{task}: {time.monotonic() - started:.0f} s", flush=True)
+    return int(failed)
+
+
+def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> list[str]:
+    """The words of one comparison."""
+    kind = "sft" if task in SFT else "dpo"
+    index, setting = int(kind == "dpo"), SETTINGS[name]
+    options = {
+        "model_name_or_path": path,
+        "dataset_name": str(data / task),
+        "calibration_data": str(data / "calibration.jsonl"),
+        "max_steps": str(setting.steps[index]),
+        **setting.options,
+    }
+    words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
+    words += [word for key, value in options.items() for word in (f"--{key}", value)]
+    words += ["--arms", *setting.arms, "--seeds", *map(str, range(setting.seeds))]
+    words += ["--baseline", "gelu" if "gelu" in setting.arms else "native"]
+    words += ["--tune", f"learning_rate={setting.rates[index]}", *(["--grid", f"beta={BETAS}"] if index else [])]
+    words += ["--discard_models", "--patched_dir", str(output_dir / name / "patched")]
+    return [*words, "--output_dir", str(output_dir / name / task)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
