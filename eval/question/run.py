@@ -6,6 +6,7 @@ DATA is what prepare.py made. `--list` prints the commands alone.
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SFT, DPO = ("dolly", "oasst", "gsm8k"), ("hh", "pandalm", "alpaca")
 PLAIN = "crrelu:calibration=none:epsilon_per=layer"  # the paper's swap
 
