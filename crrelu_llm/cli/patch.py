@@ -31,6 +31,8 @@ def _parser() -> Parser:
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
     add("--density", default="standard", help="standard, or fitted to each site's pre-activations (default: standard)")
+    add("--layers", default="all", help="layers to patch: all, or numbers and ranges from 0, as 0-5,8 (default: all)")
+    add("--every", type=int, default=1, help="of these layers, the first and every so many after it (default: 1)")
     add("--fold", action="store_true", help="move scale, shift, gain and offset into the weights, where biases allow")
     add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
     add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")

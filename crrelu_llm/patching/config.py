@@ -1,6 +1,8 @@
 """How to patch a model: the options, checked."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.activations import activation_names
@@ -8,6 +10,7 @@ from crrelu_llm.patching.activations import activation_names
 CALIBRATIONS = ("none", "fit", "refit")
 EPSILON_PER = ("layer", "channel")
 DENSITIES = ("standard", "fitted")
+_LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass
@@ -29,6 +32,9 @@ class PatchConfig:
             `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
         recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
             less memory, the same gradients bit for bit. Other activations are left as they are.
+        layers: Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`. The others keep
+            their activation.
+        every: Of these, the first and every so many after it.
     """
 
     activation: str = "crrelu"
@@ -39,6 +45,8 @@ class PatchConfig:
     calibration_tokens: int = 8192
     density: str = "standard"
     recompute_activation: bool = False
+    layers: str = "all"
+    every: int = 1
 
     def __post_init__(self) -> None:
         """Raises InputError for the first field that holds an impossible value."""
@@ -55,11 +63,44 @@ class PatchConfig:
             raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
         if not abs(self.epsilon_init) < float("inf"):
             raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
+        self.layers = str(self.layers)  # a recipe may give a number
+        if self.layers != "all" and not _LAYERS.fullmatch(self.layers):
+            raise InputError(f'layers must be "all", or numbers and ranges as "0-5,8", not "{self.layers}"')
+        if self.every < 1:
+            raise InputError(f"every must be 1 or more, not {self.every}")
         if self.fits_density and self.activation != "crrelu":
             raise InputError(
                 f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "
                 "density out, or set activation: crrelu"
             )
+
+    def selected(self, count: int) -> list[int]:
+        """The numbers of the layers to patch, of a model with so many.
+
+        Raises:
+            InputError: The model has no layer of a number that is asked for.
+        """
+        if self.layers == "all":
+            return list(range(0, count, self.every))
+        numbers: set[int] = set()
+        for part in self.layers.split(","):
+            first, _, last = part.partition("-")
+            numbers |= set(range(int(first), int(last or first) + 1))
+        if not numbers:
+            raise InputError(f"layers: {self.layers} names no layer")
+        if max(numbers) >= count:
+            raise InputError(f"layers: {self.layers}: the model has {count} layers, 0 to {count - 1}")
+        return sorted(numbers)[:: self.every]
+
+    @property
+    def selects(self) -> bool:
+        """Whether only some layers are patched."""
+        return self.layers != "all" or self.every > 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, but for `layers` and `every` where they select nothing, as earlier versions had none."""
+        values = asdict(self)
+        return values if self.selects else {key: values[key] for key in values if key not in ("layers", "every")}
 
     @property
     def calibrates(self) -> bool:

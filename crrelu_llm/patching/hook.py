@@ -83,6 +83,10 @@ def _swap_from_section(model: Any) -> set[str]:
             fused.fuse(model, [path], found.get("recompute_activation", False))
         if found["activation"] == "crrelu" or section.is_calibrated(found):
             names |= section.float32_names([path])
+    for site in found.get("kept", ()):  # was built by a key that says what the others compute
+        path = section.local_path(model, site["path"])
+        if path is not None and site["original"] in ACT2CLS:
+            swap_in(model, path, build_activation(site["original"]), None)
     return names
 
 

@@ -122,7 +122,10 @@ def _patch(
     blocks: torch.Tensor | None,
     progress: Progress | None,
 ) -> PatchReport:
-    sites, left_alone = survey(model)
+    every_site, left_alone = survey(model)
+    sites = _selected(every_site, config)
+    kept = [site for site in every_site if site not in sites]
+    left_alone += [LeftAlone(site.path, site.original, "its layer is not asked for") for site in kept]
     if config.calibrates:
         blocks = _calibration_text(model, config, tokenizer, blocks)
     paths = [site.path for site in sites]
@@ -146,7 +149,7 @@ def _patch(
     try:
         hidden.expose(model, paths)
         originals |= {path: model.get_submodule(path) for path in paths}
-        keys = section.mlp_config_keys(model, sites)
+        keys = section.mlp_config_keys(model, every_site)
         if config.calibrates:
             assert blocks is not None
             done = calibration.calibrate(model, sites, blocks, config, build, swap, progress)
@@ -161,12 +164,20 @@ def _patch(
     if config.activation == "crrelu":
         fused.fuse(model, paths, config.recompute_activation)
     records = {} if done is None else done.records
-    section.write(model.config, config, sites, keys, any(entry.changed_weights for entry in records.values()))
+    changed = any(entry.changed_weights for entry in records.values())
+    section.write(model.config, config, sites, keys, changed, kept if keys else [])
     _keep_in_float32(model, paths)
     report = _report(model, config, sites, left_alone, records)
     if done is not None:
         report.calibration = {"seconds": done.seconds, "forward_seconds": done.forward_seconds}
     return report
+
+
+def _selected(sites: list[Site], config: PatchConfig) -> list[Site]:
+    """The sites of the layers that are asked for."""
+    layers = list(dict.fromkeys(site.layer for site in sites))
+    wanted = {layers[number] for number in config.selected(len(layers))}
+    return [site for site in sites if site.layer in wanted]
 
 
 def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:

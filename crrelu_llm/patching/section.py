@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from crrelu_llm.patching.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 3  # 2: CRReLU with a centre and a width; 3: calibrated activations; anything else is written as version 1
+# 2: CRReLU with a centre and a width; 3: calibrated activations; 4: some layers alone; else 1
+VERSION = 4
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
 _SITE_KEYS = {"path", "original", "num_channels"}
 _KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
@@ -95,16 +96,31 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfi
     section = {"recompute_activation": False, "density": "standard"} | section
     keys = ("epsilon_per", "epsilon_init", "recompute_activation", "density") if activation == "crrelu" else ()
     same = all(section[key] == getattr(patch_config, key) for key in keys)
+    same = same and not patch_config.selects and not section.get("kept")
     if same and not patch_config.calibrates and not is_calibrated(section):
         raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
 
 
 def write(
-    config: Any, patch_config: PatchConfig, sites: list[Site], keys: dict[str, str], weights_changed: bool = False
+    config: Any,
+    patch_config: PatchConfig,
+    sites: list[Site],
+    keys: dict[str, str],
+    weights_changed: bool = False,
+    kept: Sequence[Site] = (),
 ) -> None:
-    """Adds the section to a config, and sets the family's own activation keys to the new activation."""
+    """Adds the section to a config, and sets the family's own activation keys to the new activation.
+
+    Args:
+        config: The model's.
+        patch_config: The patch.
+        sites: What was patched.
+        keys: The keys, with their values of before.
+        weights_changed: Whether the patch changed weights.
+        kept: Sites that keep the original activation, which the keys do not say any more.
+    """
     config.crrelu = {
-        "version": VERSION if patch_config.fits else 2 if patch_config.fits_density else 1,
+        "version": 4 if kept else 3 if patch_config.fits else 2 if patch_config.fits_density else 1,
         "activation": patch_config.activation,
         "epsilon_per": patch_config.epsilon_per,
         "epsilon_init": patch_config.epsilon_init,
@@ -117,6 +133,7 @@ def write(
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
             for site in sites
         ],
+        **({"kept": [{"path": site.path, "original": site.original} for site in kept]} if kept else {}),
     }
     for key in keys:
         _set(config, key, patch_config.activation)
@@ -125,7 +142,8 @@ def write(
 def make_plain(config: Any) -> None:
     """Writes that the activations have no scale, shift, gain and offset any more: the weights took them."""
     section = {key: value for key, value in config.crrelu.items() if key not in ("calibrated", "calibration")}
-    config.crrelu = section | {"weights_changed": True, "version": 2 if is_fitted(section) else 1}
+    version = 4 if section.get("kept") else 2 if is_fitted(section) else 1
+    config.crrelu = section | {"weights_changed": True, "version": version}
 
 
 def put_back(config: Any, section: dict[str, Any]) -> None:

@@ -65,6 +65,12 @@ class Site:
         """Path of the module that owns the activation."""
         return self.path.rpartition(".")[0]
 
+    @property
+    def layer(self) -> str:
+        """Path of the layer that the site is in: up to the first number, as `model.layers.0`."""
+        components = self.path.split(".")
+        return ".".join(components[: next(i for i, name in enumerate(components) if name.isdigit()) + 1])
+
 
 @dataclass(frozen=True)
 class LeftAlone:

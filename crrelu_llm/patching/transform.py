@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ def _patch(
             unpatch(model)
     done = patch(model, config, blocks=blocks, progress=progress)
     if linears is not None:
-        fold_into(model, linears)
+        patched = {entry["path"] for entry in done.sites}
+        fold_into(model, {path: around for path, around in linears.items() if path in patched})
         section.make_plain(model.config)
     if perplexity is not None and measured is not None:
         measured |= {"after": perplexity(model, tokenizer), **perplexity_of}
@@ -185,7 +186,7 @@ def _patch(
     return {
         "activation": config.activation,
         "epsilon_per": config.epsilon_per,
-        "options": asdict(config),
+        "options": config.as_dict(),
         "sites": done.sites,
         "skipped": done.skipped,
         "calibration": done.calibration,
@@ -232,7 +233,7 @@ def origin(
     """All that decides what a patched copy of a MODEL is, the version of this package included."""
     return {
         "model": model,
-        "options": None if config is None else asdict(config),
+        "options": None if config is None else config.as_dict(),
         "dtype": dtype,
         "revision": revision,
         **fingerprint.of_model(model, revision, trust_remote_code=trust_remote_code),

@@ -63,6 +63,10 @@ class ActivationArguments:
         recompute_activation (`bool`, *optional*, defaults to `False`):
             Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
             bit for bit, one more elementwise pass. A checkpoint that was patched so stays so.
+        layers (`str`, *optional*, defaults to `"all"`):
+            Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`.
+        every (`int`, *optional*, defaults to `1`):
+            Of these, the first and every so many after it.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
             and everything that is saved have the new activation alone. DPO's reference is then the model that training
@@ -110,6 +114,8 @@ class ActivationArguments:
         default=False,
         metadata={"help": "Keep no output of CRReLU for the backward pass: less memory, the same gradients."},
     )
+    layers: str = field(default="all", metadata={"help": "Layers to patch: `all`, or numbers and ranges (0-5,8)."})
+    every: int = field(default=1, metadata={"help": "Of these layers, the first and every so many after it."})
     blend_steps: int = field(
         default=0,
         metadata={

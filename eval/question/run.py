@@ -25,14 +25,14 @@ class Setting:
 
     Attributes:
         arms: All are calibrated alike, but for the model as it is and the paper's swap.
-        seeds: How many.
-        steps: Of SFT and of DPO.
+        seeds: How many, of SFT and of DPO.
+        steps: The same.
         rates: Learning rates that are tried with each arm, for SFT and for DPO.
         options: Further keys of the recipe.
     """
 
     arms: tuple[str, ...]
-    seeds: int
+    seeds: tuple[int, int]
     steps: tuple[int, int]
     rates: tuple[str, str]
     options: dict[str, str] = field(default_factory=dict)
@@ -41,15 +41,15 @@ class Setting:
 # The nano GPT-2 and Gemma are GELU models: their native arm is GELU.
 SETTINGS = {
     "nano": Setting(
-        ("native", "relu", "crrelu", PLAIN), 5, (60, 30), ("3e-4,1e-3,3e-3", "3e-5,1e-4,3e-4"),
+        ("native", "relu", "crrelu", PLAIN), (5, 3), (40, 20), ("3e-4,1e-3,3e-3", "3e-5,1e-4,3e-4"),
         {"calibration_tokens": "8192"},
     ),
     "smollm2": Setting(
-        ("native", "gelu", "relu", "crrelu", PLAIN), 3, (20, 20), ("1e-4,2e-4,4e-4", "1e-5,2e-5,4e-5"),
+        ("native", "gelu", "relu", "crrelu", PLAIN), (3, 3), (20, 20), ("1e-4,2e-4,4e-4", "1e-5,2e-5,4e-5"),
         {"calibration_tokens": "16384"},
     ),
     "gemma": Setting(
-        ("native", "relu", "crrelu", PLAIN), 3, (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
+        ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
         {"calibration_tokens": "8192", "chat_template_path": str(HERE / "chat_template.jinja")},
     ),
 }  # fmt: skip
@@ -94,7 +94,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
     }
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
     words += [word for key, value in options.items() for word in (f"--{key}", value)]
-    words += ["--arms", *setting.arms, "--seeds", *map(str, range(setting.seeds))]
+    words += ["--arms", *setting.arms, "--seeds", *map(str, range(setting.seeds[index]))]
     words += ["--baseline", "gelu" if "gelu" in setting.arms else "native"]
     words += ["--tune", f"learning_rate={setting.rates[index]}", *(["--grid", f"beta={BETAS}"] if index else [])]
     words += ["--discard_models", "--patched_dir", str(output_dir / name / "patched")]

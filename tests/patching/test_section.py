@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from crrelu_llm import find_sites, patch
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.section import mlp_config_keys
+from crrelu_llm.patching.section import VERSION, mlp_config_keys
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def write_section(directory, change):
 
 
 def test_a_newer_section_is_refused_in_one_line(tmp_path):
-    write_section(tmp_path, lambda section: section | {"version": 4})
-    with pytest.raises(InputError, match=r"newer crrelu_llm \(section version 4.*upgrade") as caught:
+    write_section(tmp_path, lambda section: section | {"version": VERSION + 1})
+    with pytest.raises(InputError, match=rf"newer crrelu_llm \(section version {VERSION + 1}.*upgrade") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -95,15 +95,20 @@ class Patched:
         """Replaces the activations; returns the ends of the names that stay float32."""
         section, names = self.config.crrelu, set()
         for site in section["sites"]:
-            path = site["path"]
-            if isinstance(self, Model):  # the part without a head
-                path = path.removeprefix(f"{self.base_model_prefix}.")
+            path = self._local(site["path"])
             owner, _, attribute = path.rpartition(".")
             self.get_submodule(path)
             module = CRReLU(section, site["num_channels"])
             setattr(self.get_submodule(owner), attribute, module)
             names |= {f"{attribute}.{name}" for name in module.start}
+        for site in section.get("kept", ()):  # layers that keep the activation they were trained with
+            owner, _, attribute = self._local(site["path"]).rpartition(".")
+            setattr(self.get_submodule(owner), attribute, ACT2FN[site["original"]])
         return names
+
+    def _local(self, path: str) -> str:
+        """A path of the whole model as seen from this one."""
+        return path.removeprefix(f"{self.base_model_prefix}.") if isinstance(self, Model) else path
 
     def _initialize_missing_keys(self, *args, **kwargs) -> None:
         for module in self.modules():
