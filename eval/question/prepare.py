@@ -91,10 +91,9 @@ def _mixed(*sources: list[str]) -> list[str]:
     for source in sources:
         generator.shuffle(source)
     used, texts = [0] * len(sources), []
-    while sum(used) < CALIBRATION_CHARACTERS:
-        index = used.index(min(used))
-        texts.append(sources[index].pop(0))
-        used[index] += len(texts[-1])
+    while sum(used) < CALIBRATION_CHARACTERS and (source := sources[used.index(min(used))]):
+        texts.append(source.pop(0))
+        used[used.index(min(used))] += len(texts[-1])
     return texts
 
 

@@ -38,7 +38,8 @@ class Setting:
     options: dict[str, str] = field(default_factory=dict)
 
 
-# The nano GPT-2 and Gemma are GELU models: their native arm is GELU.
+# The nano GPT-2 and Gemma are GELU models: their native arm is GELU. Gemma, a base model, has no chat template: copy
+# chat_template.jinja into its directory.
 SETTINGS = {
     "nano": Setting(
         ("native", "relu", "crrelu", PLAIN), (5, 3), (40, 20), ("3e-4,1e-3,3e-3", "3e-5,1e-4,3e-4"),
@@ -50,7 +51,7 @@ SETTINGS = {
     ),
     "gemma": Setting(
         ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
-        {"calibration_tokens": "8192", "chat_template_path": str(HERE / "chat_template.jinja")},
+        {"calibration_tokens": "8192"},
     ),
 }  # fmt: skip
 BETAS = "0.1,1"

@@ -1,0 +1,187 @@
+"""The study in eval/question: its data, its commands, its tables, and where two activations differ."""
+
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from crrelu_llm import patch
+from crrelu_llm.comparison.arms import arm_dir, grid_name, parse_arms, parse_grid
+from crrelu_llm.comparison.matrix import SETTINGS
+from crrelu_llm.comparison.tuning import SEED, TUNING, parse_tune
+from crrelu_llm.training.arguments import parse
+
+QUESTION = Path(__file__).resolve().parents[2] / "eval" / "question"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules, by name."""
+    sys.path.insert(0, str(QUESTION))
+    try:
+        yield {name: importlib.import_module(name) for name in ("prepare", "run", "tables", "why")}
+    finally:
+        sys.path.remove(str(QUESTION))
+        for name in ("prepare", "run", "tables", "why"):
+            sys.modules.pop(name, None)
+
+
+def write(path, rows):
+    """A gzipped file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(path):
+    """Its rows."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def chat(question, answer):
+    """A conversation of two turns."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Data sets of a few rows as they were published."""
+    folder = tmp_path / "published"
+    for part, count in (("train", 30), ("eval", 9)):
+        messages = [{"messages": chat(f"{part} {i}", "word " * (i + 1)), "extra": 1} for i in range(count)]
+        write(folder / f"dolly-open-qa/{part}.jsonl.gz", messages)
+        write(
+            folder / f"gsm8k/{part}.jsonl.gz", [{"question": f"{part} {i}?", "answer": "#### 1"} for i in range(count)]
+        )
+        write(folder / f"gutenberg-novels/{part}.jsonl.gz", [{"text": f"chapter {i} " * 500} for i in range(count)])
+        pairs = [
+            {"prompt": [turn], "chosen": [answer], "rejected": [answer | {"content": "x" * (100 * i)}]}
+            for i in range(count)
+            for turn, answer in [chat(f"{part} {i}", "yes")]
+        ]
+        for name in ("hh-harmless", "pandalm-human-prefs", "alpaca-eval-prefs"):
+            write(folder / f"{name}/{part}.jsonl.gz", pairs)
+    for part, trees in (("train", range(50)), ("eval", range(50, 60))):
+        threads = [
+            {"messages": chat(f"tree {tree}", f"answer {rank} " * 40), "tree": f"t{tree}", "leaf_rank": rank}
+            for tree in trees
+            for rank in (2, None, 0)
+        ]
+        write(folder / f"oasst-en100/sft-{part}.jsonl.gz", threads)
+    return folder
+
+
+def test_the_data_of_the_study(scripts, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(published), str(tmp_path / "data")])
+    scripts["prepare"].main()
+    made = tmp_path / "data"
+    assert {path.name for path in made.iterdir()} == {*scripts["run"].SFT, *scripts["run"].DPO, "calibration.jsonl"}
+    for task in scripts["run"].SFT:
+        rows = read(made / task / "train.jsonl") + read(made / task / "test.jsonl")
+        assert rows and all(set(row) == {"messages"} for row in rows)
+    for task in scripts["run"].DPO:  # pairs of at most 500 characters
+        rejected = [row["rejected"][0]["content"] for row in read(made / task / "train.jsonl")]
+        assert sorted(map(len, rejected)) == [0, 100, 200, 300, 400]
+    trees = [
+        {row["messages"][0]["content"] for row in read(made / "oasst" / f"{part}.jsonl")} for part in ("train", "test")
+    ]
+    assert len(trees[0]) == 20 and len(trees[1]) == 40 and not trees[0] & trees[1]
+    best = [row["messages"][1]["content"] for row in read(made / "oasst" / "test.jsonl")]
+    assert len(best) == 40 and all(text.startswith("answer 0") for text in best)
+    held_out = {f"tree {name.split()[1]}" for name in trees[1]}
+    assert not any(row["text"].split("\n")[0] in held_out for row in read(made / "calibration.jsonl"))
+
+
+@pytest.mark.parametrize("model", ["nano", "smollm2", "gemma"])
+def test_every_command_of_the_study_is_one_that_compare_takes(scripts, model):
+    run = scripts["run"]
+    for task in run.SFT + run.DPO:
+        words = run.command(model, "builtin:nano", task, Path("data"), Path("out"))
+        kind, options = words[1], words[2:]
+        arms = options[options.index("--arms") + 1 : options.index("--seeds")]
+        assert options[options.index("--baseline") + 1] in arms and len(parse_arms(arms)) >= 4
+        assert len(parse_tune([options[options.index("--tune") + 1]])) == 3
+        grid = [options[options.index("--grid") + 1]] if "--grid" in options else []
+        assert [point.get("beta") for point in parse_grid(grid)] == (["0.1", "1"] if kind == "dpo" else [None])
+        recipe = parse(kind, options[: options.index("--arms")])
+        assert recipe.training.max_steps == run.SETTINGS[model].steps[int(kind == "dpo")]
+
+
+def comparison(directory, scripts, task, points=({},), finished=True):
+    """The files of a comparison that run.py would have left, with made-up losses: the plain swap is behind."""
+    setting = scripts["run"].SETTINGS["nano"]
+    arms, seeds = list(setting.arms), [0, 1, 2]
+    tune = [{"learning_rate": "1e-4"}, {"learning_rate": "1e-3"}]
+    settings = {
+        "identity": {}, "kind": "sft", "commands": ["crrelu compare"], "created": "now", "baseline": "native",
+        "arms": arms, "seeds": seeds, "points": list(points), "recipe": {"model_name_or_path": "nano"}, "tune": tune,
+        "asked": [[arm, grid_name(point), seed] for arm in arms for point in points for seed in seeds],
+        "data": [{"name": task, "split": "test", "rows": 4, "sha256": "0"}],
+    }  # fmt: skip
+    places = [(directory, point, seed, 0.0) for point in points for seed in seeds]
+    places += [
+        (directory / TUNING, point | one, SEED, float(one["learning_rate"])) for point in points for one in tune
+    ]
+    for base, point, seed, worse in places:
+        for index, arm in enumerate(arms):
+            items = [2.0 + item + worse + (0.5 if index == 3 else 0.0) + 0.001 * seed * index for item in range(4)]
+            run = {
+                "status": "done", "metrics": {"loss": sum(items) / 4}, "items": {"loss": items}, "history": [],
+                "train_seconds": 10.0, "tokens_per_second": 1.0, "peak_memory_bytes": 2**20,
+            }  # fmt: skip
+            place = arm_dir(base, arm, point) / f"seed-{seed}"
+            place.mkdir(parents=True)
+            if finished or seed != 2:
+                (place / "run.json").write_text(json.dumps(run))
+    for base in (directory, directory / TUNING):
+        (base / SETTINGS).write_text(json.dumps(settings))
+
+
+def test_the_tables_of_the_study(scripts, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "nano"
+    comparison(out / "dolly", scripts, "dolly")
+    comparison(out / "hh", scripts, "hh", [{"beta": "0.1"}, {"beta": "1"}], finished=False)
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path / "out"), str(tmp_path / "results")])
+    scripts["tables"].main()
+    text = (tmp_path / "results" / "question.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| nano")
+    ]
+    plain = [row for row in rows if row[3] == "crrelu, plain swap"]
+    assert [row[1] for row in plain] == ["dolly", "hh, β 0.1", "hh, β 1"]
+    assert plain[0][4].startswith("+0.50") and plain[0][7] == "worse"
+    crrelu = next(row for row in rows if row[:4] == ["nano", "dolly", "native", "crrelu"])
+    assert crrelu[7] == "undecided" and crrelu[9] == "yes"
+    arms = {(row[1], row[2]): row for row in rows if len(row) == 9}
+    assert arms["dolly", "crrelu"][3] == "1e-4*" and arms["dolly", "crrelu"][6] == "3 of 3"
+    assert arms["hh, β 1", "crrelu"][6] == "2 of 3"
+    assert "Training of these runs took" in text and "Not run: nano/oasst, " in text
+    assert (tmp_path / "results" / "question.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "results" / "nano" / "dolly" / "report.json").read_text())["examples"] == []
+
+
+def test_where_two_activations_differ(scripts):
+    why = scripts["why"]
+    model, patched = (tiny_model("llama", num_hidden_layers=3) for _ in range(2))
+    blocks = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(0))
+    patch(patched, epsilon_init=3.0, calibration="none", layers="1")
+    paths = [site["path"] for site in patched.config.crrelu["sites"]]
+    modules = {path: patched.get_submodule(path) for path in paths}
+    found = why.by_layer(model, patched, modules, blocks)
+    assert list(found["sites"]) == ["model.layers.1.mlp.act_fn"]
+    assert found["sites"]["model.layers.1.mlp.act_fn"] == found["all"] and found["all"]["difference"] != 0
+    same = {path: model.get_submodule(path) for path in paths}
+    assert why.by_layer(model, model, same, blocks)["all"]["difference"] == 0
+    parts = why.by_curve(model, modules, blocks)
+    for name in ("inputs", "slope", "value"):
+        assert sum(part[name] for part in parts) == pytest.approx(1)
+    assert json.loads(json.dumps(parts)) == parts and parts[0]["from"] is None
+    centre = [
+        part for part in parts if part["to"] is not None and part["from"] is not None and abs(part["to"]) <= 0.25
+    ]
+    assert sum(part["slope"] for part in centre) > 0.5  # a tiny random model's inputs lie there
