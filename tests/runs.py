@@ -62,7 +62,48 @@ def dpo_rows(count=16, seed=0):
     ]
 
 
-ROWS = {"sft": sft_rows, "dpo": dpo_rows}
+def kto_rows(count=16, seed=0):
+    """Answers, every other one desirable."""
+    generator = random.Random(seed)
+    return [
+        {
+            "prompt": sentence(generator, 3),
+            "completion": " " + sentence(generator, generator.randint(2, 6)),
+            "label": i % 2 == 0,
+        }
+        for i in range(count)
+    ]
+
+
+def prompt_rows(count=16, seed=0):
+    """Prompts, with a column that reward functions may use."""
+    generator = random.Random(seed)
+    return [{"prompt": sentence(generator, 3), "wanted": generator.choice(WORDS)} for _ in range(count)]
+
+
+ROWS = {
+    "sft": sft_rows, "dpo": dpo_rows, "kto": kto_rows, "reward": dpo_rows, "grpo": prompt_rows, "rloo": prompt_rows,
+}  # fmt: skip
+# Options that a kind of trainer cannot do without.
+_SAMPLED = {"max_completion_length": 6, "num_generations": 2}
+_SAMPLED["reward_funcs"] = ["rewards.py:length"]
+OWN = {"kto": {"learning_rate": 1e-4}, "grpo": _SAMPLED | {"beta": 0.1}, "rloo": _SAMPLED}
+REWARDS = """
+def length(completions, **kwargs):
+    return [float(len(text)) / 10 for text in completions]
+
+def fails(completions, **kwargs):
+    raise KeyError("answer")
+
+def not_a_number(completions, **kwargs):
+    return [float("nan") for _ in completions]
+
+def too_few(completions, **kwargs):
+    return [1.0]
+
+def nothing(completions, **kwargs):
+    return None
+"""
 
 
 def write_rows(path, rows):
@@ -97,8 +138,16 @@ class Workshop:
     def values(self, kind, name, **options):
         """A whole recipe, as a dictionary; its output goes to the folder `name`."""
         where = {"model_name_or_path": self.model, "output_dir": str(self.folder / name)}
-        values = BASE | where | options
+        values = BASE | OWN.get(kind, {}) | where | options
         values.setdefault("dataset_name", self.data(kind))
+        if values.get("reward_funcs"):
+            (self.folder / "rewards.py").write_text(REWARDS)
+            names = values["reward_funcs"]
+            values["reward_funcs"] = [
+                str(self.folder / name) if name.startswith("rewards.py:") else name for name in names
+            ]
+        if kind in ("grpo", "rloo"):
+            values.pop("max_length", None)
         return values
 
     def argv(self, kind, name, **options):

@@ -12,6 +12,7 @@ import yaml
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.recipes_path import recipes_dir
+from crrelu_llm.training.kinds import KINDS, kind_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = recipes_dir()
@@ -26,7 +27,7 @@ def name(path: Path) -> str:
 
 
 def kind(path: Path) -> str:
-    return "dpo" if "dpo" in path.relative_to(RECIPES).parts else "sft"
+    return next((part for part in path.relative_to(RECIPES).parts if part in KINDS), "sft")
 
 
 def parse(path: Path, *overrides: str):
@@ -48,6 +49,8 @@ def test_the_promised_recipes_are_there():
         f"accelerate_configs/{mode}" for mode in ("single_gpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node")
     ]
     promised = {*models, *accelerate, "gpt2/sft/config_full", "gpt2/dpo/config_full"}
+    promised |= {f"smollm2-135m/{kind}/config_full" for kind in ("kto", "reward", "grpo")}
+    promised |= {f"gemma-3-270m/{kind}/config_full" for kind in ("sft", "dpo")}
     promised |= {"nano/pretrain", "nano/sft", "eafo/fit", "eafo/dynamic"}
     assert promised <= {name(path) for path in ALL}
 
@@ -64,7 +67,7 @@ def test_every_value_of_a_recipe_reaches_the_arguments(path):
 
 @pytest.mark.parametrize("path", TRAINING, ids=name)
 def test_without_its_activation_section_a_recipe_is_trls_own(path, tmp_path):
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     values = yaml.safe_load(path.read_text())
     plain = {
@@ -74,8 +77,8 @@ def test_without_its_activation_section_a_recipe_is_trls_own(path, tmp_path):
     }
     copy = tmp_path / "plain.yaml"
     copy.write_text(yaml.safe_dump(plain))
-    config = DPOConfig if kind(path) == "dpo" else SFTConfig
-    parser = TrlParser((ScriptArguments, config, ModelConfig, DatasetMixtureConfig))
+    about = kind_of(kind(path))
+    parser = TrlParser((about.script, about.config, ModelConfig, DatasetMixtureConfig))
     _, training, model, _ = parser.parse_args_and_config(["--config", str(copy), "--use_cpu", "true"])
     assert training.output_dir == values["output_dir"]
     assert model.model_name_or_path == values["model_name_or_path"]

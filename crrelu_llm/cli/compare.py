@@ -8,6 +8,7 @@ from pathlib import Path
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import alone
+from crrelu_llm.training.kinds import KINDS
 
 
 def _parser() -> Parser:
@@ -19,7 +20,7 @@ def _parser() -> Parser:
         "--arms gelu crrelu crrelu:calibration=fit --seeds 0 1 2 --output_dir comparison",
     )
     add = parser.add_argument
-    add("kind", choices=("sft", "dpo"), metavar="sft|dpo", help="the trainer")
+    add("kind", choices=tuple(KINDS), metavar="|".join(KINDS), help="the trainer")
     add("--config", required=True, help="the recipe")
     add("--arms", nargs="+", required=True, help="native, or ACTIVATION[:option=value...], for each arm")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)")
@@ -33,6 +34,7 @@ def _parser() -> Parser:
         metavar="KEY=V1,V2",
         help="choose a training key (learning_rate, ...) for each arm by itself, on training rows held out for it",
     )
+    add("--after", help="a comparison whose trained models the runs start from, each from that of its arm and seed")
     add("--patched_dir", help="where the patched copies are, to share with other comparisons (default: output_dir)")
     add("--discard_models", action="store_true", help="keep metrics and reports, but not the trained models")
     return parser
@@ -67,7 +69,8 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         raise InputError(f"--seeds: whole numbers from 0 up, each once, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
-    from crrelu_llm.comparison.matrix import Comparison, RunsFailed, run_comparison
+    from crrelu_llm.comparison.definition import Comparison
+    from crrelu_llm.comparison.matrix import RunsFailed, run_comparison
     from crrelu_llm.comparison.tuning import parse_tune
 
     quieten_libraries()
@@ -85,6 +88,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         keep_models=not args.discard_models,
         tune=parse_tune(args.tune),
         patched_dir=Path(args.patched_dir) if args.patched_dir else None,
+        after=Path(args.after) if args.after else None,
     )
     try:
         run_comparison(comparison)
@@ -98,7 +102,7 @@ def _launched(argv: list[str], config: str) -> int | None:
     from crrelu_llm.training.arguments import make_parser, read_recipe
     from crrelu_llm.training.launch import relaunch_if_asked
 
-    kind = next((word for word in argv if word in ("sft", "dpo")), "sft")
+    kind = next((word for word in argv if word in KINDS), "sft")
     own = {action.dest for parser in (_parser(), make_parser(kind)) for action in parser._actions}
     return relaunch_if_asked(["compare"], argv, read_recipe(["--config", config])[1], own)
 
@@ -116,13 +120,13 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
 
 
 def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bool) -> str:
-    from crrelu_llm.comparison import evaluation, matrix, results
+    from crrelu_llm.comparison import evaluation, results, settings
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.evaluation.results import SETTINGS
 
     if (output_dir / SETTINGS).is_file():
         report = evaluation.build_report(output_dir, margins)
-    elif not (output_dir / matrix.SETTINGS).is_file():
+    elif not (output_dir / settings.SETTINGS).is_file():
         raise InputError(
             f"{output_dir} holds no comparison and no evaluation; give the output_dir of `crrelu compare` or "
             "`crrelu eval`"

@@ -10,6 +10,7 @@ import warnings
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import DiskError, InputError
+from crrelu_llm.training.kinds import KINDS
 
 # command -> (module in crrelu_llm.cli, one-line help). Modules are imported only when their command runs, so that
 # `crrelu --help` stays fast.
@@ -17,8 +18,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "CRReLU against GELU on the embedded model: offline, on a laptop CPU"),
     "inspect": ("inspect", "which activations of a model would be swapped, and which are left alone and why"),
     "patch": ("patch", "checkpoint in, patched checkpoint out"),
-    "sft": ("sft", "one supervised fine-tuning run (TRL's SFTTrainer) of one activation"),
-    "dpo": ("dpo", "one preference-tuning run (TRL's DPOTrainer) of one activation"),
+    **{kind: ("training", about) for kind, about in KINDS.items()},
     "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
     "eval": ("eval", "any checkpoints side by side on benchmarks, preference pairs or text, with a report"),
     "report": ("report", "rebuild a comparison's report from what is on disk"),
@@ -34,7 +34,7 @@ COMMANDS = {
 
 # What `accelerate launch` starts on every process; of the other commands the first process does the work alone.
 _PATIENCE = 15.0  # seconds
-DISTRIBUTED = ("sft", "dpo", "compare")
+DISTRIBUTED = (*KINDS, "compare")
 _DEBUG = "CRRELU_DEBUG"
 _KEPT = "finished runs and saved checkpoints are whole and kept"
 
@@ -74,7 +74,7 @@ def _run(module, name: str, argv: list[str]) -> int:
     if name not in DISTRIBUTED and os.environ.get("RANK", "0") != "0":
         return 0
     try:
-        return module.run(argv) or 0
+        return (module.run(argv, name) if name in KINDS else module.run(argv)) or 0
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_PATIENCE)  # the first process says it once for all, and the launcher then stops this one

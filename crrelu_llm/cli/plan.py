@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from crrelu_llm.cli.parser import Parser
+from crrelu_llm.training.kinds import KINDS
 
 
 def _parser() -> Parser:
@@ -19,14 +20,14 @@ def _parser() -> Parser:
     add("--gpus", type=int, default=1, help="how many, in all (default: 1)")
     add("--gpus_per_node", type=int, default=8, help="how many one machine has (default: 8)")
     add("--gpu_memory", type=float, default=80, help="GiB of one GPU (default: 80)")
-    add("--trainer", choices=("sft", "dpo"), default="sft", help="(default: sft)")
+    add("--trainer", choices=tuple(KINDS), default="sft", help="(default: sft)")
     add("--activation", default="crrelu", help="crrelu, a name of transformers' ACT2FN, or native (default: crrelu)")
     add("--epsilon_per", choices=("layer", "channel"), default="layer", help="(default: layer)")
     add("--calibration", choices=("none", "fit", "refit"), default="fit", help="(default: fit)")
     add("--affine_learning_rate", type=float, default=0.0, help="above 0, trains what calibration sets (default: 0)")
     for name, default, text in (
-        ("per_device_train_batch_size", 8, "rows (DPO: pairs) a GPU at a time"),
-        ("max_length", 1024, "tokens a row"),
+        ("per_device_train_batch_size", 8, "rows (or pairs) a GPU at a time"),
+        ("max_length", 1024, "tokens a row (of a sampled answer with its prompt)"),
         ("gradient_accumulation_steps", 1, "above 1, gradients stay while the next batch computes"),
         ("lora_r", 16, "rank of the adapters"),
     ):
@@ -38,7 +39,7 @@ def _parser() -> Parser:
         ("recompute_activation", False, "keep no output of CRReLU for the backward pass"),
         ("use_peft", False, "train LoRA adapters on every linear layer"),
         ("load_in_4bit", False, "with use_peft: QLoRA"),
-        ("precompute_ref_log_probs", False, "DPO: no reference model while training"),
+        ("precompute_ref_log_probs", False, "DPO and KTO: no reference model while training"),
         ("use_cpu", False, "plan for one process on a CPU"),
         ("trust_remote_code", False, "allow the model's own code to run"),
     )

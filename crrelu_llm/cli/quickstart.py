@@ -37,6 +37,7 @@ def run(argv: list[str]) -> int:
         grid=[],
         tune=[],
         patched_dir=None,
+        after=None,
         discard_models=True,
     )
     status = compare(arguments, ["--config", str(recipe)], shlex.join(["crrelu", "quickstart", *argv]))

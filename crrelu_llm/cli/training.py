@@ -1,15 +1,16 @@
-"""What `crrelu sft` and `crrelu dpo` share."""
+"""`crrelu sft|dpo|kto|…`: one training run of a recipe."""
 
 import os
 import sys
 
 
-def run_training(kind: str, argv: list[str], example: str) -> int:
+def run(argv: list[str], kind: str) -> int:
     """Parses a recipe with TRL's parser, trains it, and says where the result is."""
     from crrelu_llm.training.arguments import make_parser, read_recipe
+    from crrelu_llm.training.kinds import kind_of
 
     if not argv or "-h" in argv or "--help" in argv:
-        make_parser(kind, epilog=f"example: {example}").print_help()
+        make_parser(kind, epilog=f"example: {kind_of(kind).example}").print_help()
         return 0
     from crrelu_llm.training.launch import relaunch_if_asked
 

@@ -10,19 +10,23 @@ import numpy as np
 
 from crrelu_llm.comparison import single_items, tuning
 from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_arm
-from crrelu_llm.comparison.matrix import TEXTS, before_training, patched_copy, read_settings
+from crrelu_llm.comparison.definition import BEFORE, before_training, patched_copy
+from crrelu_llm.comparison.matrix import TEXTS
+from crrelu_llm.comparison.settings import read_settings
 from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
+from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import RUN
 
-HEADLINE = "loss"  # of both trainers: the only metric that every item has a value of and training lowers directly
 NOT_RUN = "not run yet"
 UNITS: tuple[Unit, ...] = ("seed", "item", "both")
 # What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
 # point of an accuracy. A reward margin has no scale of its own.
-MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01, "reward_accuracy": 0.01}
+MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(
+    ("reward_accuracy", "answer_accuracy"), 0.01
+)
 
 
 def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
     from crrelu_llm.evaluation.metrics import METRICS
 
     settings = read_settings(directory)
+    kind = kind_of(settings["kind"])
     runs = {
         (arm, grid_name(point), seed): _read_run(directory, arm, point, seed)
         for arm in settings["arms"]
@@ -55,13 +60,17 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
     for name in margins.keys() - metrics.keys():
         known = ", ".join(metrics) or "none yet"
         raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
-    changes, examples = _single_items(settings, runs, metrics, _read_json(directory / TEXTS) or [])
+    texts = _read_json(directory / TEXTS) or []
+    changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
+    packed = settings["recipe"].get("eval_packing")
     return {
         "schema_version": 1,
         "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
         "command": "\n".join(settings["commands"]),
         "created": settings["created"],
         "trainer": settings["kind"],
+        "trainer_label": kind.label,
+        "items": "blocks of text" if packed else kind.items,
         "recipe": settings["recipe"],
         "environment": finished[0]["environment"] if finished else {},
         "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
@@ -70,32 +79,34 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         "examples": examples,
         "data": settings["data"],
         "baseline": settings["baseline"],
-        "headline": {"metric": HEADLINE, "higher_is_better": False},
+        "headline": {"metric": kind.headline, "higher_is_better": METRICS[kind.headline][1]},
         "metrics": metrics,
-        "tuning": _tuning(directory, settings),
+        "tuning": _tuning(directory, settings, kind.headline, METRICS[kind.headline][1]),
         "trajectories": trajectories(_pairs(settings, runs), settings["baseline"]),
     }
 
 
-def _tuning(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_better: bool) -> dict[str, Any] | None:
     """The tries of each arm, and what was chosen; None where nothing was tuned."""
     if not settings.get("tune"):
         return None
-    tries = tuning.read_tries(directory, settings["arms"], settings["points"], settings["tune"])
+    arms, points = settings["arms"], settings["points"]
+    tries = tuning.read_tries(directory, arms, points, settings["tune"], metric, higher_is_better)
     for entry in tries:
         entry["grid"] = {key: number(value) for key, value in entry.pop("point").items()}
     kept = read_settings(directory / tuning.TUNING)["data"] if (directory / tuning.TUNING).is_dir() else []
     rows = next((entry["rows"] for entry in reversed(kept)), None)
-    return {"seed": tuning.SEED, "rows": rows, "tries": tries}
+    return {"metric": metric, "seed": tuning.SEED, "rows": rows, "tries": tries}
 
 
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
     place = arm_dir(directory, arm, point)
     run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
+    own = _read_json(place / f"seed-{seed}" / BEFORE)  # where it started from a model of its own
     empty: dict[str, Any] = {
         **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}},
         **{"history": [], "environment": {}},
-        "before": _read_json(before_training(directory, arm, point)) or {},
+        "before": own or _read_json(before_training(directory, arm, point)) or {},
     }
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
 
@@ -162,19 +173,23 @@ def _pairs(settings: dict[str, Any], runs: dict[Any, Any]) -> Iterator[tuple[str
 
 
 def _single_items(
-    settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any], texts: list[dict[str, Any]]
+    headline: str,
+    settings: dict[str, Any],
+    runs: dict[Any, Any],
+    metrics: dict[str, Any],
+    texts: list[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """How the headline metric of each item, averaged over seeds, changed to each candidate, and where most."""
     changes: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
-    if HEADLINE not in metrics:
+    if headline not in metrics:
         return changes, examples
-    described = {key: metrics[HEADLINE][key] for key in ("label", "higher_is_better", "format")}
+    described = {key: metrics[headline][key] for key in ("label", "higher_is_better", "format")}
     for candidate, grid, pairs in _pairs(settings, runs):
-        tables = _items(HEADLINE, pairs)
+        tables = _items(headline, pairs)
         if tables is None or not all(np.isfinite(table).all() for table in tables):
             continue
-        about = {"metric": HEADLINE, **described, "grid": grid}
+        about = {"metric": headline, **described, "grid": grid}
         names, columns = (settings["baseline"], candidate), [table.mean(axis=0).tolist() for table in tables]
         changes.append(single_items.changes(about, names, *columns))
         if len(texts) != len(columns[0]):
@@ -212,7 +227,7 @@ def _compare(
         columns[0],
         columns[1],
         unit,
-        metric == "reward_accuracy",
+        metric in ("reward_accuracy", "answer_accuracy"),
         baseline_name=names[0],
         candidate_name=names[1],
         margin=margins.get(metric, _margin(metric, pairs)),

@@ -25,9 +25,9 @@ def trajectories(pairs: Iterable[tuple[str, dict[str, Any], list[Any]]], baselin
         steps = sorted(set.intersection(*(set(log) for pair in logs for log in pair)))
         points = []
         for step in steps:
-            columns = [[pair[side][step] for pair in logs] for side in (0, 1)]
+            before, after = ([pair[side][step] for pair in logs] for side in (0, 1))
             entry = compare_metric(
-                METRIC, False, *columns, "seed", False, baseline_name=baseline, candidate_name=candidate
+                METRIC, False, before, after, "seed", baseline_name=baseline, candidate_name=candidate
             )
             points.append({"step": step} | {key: entry[key] for key in ("difference", "ci_low", "ci_high", "n")})
         if points:

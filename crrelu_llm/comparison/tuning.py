@@ -65,7 +65,12 @@ def hold_out(train: Any, test: Any) -> tuple[Any, Any]:
 
 
 def read_tries(
-    directory: Path, arms: list[str], points: list[dict[str, str]], tune: list[dict[str, str]]
+    directory: Path,
+    arms: list[str],
+    points: list[dict[str, str]],
+    tune: list[dict[str, str]],
+    metric: str,
+    higher_is_better: bool,
 ) -> list[dict[str, Any]]:
     """What the tries gave, an entry for each arm and grid point.
 
@@ -74,21 +79,24 @@ def read_tries(
         arms: Their names.
         points: Grid points of the comparison.
         tune: The tries.
+        metric: What they are judged by.
+        higher_is_better: Its direction.
 
     Returns:
-        `{arm, point, losses: {try: loss or None}, chosen, at_edge}` each: `chosen` are recipe options, None where no
-        try ended with a finite loss; `at_edge` names the keys whose best value is the smallest or largest tried.
+        `{arm, point, values: {try: number or None}, chosen, at_edge}` each: `chosen` are recipe options, None where no
+        try ended with a finite number; `at_edge` names the keys whose best value is the smallest or largest tried.
     """
     found = []
     for point in points:
         for arm in arms:
             places = {grid_name(one): arm_dir(directory / TUNING, arm, point | one) / f"seed-{SEED}" for one in tune}
-            losses = {name: _loss(place / RUN) for name, place in places.items()}
-            finite = {name: loss for name, loss in losses.items() if loss is not None}
-            best = min(finite, key=lambda name: finite[name]) if finite else None
+            values = {name: _metric(place / RUN, metric) for name, place in places.items()}
+            finite = {name: value for name, value in values.items() if value is not None}
+            extreme = max if higher_is_better else min
+            best = extreme(finite, key=lambda name: finite[name]) if finite else None
             chosen = next((one for one in tune if grid_name(one) == best), None)
             edges = [] if chosen is None else _at_edge(chosen, tune)
-            found.append({"arm": arm, "point": point, "losses": losses, "chosen": chosen, "at_edge": edges})
+            found.append({"arm": arm, "point": point, "values": values, "chosen": chosen, "at_edge": edges})
     return found
 
 
@@ -101,7 +109,7 @@ def _at_edge(best: dict[str, str], tune: list[dict[str, str]]) -> list[str]:
     return edges
 
 
-def _loss(path: Path) -> float | None:
+def _metric(path: Path, name: str) -> float | None:
     run = json.loads(path.read_text()) if path.is_file() else {}
-    loss = (run.get("metrics") or {}).get("loss") if run.get("status") == "done" else None
-    return loss if loss is not None and math.isfinite(loss) else None
+    value = (run.get("metrics") or {}).get(name) if run.get("status") == "done" else None
+    return value if value is not None and math.isfinite(value) else None

@@ -1,6 +1,7 @@
 """TRL: DPO's reference under FSDP2, the fused LM head, the divergence of distillation, what trainers count."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +10,23 @@ from crrelu_llm.compat import Private
 _DPO = "trl.trainer.dpo_trainer"
 _HEAD = "trl.kernels.chunked_logprob"
 _TILES = ("_forward_tile", "_backward_tile", "_addmm_fp32")
+_REFERENCES = {f"trl.trainer.{name}_trainer": f"{name.upper()}Trainer" for name in ("dpo", "kto", "grpo", "rloo")}
 RELIES_ON = (
-    Private(
-        f"{_DPO}:prepare_fsdp",
-        "DPO's reference would be whole on every GPU under FSDP2",
-        takes=("model", "accelerator"),
-        called_by=f"{_DPO}:DPOTrainer.__init__",
+    *(
+        Private(
+            f"{module}:prepare_fsdp",
+            "the reference would be whole on every GPU under FSDP2",
+            takes=("model", "accelerator"),
+            called_by=f"{module}:{trainer}.__init__",
+        )
+        for module, trainer in _REFERENCES.items()
+    ),
+    Private("trl.trainer.kto_trainer:KTOTrainer._compute_kl_logps", "the evaluation of KTO", takes=("model", "batch")),
+    *(
+        Private(f"{module}:{trainer}.{name}", "the evaluation of sampled answers")
+        for module, trainer in _REFERENCES.items()
+        if trainer in ("GRPOTrainer", "RLOOTrainer")
+        for name in ("_generate", "_calculate_rewards", "_get_per_token_logps_and_entropies")
     ),
     Private(f"{_DPO}:DPOTrainer.compute_ref_log_probs", "the reference of a blend", takes=("model", "inputs")),
     Private(f"{_DPO}:DPOTrainer._precompute_ref_logps", "cached reference log-probabilities of another activation"),
@@ -35,15 +47,20 @@ RELIES_ON = (
 
 @contextlib.contextmanager
 def preparing_references(prepare: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Within it, DPO's reference model goes through `prepare(model, accelerator)` before TRL shards it."""
-    from trl.trainer import dpo_trainer
+    """Within it, a reference model goes through `prepare(model, accelerator)` before TRL shards it."""
+    modules: list[Any] = [importlib.import_module(name) for name in _REFERENCES]
+    originals = [module.prepare_fsdp for module in modules]
 
-    original = dpo_trainer.prepare_fsdp
-    dpo_trainer.prepare_fsdp = lambda model, accelerator: original(prepare(model, accelerator), accelerator)
+    def prepared(original: Any) -> Callable[[Any, Any], Any]:
+        return lambda model, accelerator: original(prepare(model, accelerator), accelerator)
+
+    for module, original in zip(modules, originals, strict=True):
+        module.prepare_fsdp = prepared(original)
     try:
         yield
     finally:
-        dpo_trainer.prepare_fsdp = original
+        for module, original in zip(modules, originals, strict=True):
+            module.prepare_fsdp = original
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """Preference data in the columns it was published with: SHP's two replies, HH-RLHF's transcripts, UltraFeedback's
-prompt beside conversations that repeat it."""
+prompt beside conversations that repeat it. And what other trainers take of it: the prompts, or the better answers."""
 
 import re
 from typing import Any
@@ -9,6 +9,68 @@ from crrelu_llm.data.messages import are_messages
 SHP = frozenset({"history", "human_ref_A", "human_ref_B", "labels"})
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def holds_pairs(columns: set[str]) -> bool:
+    """Whether data of these columns are preference pairs."""
+    return {"chosen", "rejected"} <= columns or columns >= SHP
+
+
+def parts_of_a_pair(recipe: Any, row: dict[str, Any]) -> list[str]:
+    """Names of the parts of a pair."""
+    return ["prompt"] * ("prompt" in row) + ["chosen", "rejected"]
+
+
+def in_pairs(split: Any) -> Any:
+    """A split of pairs in TRL's columns: SHP's are made so, and conversations that repeat their prompt cut.
+
+    What TRL takes as it is stays as it is. SHP's become transcripts, as HH-RLHF's are, which need no chat template.
+    """
+    columns = list(split.column_names or ())
+    if set(columns) >= SHP:
+        return split.map(_transcript, remove_columns=columns)
+    first = next(iter(split), None)
+    if first is None or not with_prompt_once(first):
+        return split
+    return split.map(with_prompt_once, remove_columns=["prompt"])
+
+
+def _transcript(row: dict[str, Any]) -> dict[str, str]:
+    replies = [f" {row[name]}" for name in ("human_ref_A", "human_ref_B")]
+    chosen, rejected = replies if row["labels"] == 1 else replies[::-1]
+    return {"prompt": f"\n\nHuman: {row['history']}\n\nAssistant:", "chosen": chosen, "rejected": rejected}
+
+
+def with_prompts(split: Any) -> Any:
+    """A split of pairs, each with its prompt beside its answers."""
+    from trl.data_utils import extract_prompt
+
+    split = in_pairs(split)
+    return split if "prompt" in (split.column_names or ()) else split.map(extract_prompt)
+
+
+def as_completions(split: Any) -> Any:
+    """The better answer of each pair as the completion of its prompt."""
+    split = with_prompts(split)
+    return split.remove_columns(
+        [name for name in split.column_names if name not in ("prompt", "chosen")]
+    ).rename_column("chosen", "completion")
+
+
+def as_prompts(split: Any) -> Any:
+    """A split with a column `prompt`: of pairs theirs, of conversations all before the last answer."""
+    columns = set(split.column_names or ())
+    if "prompt" in columns and not holds_pairs(columns):
+        return split
+    if holds_pairs(columns):
+        split = with_prompts(split)
+        return split.remove_columns([name for name in ("chosen", "rejected") if name in split.column_names])
+    return split.map(_before_the_last_answer, remove_columns=["messages"])
+
+
+def _before_the_last_answer(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row["messages"]
+    return {"prompt": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
 
 
 def as_pair(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Evaluates a trainer's model on its evaluation data and keeps a value for every item, so that arms can be paired."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,22 +14,12 @@ from crrelu_llm.evaluation.measured import wins
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
 SHOWN = 600  # characters of an item's text that are kept to look at
+# Of a batch, what is not for the model.
+_NOT_THE_MODELS = {"completion_mask", "labels", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"} | {
+    "ref_KL_logps"
+}
 
 Evaluated = tuple[dict[str, float], dict[str, list[float]]]
-
-
-def evaluate_trainer(kind: str, trainer: Any) -> Evaluated:
-    """Metrics of a trainer's model, before or after training.
-
-    Args:
-        kind: `"sft"` or `"dpo"`.
-        trainer: One of our trainers, with an evaluation data set.
-
-    Returns:
-        The metrics, and for each of them that is a mean over items, the items' values in the order of the data: SFT
-        per document, DPO per pair. `perplexity` of DPO is that of the chosen answers.
-    """
-    return evaluate_sft(trainer) if kind == "sft" else evaluate_dpo(trainer)
 
 
 def evaluate_sft(trainer: Any) -> Evaluated:
@@ -42,7 +34,7 @@ def evaluate_sft(trainer: Any) -> Evaluated:
     nll: list[Tensor] = []
     tokens: list[Tensor] = []
     correct: list[Tensor] = []
-    for batch, outputs in _forward_passes(trainer):
+    for batch, outputs in forward_passes(trainer):
         mask = outputs.label_mask
         documents = _documents(batch, mask)
         for values, target in (
@@ -67,7 +59,7 @@ def evaluate_sft(trainer: Any) -> Evaluated:
 def evaluate_dpo(trainer: Any) -> Evaluated:
     """DPO loss, reward accuracy and margin; items are the pairs."""
     rows = []
-    for batch, outputs in _forward_passes(trainer):
+    for batch, outputs in forward_passes(trainer):
         lengths = batch["completion_mask"][:, 1:].sum(1)
         logps = outputs.log_probs.double().sum(1)
         if "ref_chosen_logps" in batch:
@@ -97,49 +89,71 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
     return metrics, items
 
 
-def texts(kind: str, trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each evaluation item: `prompt` and `options`, cut to `SHOWN` characters.
+def document_texts(trainer: Any) -> list[dict[str, Any]]:
+    """What to show of each document: `prompt`, cut to `SHOWN` characters, and no `options`.
 
-    A document of SFT has no options, a preference pair has its two answers. Empty where the data is a stream, or where
-    several documents share a row.
+    Empty where the data is a stream, or where several documents share a row.
     """
-    data, decode = trainer.eval_dataset, trainer.processing_class.decode
-    if not hasattr(data, "__len__"):
+    columns = columns_of(trainer.eval_dataset)
+    if "input_ids" not in columns or "seq_lengths" in columns:
         return []
-    if kind == "sft":
-        if "input_ids" not in data.column_names or "seq_lengths" in data.column_names:
-            return []
-        return [{"prompt": decode(ids[: 2 * SHOWN])[:SHOWN], "options": []} for ids in data["input_ids"]]
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    if not set(columns) <= set(data.column_names):
+    decode = trainer.processing_class.decode
+    return [{"prompt": decode(ids[: 2 * SHOWN])[:SHOWN], "options": []} for ids in trainer.eval_dataset["input_ids"]]
+
+
+def pair_texts(trainer: Any) -> list[dict[str, Any]]:
+    """The same of each preference pair: its prompt, and its two answers as options, the chosen one first."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if not set(names) <= columns_of(trainer.eval_dataset):
         return []
+    decode = trainer.processing_class.decode
     return [
         {"prompt": decode(prompt)[-SHOWN:], "options": [decode(answer[:SHOWN])[:SHOWN] for answer in answers]}
-        for prompt, *answers in zip(*(data[column] for column in columns), strict=True)
+        for prompt, *answers in zip(*(trainer.eval_dataset[name] for name in names), strict=True)
     ]
 
 
-def _forward_passes(trainer: Any) -> Any:
-    """Every evaluation batch with the model's per-token log-probabilities (TRL's fused LM head: no full logits)."""
+def columns_of(data: Any) -> set[str]:
+    """The columns of evaluation data; none of a stream."""
+    return set(data.column_names or ()) if hasattr(data, "__len__") else set()
+
+
+def computing_model(trainer: Any) -> Any:
+    """The model to run: the wrapped one where it is sharded or shared."""
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    model = trainer.model_wrapped if sharded or trainer.accelerator.num_processes > 1 else trainer.model
+    return trainer.model_wrapped if sharded or trainer.accelerator.num_processes > 1 else trainer.model
+
+
+@contextlib.contextmanager
+def evaluating(trainer: Any) -> Iterator[Any]:
+    """The trainer's model in evaluation mode."""
+    model = computing_model(trainer)
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(
-            trainer.get_eval_dataloader(), desc="Evaluating", disable=not trainer.accelerator.is_main_process
-        ):
-            inputs = trainer._prepare_inputs(batch)
-            left_out = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "labels"}
-            kwargs = {key: value for key, value in inputs.items() if key not in left_out}
+        yield model
+    finally:
+        model.train(was_training)
+
+
+def batches(trainer: Any) -> Iterator[Any]:
+    """The evaluation batches, with a progress bar."""
+    quiet = not trainer.accelerator.is_main_process
+    for batch in tqdm(trainer.get_eval_dataloader(), desc="Evaluating", disable=quiet):
+        yield trainer._prepare_inputs(batch)
+
+
+def forward_passes(trainer: Any) -> Iterator[tuple[Any, Any]]:
+    """Every evaluation batch with the model's per-token log-probabilities (TRL's fused LM head: no full logits)."""
+    with evaluating(trainer) as model:
+        for inputs in batches(trainer):
+            kwargs = {key: value for key, value in inputs.items() if key not in _NOT_THE_MODELS and key[:3] != "KL_"}
             labels = inputs.get("labels")
             if labels is None:
                 labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
             yield inputs, outputs
-    finally:
-        model.train(was_training)
 
 
 def _documents(batch: dict[str, Tensor], mask: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "token_accuracy": ("token accuracy", True, "{:.4f}", False),
     "reward_accuracy": ("reward accuracy", True, "{:.3f}", False),
     "reward_margin": ("reward margin", True, "{:.4f}", False),
+    "answer_accuracy": ("accuracy of desirable against undesirable", True, "{:.3f}", False),
+    "reward": ("reward", True, "{:.4f}", False),
+    "kl": ("divergence from the reference", False, "{:.4f}", True),
+    "answer_tokens": ("tokens of an answer", False, "{:.1f}", True),
     "longer_answer_accuracy": ("accuracy of “the longer answer wins”", True, "{:.3f}", True),
 }
 

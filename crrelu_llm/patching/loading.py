@@ -12,6 +12,8 @@ from crrelu_llm.compat.transformers import dequantising, loading_whole, saving_h
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove, sync, writing
 
+CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+
 
 def resolve(model: str) -> str:
     """A MODEL as the user writes it, checked: `builtin:nano` becomes its directory.
@@ -75,14 +77,23 @@ def require_tokens(tokenizer: Any, name: str) -> None:
 
 
 def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
-    """A MODEL with its weights, in evaluation mode; a GGUF file is dequantised."""
-    from transformers import AutoModelForCausalLM
+    """A MODEL with its weights and its own head, in evaluation mode; a GGUF file is dequantised."""
+    import transformers
 
+    head = CAUSAL_LM
     if is_gguf(model):
         kwargs |= dequantising()
     else:
         kwargs.setdefault("use_safetensors", needs_safetensors(model))
-    return _load(AutoModelForCausalLM, model, dtype=dtype, **kwargs)
+        about = {key: kwargs[key] for key in ("revision", "trust_remote_code") if kwargs.get(key)}
+        head = head_of(load_config(model, **about))
+    return _load(getattr(transformers, head), model, dtype=dtype, **kwargs)
+
+
+def head_of(config: Any) -> str:
+    """The auto class of a config: a sequence classifier's own, a reward model's for one, else the causal LM's."""
+    names = getattr(config, "architectures", None) or ()
+    return CLASSIFIER if any(name.endswith("ForSequenceClassification") for name in names) else CAUSAL_LM
 
 
 def needs_safetensors(model: str) -> bool | None:
@@ -95,20 +106,27 @@ def needs_safetensors(model: str) -> bool | None:
     return None if own else True
 
 
-def skeleton(model: str, revision: str | None = None, **kwargs: Any) -> Any:
-    """A MODEL on the meta device: every module, no weights; `kwargs` are those of `from_config`."""
-    from transformers import AutoModelForCausalLM
+def skeleton(model: str, revision: str | None = None, auto_class: str | None = None, **kwargs: Any) -> Any:
+    """A MODEL on the meta device: every module, no weights; `kwargs` are those of `from_config`.
+
+    Args:
+        model: A MODEL as the user writes it.
+        revision: Of the hub.
+        auto_class: transformers' class that builds it; the one of its own head where there is none.
+    """
+    import transformers
 
     code = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
     config = load_config(model, **code, **({"revision": revision} if revision else {}))
     remedy = "check its config.json and the options"
     with torch.device("meta"), loading_whole(), reading(f"{model}: no model can be built of its config", remedy):
         try:
-            return AutoModelForCausalLM.from_config(config, **kwargs)
+            return getattr(transformers, auto_class or head_of(config)).from_config(config, **kwargs)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            raise InputError(f"{model}: {config.model_type} has no causal language model in transformers") from error
+            what = "sequence classifier" if auto_class == CLASSIFIER else "causal language model"
+            raise InputError(f"{model}: {config.model_type} has no {what} in transformers") from error
 
 
 def save(

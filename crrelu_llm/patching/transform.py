@@ -95,6 +95,8 @@ def patch_checkpoint(
         progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
     changes_weights = progress is not None and config is not None and config.calibration == "refit"
     require_space(loaded, output_dir, copies=2 if changes_weights else 1)
+    if loading.head_of(about) != loading.CAUSAL_LM:
+        perplexity = None  # nothing in it predicts tokens
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     with _keeping(progress):
         if config is None:

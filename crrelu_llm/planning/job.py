@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
+
+if TYPE_CHECKING:
+    from crrelu_llm.training.kinds.kind import Kind
 
 NATIVE = "native"  # the model's own activation, as in a comparison's arms
 
@@ -15,7 +18,8 @@ class Job:
     """The options of a run that decide its memory, named and with the defaults as in TRL and in our recipes.
 
     Attributes:
-        trainer: `"sft"` or `"dpo"`.
+        trainer: Name of the kind of training: `"sft"`, `"dpo"`, ...
+        max_length: Tokens of a row; of a sampled answer with its prompt.
         activation: `crrelu`, a name of transformers' ACT2FN, or `native`.
         calibration: Calibrated activations, other than CRReLU above all, hold more than those of a plain swap.
         affine_learning_rate: Above 0, what calibration sets is trained.
@@ -47,20 +51,32 @@ class Job:
                 raise InputError(f"{key} must be 1 or more, not {getattr(self, key)}")
         if self.load_in_4bit and not self.use_peft:
             raise InputError("load_in_4bit: 4-bit weights cannot be trained themselves; add --use_peft")
-        if self.precompute_ref_log_probs and self.trainer != "dpo":
-            raise InputError("precompute_ref_log_probs is for DPO, which has a reference model; add --trainer dpo")
+        if self.precompute_ref_log_probs and not self.may_precompute:
+            raise InputError(f"precompute_ref_log_probs: {self.trainer} has no such option; add --trainer dpo, or kto")
         if self.recompute_activation and self.activation not in ("crrelu", NATIVE):
             raise InputError(f"recompute_activation is for CRReLU; it does nothing for {self.activation}")
 
     @property
+    def kind(self) -> "Kind":
+        """The kind of training."""
+        from crrelu_llm.training.kinds import kind_of
+
+        return kind_of(self.trainer)
+
+    @property
+    def may_precompute(self) -> bool:
+        """Whether the reference's log-probabilities may be computed before training."""
+        return hasattr(self.kind.config, "precompute_ref_log_probs")
+
+    @property
     def has_reference(self) -> bool:
-        """Whether a second model is held while training: DPO's reference. Adapters are switched off instead."""
-        return self.trainer == "dpo" and not self.use_peft and not self.precompute_ref_log_probs
+        """Whether a second model is held while training. Adapters are switched off instead."""
+        return self.kind.reference and not self.use_peft and not self.precompute_ref_log_probs
 
     @property
     def rows(self) -> int:
-        """Sequences in one forward pass; DPO's chosen and rejected answers go together."""
-        return self.per_device_train_batch_size * (2 if self.trainer == "dpo" else 1)
+        """Sequences in one forward pass; a pair's chosen and rejected answers go together."""
+        return self.per_device_train_batch_size * self.kind.sequences
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> Any:

@@ -89,17 +89,18 @@ def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
     """The model that is trained, in training mode, adapters included; on the meta device."""
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-    model = _from_config(config, dtype=dtype)
+    model = _from_config(config, job.kind.auto_class, dtype=dtype)
     model.config.use_cache = False
-    more = ("mean_logits",) if job.trainer == "dpo" else ()
-    outputs = ("log_probs", "entropy", "is_top1", *more)  # as TRL asks for them
-    add_fused_lm_head(model, outputs=outputs)
+    if model.get_output_embeddings() is not None:
+        more = ("mean_logits",) if job.kind.reference else ()
+        outputs = ("log_probs", "entropy", "is_top1", *more)  # as TRL asks for them
+        add_fused_lm_head(model, outputs=outputs)
     if job.use_peft:
         model = _with_adapters(model, job)
     if job.affine_learning_rate > 0:
         train_affine(model)
     model.train()
-    if job.trainer == "dpo":
+    if getattr(job.kind.config, "disable_dropout", False):
         disable_dropout_in_model(model)
     if job.gradient_checkpointing:
         if job.use_peft:
@@ -112,7 +113,7 @@ def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
 
 
 def reference(config: Any, dtype: torch.dtype) -> Any:
-    """DPO's reference model, in evaluation mode; on the meta device."""
+    """The reference model, in evaluation mode; on the meta device."""
     from trl.trainer.utils import add_fused_lm_head
 
     model = _from_config(config, dtype=dtype)
@@ -144,16 +145,20 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _from_config(config: Any, **kwargs: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def _from_config(config: Any, auto_class: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:
+    import transformers
 
+    if auto_class.endswith("SequenceClassification"):
+        config = copy.deepcopy(config)
+        config.num_labels, config.get_text_config().pad_token_id = 1, 0
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **kwargs)
+            return getattr(transformers, auto_class).from_config(config, **kwargs)
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{config.model_type} has no causal language model in transformers") from error
+        what = "causal language model" if auto_class.endswith("CausalLM") else "sequence classifier"
+        raise InputError(f"{config.model_type} has no {what} in transformers") from error
 
 
 def _with_adapters(model: Any, job: Job) -> Any:

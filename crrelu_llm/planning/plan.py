@@ -79,8 +79,10 @@ def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
     if nodes > 1:
         launch.append(f"--num_machines {nodes} --machine_rank RANK --main_process_ip IP --main_process_port 29500")
     left_out = {"trainer", "use_cpu"}
-    if job.trainer == "sft":
+    if not job.may_precompute:
         left_out.add("precompute_ref_log_probs")
+    if job.kind.samples:  # prompt and answer together
+        left_out.add("max_length")
     if not job.use_peft:
         left_out.add("lora_r")
     if job.activation == "native":

@@ -100,23 +100,40 @@ def _play(model: Any, second: Any, job: Job, autocast: bool) -> Step:
         ids = torch.ones((job.rows, job.max_length), dtype=torch.long)
         # A padded batch: rows of equal length need no mask, and a little less memory.
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        if job.kind.samples:
+            _sample(model, job, precision)
+        scores = job.kind.auto_class.endswith("SequenceClassification")
+        if scores:
+            del batch["labels"]
+        else:
+            batch["fused_lm_head"] = True
         with precision:
-            output = model(**batch, fused_lm_head=True)
+            output = model(**batch)
         kept = tracker.other
-        if job.trainer == "dpo" and not job.precompute_ref_log_probs:
+        if job.kind.reference and not job.precompute_ref_log_probs:
             with torch.no_grad(), tracker.watch() as seen, precision, _without_adapters(model, second) as other:
-                other(**batch, fused_lm_head=True)
+                other(**batch)
             in_reference = seen()
-        loss = output.log_probs.sum()
+        loss = (output.logits if scores else output.log_probs).sum()
         tracker.backward = True
         loss.backward()
     tracker.note()
     return Step(tuple(sorted(tracker.peaks.items())), kept, in_reference, count(model, job))
 
 
+@torch.no_grad()
+def _sample(model: Any, job: Job, precision: Any) -> None:
+    """The last token of the answers that the next steps are about: the keys and values of all tokens are held."""
+    ids = torch.ones((job.rows * job.gradient_accumulation_steps, job.max_length), dtype=torch.long)
+    model.eval()
+    with precision:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    model.train()
+
+
 @contextlib.contextmanager
 def _without_adapters(model: Any, second: Any) -> Iterator[Any]:
-    """What DPO compares with: the second model, or the trained one with its adapters off and nothing checkpointed."""
+    """What is compared with: the second model, or the trained one with its adapters off and nothing checkpointed."""
     if second is not None:
         yield second
         return

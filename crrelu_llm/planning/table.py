@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from crrelu_llm.training.kinds import kind_of
+
 _COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "buffers", "total")
 
 
@@ -49,7 +51,7 @@ def _job(job: dict[str, Any]) -> str:
         what += f" (r = {job['lora_r']})"
     precision = f"{job['dtype']} weights, " + ("bf16 computation" if job["bf16"] else "no autocast")
     rows = f"{job['per_device_train_batch_size']} x {job['max_length']} tokens"
-    rows += " (pairs)" if job["trainer"] == "dpo" else ""
+    rows += " (pairs)" if kind_of(job["trainer"]).sequences > 1 else ""
     options = [
         key for key in ("gradient_checkpointing", "recompute_activation", "precompute_ref_log_probs") if job[key]
     ]

@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import PatchConfig, guard
@@ -17,10 +17,13 @@ from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
 from crrelu_llm.secrets import hidden_part, publishable
 from crrelu_llm.training.blending import check_blend_ends
+from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.launch import launch_keys
 
+if TYPE_CHECKING:
+    from crrelu_llm.training.kinds.kind import Kind
+
 _NO_MODEL = "model_name_or_path is missing: a hub name, a directory or a .gguf file"
-CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
 @dataclass
@@ -186,7 +189,7 @@ class Recipe:
         hidden: A hash of what is hidden there, where something is.
     """
 
-    kind: str
+    kind: "Kind"
     script: ScriptArguments
     training: Any
     model: ModelConfig
@@ -211,8 +214,9 @@ class RecipeParser(TrlParser):
 
 
 def make_parser(kind: str, prog: str | None = None, **kwargs: Any) -> RecipeParser:
-    """The parser of `crrelu sft` or `crrelu dpo`: every option of `trl sft|dpo` and the activation section."""
-    groups: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, ActivationArguments)
+    """The parser of `crrelu KIND`: every option of `trl KIND` and the activation section."""
+    trl = kind_of(kind)
+    groups: Any = (trl.script, trl.config, ModelConfig, DatasetMixtureConfig, ActivationArguments)
     # An abbreviated option would be taken, but missing from what run.json says was asked for.
     return RecipeParser(groups, prog=prog or f"crrelu {kind}", allow_abbrev=False, **kwargs)
 
@@ -239,12 +243,13 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     except Exception as error:  # the configs' own checks (bf16 on a CPU, strategies that contradict each other, ...)
         _check_options(parser, argv)
         raise InputError(f"{where}{reason_of(error)}") from error
-    with reading(path or "the command line"):
-        _check(kind, script, training, model, mixture, activation, where)
-    overrides = _overrides(argv, parser)
-    asked = values | overrides
+    asked = values | _overrides(argv, parser)
     known, hidden = publishable(asked), hidden_part(asked)
-    return Recipe(kind, script, training, model, mixture, activation, known, hidden, path or "the command line")
+    source = path or "the command line"
+    recipe = Recipe(kind_of(kind), script, training, model, mixture, activation, known, hidden, source)
+    with reading(source):
+        _check(recipe, where)
+    return recipe
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -336,7 +341,9 @@ def _name_the_option(error: InputError) -> str:
     return str(error).removeprefix("argument ")
 
 
-def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, activation: Any, where: str) -> None:
+def _check(recipe: Recipe, where: str) -> None:
+    script, training, model, mixture = recipe.script, recipe.training, recipe.model, recipe.mixture
+    activation = recipe.activation
     if not model.model_name_or_path:
         raise InputError(f"{where}{_NO_MODEL}")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -361,18 +368,9 @@ def _check(kind: str, script: Any, training: Any, model: Any, mixture: Any, acti
         )
     if activation.density_update_steps:
         _check_density_updates(training, where)
-    if kind == "dpo" and activation.blend_steps and training.sync_ref_model:
-        raise InputError(
-            f"{where}sync_ref_model does not go with blend_steps: the reference keeps the original activation, which "
-            "the trained weights move away from; leave one of them out"
-        )
-    if kind == "dpo" and activation.affine_learning_rate and training.sync_ref_model:
-        raise InputError(
-            f"{where}sync_ref_model does not go with affine_learning_rate: the reference keeps scale, shift, gain and "
-            "offset, which the trained weights move away from; leave one of them out"
-        )
-    if kind == "dpo" and activation.distill_weight:
-        raise InputError(f"{where}distill_weight is for SFT; DPO has its own pull to the original, beta")
+    if recipe.kind.name != "sft" and activation.distill_weight:
+        raise InputError(f"{where}distill_weight is for SFT; leave it out of {recipe.kind.name}")
+    recipe.kind.check(recipe, where)
     if training.output_dir and Path(training.output_dir).is_file():
         raise InputError(f"{where}output_dir {training.output_dir} is a file")
     parent = Path(training.output_dir or ".").absolute()

@@ -65,16 +65,23 @@ def _check_wandb(where: str) -> None:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Builds the model without weights, as its config and the recipe's options say.
+    """Builds the model without weights, as its config and the recipe's options say, with the trainer's head.
 
     Raises:
-        InputError: It cannot be built.
+        InputError: It cannot be built, or lacks the head that is trained.
     """
     model, attention = str(recipe.model.model_name_or_path), recipe.model.attn_implementation
-    if not loading.is_gguf(model):
-        chosen = {"attn_implementation": attention} if attention else {}
-        with reading(f"{recipe.source}: {model}", "choose other options, or another model"):
-            loading.skeleton(model, **recipe.loading, **chosen)
+    if loading.is_gguf(model):
+        return
+    chosen, wanted = {"attn_implementation": attention} if attention else {}, recipe.kind.auto_class
+    with reading(f"{recipe.source}: {model}", "choose other options, or another model"):
+        config = loading.load_config(model, **recipe.loading)
+        if wanted == loading.CAUSAL_LM and loading.head_of(config) != wanted:
+            raise InputError(
+                f"{model} is a sequence classifier, without a head that predicts tokens, which {recipe.kind.name} "
+                "trains; give a language model (crrelu reward trains classifiers)"
+            )
+        loading.skeleton(model, auto_class=wanted, **recipe.loading, **chosen)
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
@@ -147,14 +154,7 @@ def _kind(conversational: bool) -> str:
 
 def _sides(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
     """The parts of a row that are trained on, each a text or messages."""
-    if recipe.kind == "dpo":
-        names = ["prompt"] * ("prompt" in row) + ["chosen", "rejected"]
-    elif "prompt" in row:
-        names = ["prompt", "completion"]
-    elif "messages" in row and row["messages"] is not None:
-        names = ["messages"]
-    else:
-        names = [recipe.training.dataset_text_field]
+    names = recipe.kind.parts(recipe, row)
     sides = {name: row.get(name) for name in names}
     for name, side in sides.items():
         if not isinstance(side, str) and not (are_messages(side) and say_something(side or [])):
@@ -169,10 +169,11 @@ def _render(tokenizer: Any, row: dict[str, Any], sides: dict[str, Any]) -> None:
     if isinstance(tools, str):
         tools = json.loads(tools)
     prompt = sides.get("prompt") or []
-    for name, side in sides.items():
-        if name != "prompt":
-            options = {"tools": tools, **row.get("chat_template_kwargs", {})}
-            tokenizer.apply_chat_template([*prompt, *side], tokenize=False, **options)
+    options = {"tools": tools, **row.get("chat_template_kwargs", {})}
+    for side in [side for name, side in sides.items() if name != "prompt"]:
+        tokenizer.apply_chat_template([*prompt, *side], tokenize=False, **options)
+    if len(sides) == 1 and prompt:  # what is sampled from
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
 
 
 def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -> None:
@@ -189,7 +190,7 @@ def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -
             continue
         rows, own = given.get(name), getattr(trainer.args, "eval_packing", None) if name == "eval" else None
         packed = getattr(trainer.args, "packing", False) if own is None else own
-        cut = f"max_length is {recipe.training.max_length}"
+        cut = f"max_length is {getattr(recipe.training, 'max_length', None)}"
         if len(data) == 0 or ("labels" in data.column_names and not _any_label(data)):
             raise InputError(
                 f"{recipe.source}: no row of the {name} data has a token to be trained on: {cut}, and prompts alone "
@@ -213,7 +214,7 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
     model = trainer.model
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in data.column_names]
-    if not positions or not columns or (trainer.args.max_length or positions + 1) <= positions:
+    if not positions or not columns or (getattr(trainer.args, "max_length", None) or positions + 1) <= positions:
         return
     lengths = zip(*([len(ids) for ids in data[name]] for name in columns), strict=True)
     longest = max(row[0] + max(row[1:], default=0) for row in lengths)

@@ -2,20 +2,22 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import PartialState
 
-from crrelu_llm.data.pairs import with_prompt_once
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove
 from crrelu_llm.patching import PatchConfig, fingerprint, loading, section
 from crrelu_llm.patching.transform import origin, patch_checkpoint, progress_dir, read_origin
 from crrelu_llm.training import preflight
 from crrelu_llm.training.arguments import Recipe
+from crrelu_llm.training.kinds import all_kinds
 from crrelu_llm.training.processes import main_process_first
 
 logger = logging.getLogger("crrelu_llm")
+_DEFAULTS = SimpleNamespace(dataset_text_field="text")
 
 
 def starting_checkpoint(
@@ -117,28 +119,13 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
         test = get_split(data, script.dataset_test_split, name) if evaluated else None
         for split in (train, test):
             _check_columns(recipe, split, name)
-        train, test = (_with_prompt_once(recipe, split) for split in (train, test))
+        train, test = (None if split is None else recipe.kind.prepare(split, recipe) for split in (train, test))
         if PartialState().is_local_main_process:
             tokenizer = preflight.tokenizer_of(recipe)
             preflight.check_rows(recipe, train, name, tokenizer)
             if test is not None:
                 preflight.check_rows(recipe, test, f"{name} ({script.dataset_test_split})", tokenizer)
     return train, test
-
-
-def _with_prompt_once(recipe: Recipe, split: Any) -> Any:
-    """Rows in TRL's form where their conversations repeat the prompt that stands beside them, as UltraFeedback's."""
-    if split is None:
-        return split
-    if recipe.kind == "sft":
-        columns = set(split.column_names or ())
-        return split.remove_columns(["prompt"]) if {"prompt", "messages"} <= columns - {"completion"} else split
-    first = next(iter(split), None)
-    return (
-        split
-        if first is None or not with_prompt_once(first)
-        else split.map(with_prompt_once, remove_columns=["prompt"])
-    )
 
 
 def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:
@@ -183,18 +170,8 @@ def check_calibrated(model: str, config: PatchConfig | None, found: dict[str, An
 
 def _check_columns(recipe: Recipe, split: Any, name: str) -> None:
     columns = None if split is None else split.column_names
-    if columns is None:  # not evaluated, or a stream that does not know its columns
-        return
-    if recipe.kind == "dpo":
-        if not {"chosen", "rejected"} <= set(columns):
-            raise InputError(
-                f"{name}: DPO needs the columns chosen and rejected (and prompt), not {', '.join(columns)}"
-            )
-        return
-    text = recipe.training.dataset_text_field
-    if not (
-        {"messages", "conversations", "input_ids", text} & set(columns) or {"prompt", "completion"} <= set(columns)
-    ):
-        raise InputError(
-            f"{name}: SFT needs a column messages or {text}, or prompt and completion, not {', '.join(columns)}"
-        )
+    if columns is None or recipe.kind.takes(set(columns), recipe.training):
+        return  # not evaluated, a stream that does not know its columns, or what the trainer takes
+    fitting = [kind.name for kind in all_kinds() if kind is not recipe.kind and kind.takes(set(columns), _DEFAULTS)]
+    other = f"; crrelu {' or '.join(fitting)} takes these" if fitting else ""
+    raise InputError(f"{name}: {recipe.kind.name} needs {recipe.kind.needs}, not {', '.join(columns)}{other}")

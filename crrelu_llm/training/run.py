@@ -14,12 +14,13 @@ from crrelu_llm.memory import PeakMemory
 from crrelu_llm.patching.transform import require_space
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.curves import curves
+from crrelu_llm.training.epsilon import epsilon_means
 from crrelu_llm.training.preflight import check_machine, check_model
 from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 from crrelu_llm.training.processes import distribution
 from crrelu_llm.training.resume import checkpoint_to_resume, how_to_go_on, last_checkpoint
 from crrelu_llm.training.saving import save_final_model
-from crrelu_llm.training.trainers import build_trainer, epsilon_means, require_bitsandbytes
+from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 __all__ = ["RUN", "last_checkpoint", "run_recipe", "train_and_save"]
 RUN = "run.json"
@@ -28,7 +29,7 @@ _SPEEDS = ("train_runtime", "train_samples_per_second", "train_steps_per_second"
 
 
 def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
-    """`crrelu sft|dpo`: trains one recipe into its output_dir; returns what run.json says.
+    """`crrelu KIND`: trains one recipe into its output_dir; returns what run.json says.
 
     Raises:
         InputError: Anything wrong with the recipe, its model or its data; nothing has been trained then.
@@ -103,7 +104,7 @@ def train_and_save(
     resumed = bool(args.resume_from_checkpoint)
     seconds = None if resumed else result.metrics["train_runtime"] - not_training()
     record = {
-        "kind": recipe.kind,
+        "kind": recipe.kind.name,
         "activation": recipe.activation.activation or "native",
         "seed": args.seed,
         "status": "done",

@@ -120,7 +120,7 @@ def _matrix(kind: str, recipe: list[str], arms: list[str], seeds: list[int], out
     from crrelu_llm.cli.compare import run_matrix
 
     what = {"kind": kind, "arms": arms, "seeds": seeds, "output_dir": str(output_dir)}
-    args = Namespace(**what, baseline=None, grid=[], tune=[], patched_dir=None, discard_models=True)
+    args = Namespace(**what, baseline=None, grid=[], tune=[], patched_dir=None, after=None, discard_models=True)
     words = [kind, *recipe, "--arms", *arms, "--seeds", *map(str, seeds), "--output_dir", str(output_dir)]
     failed = run_matrix(args, recipe, " ".join(["crrelu compare", *words, "--discard_models"]))
     if failed is not None:

@@ -55,6 +55,18 @@ SETTINGS = {
     ),
 }  # fmt: skip
 BETAS = "0.1,1"
+# Questions about the swap itself, asked of the nano GPT-2 on Dolly: task -> arms.
+_FROZEN = ":epsilon_learning_rate=0"
+EXTRAS = {
+    "epsilon": (
+        *("native", "crrelu", f"crrelu{_FROZEN}", "crrelu:epsilon_per=layer", "crrelu:epsilon_learning_rate=0.01"),
+        *(PLAIN, PLAIN + _FROZEN, "crrelu:calibration=none", f"{PLAIN}:epsilon_init=0.3"),
+    ),
+    "layers": ("native", "crrelu", *(f"crrelu:layers={layer}" for layer in range(4))),
+    "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted", "relu"),
+    "long": ("native", "relu", "crrelu", PLAIN),
+    "activations": ("native", "relu", "leaky_relu", "prelu", "gelu", "silu", "mish", "relu2", "crrelu"),
+}
 
 
 def main() -> int:
@@ -69,7 +81,7 @@ def main() -> int:
     models = dict(text.split("=", 1) for text in args.models)
     failed = False
     for name, path in models.items():
-        for task in SFT + DPO:
+        for task in tasks(name):
             if args.only and name not in args.only and f"{name}/{task}" not in args.only:
                 continue
             words = command(name, path, task, args.data, args.output_dir)
@@ -82,22 +94,32 @@ def main() -> int:
     return int(failed)
 
 
+def tasks(name: str) -> tuple[str, ...]:
+    """The tasks of a model."""
+    return (*SFT, *DPO, *(EXTRAS if name == "nano" else ()))
+
+
 def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> list[str]:
     """The words of one comparison."""
-    kind = "sft" if task in SFT else "dpo"
+    kind = "dpo" if task in DPO else "sft"
     index, setting = int(kind == "dpo"), SETTINGS[name]
+    arms = EXTRAS.get(task, setting.arms)
     options = {
         "model_name_or_path": path,
-        "dataset_name": str(data / task),
+        "dataset_name": str(data / ("dolly" if task in EXTRAS else task)),
         "calibration_data": str(data / "calibration.jsonl"),
         "max_steps": str(setting.steps[index]),
         **setting.options,
     }
+    tune = ["--tune", f"learning_rate={setting.rates[index]}"]
+    if task == "long":  # the rate is the best of every arm on Dolly; the curve is what is asked for
+        tune = []
+        options |= {"max_steps": "200", "learning_rate": "1e-3", "eval_strategy": "steps", "eval_steps": "25"}
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
     words += [word for key, value in options.items() for word in (f"--{key}", value)]
-    words += ["--arms", *setting.arms, "--seeds", *map(str, range(setting.seeds[index]))]
-    words += ["--baseline", "gelu" if "gelu" in setting.arms else "native"]
-    words += ["--tune", f"learning_rate={setting.rates[index]}", *(["--grid", f"beta={BETAS}"] if index else [])]
+    words += ["--arms", *arms, "--seeds", *map(str, range(setting.seeds[index]))]
+    words += ["--baseline", "gelu" if "gelu" in setting.arms and task not in EXTRAS else "native"]
+    words += [*tune, *(["--grid", f"beta={BETAS}"] if index else [])]
     words += ["--discard_models", "--patched_dir", str(output_dir / name / "patched")]
     return [*words, "--output_dir", str(output_dir / name / task)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from run import BETAS, DPO, PLAIN, SETTINGS, SFT
+from run import BETAS, PLAIN, SETTINGS, tasks
 
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.statistics import adjust
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     reports = {}
     for model in SETTINGS:
-        for task in SFT + DPO:
+        for task in tasks(model):
             place = args.output_dir / model / task
             if (place / "comparison.json").is_file():
                 write(place, with_examples=False)
@@ -141,7 +141,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _missing(reports: dict[tuple[str, str], dict[str, Any]]) -> str:
-    left = [f"{model}/{task}" for model in SETTINGS for task in SFT + DPO if (model, task) not in reports]
+    left = [f"{model}/{task}" for model in SETTINGS for task in tasks(model) if (model, task) not in reports]
     return f"Not run: {', '.join(left) or 'nothing'}. β of DPO: {BETAS.replace(',', ' and ')}."
 
 

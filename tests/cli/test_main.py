@@ -9,8 +9,9 @@ import pytest
 from crrelu_llm import __version__
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.errors import InputError
+from crrelu_llm.training.kinds import KINDS
 
-OWN_PARSER = sorted(set(command_line.COMMANDS) - {"sft", "dpo"})  # those two build TRL's parser
+OWN_PARSER = sorted(set(command_line.COMMANDS) - set(KINDS))  # those build TRL's parser
 HEAVY = "{'torch', 'transformers', 'trl', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)"
 
 

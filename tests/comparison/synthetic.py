@@ -196,6 +196,10 @@ def _shell(trainer: str, metrics: dict[str, Any], headline: dict[str, Any]) -> d
         "    --arms gelu relu crrelu crrelu:calibration=fit --seeds 0 1 2 --output_dir runs/nano",
         "created": "2026-03-01T12:30:00+00:00",
         "trainer": trainer,
+        "trainer_label": {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}[
+            trainer
+        ],
+        "items": {"sft": "documents", "dpo": "preference pairs"}[trainer],
         "recipe": {
             "model_name_or_path": "nano",
             "dataset_name": "builtin:docstrings",

@@ -49,13 +49,13 @@ def test_each_arm_gets_the_rate_with_the_lowest_loss_on_held_out_rows(tuned):
     tries = report["tuning"]["tries"]
     assert [entry["arm"] for entry in tries] == ["native", "crrelu"]
     for entry in tries:
-        assert list(entry["losses"]) == [f"learning_rate={rate}" for rate in RATES]
+        assert list(entry["values"]) == [f"learning_rate={rate}" for rate in RATES]
         measured = {
             f"learning_rate={rate}": run_of(tuned / "tuning", f"{entry['arm']}/learning_rate={rate}", tuning.SEED)
             for rate in RATES
         }
         losses = {name: run["metrics"]["loss"] for name, run in measured.items() if run["status"] == "done"}
-        assert {k: v for k, v in entry["losses"].items() if v is not None} == {
+        assert {k: v for k, v in entry["values"].items() if v is not None} == {
             k: v for k, v in losses.items() if math.isfinite(v)
         }
         best = min(losses, key=lambda name: losses[name])
@@ -134,3 +134,31 @@ def test_hold_out_takes_as_many_rows_as_are_tested_and_at_most_a_fifth():
     for train in (rows.to_iterable_dataset(), rows.select(range(4))):
         with pytest.raises(InputError, match="--tune holds"):
             tuning.hold_out(train, rows)
+
+
+def test_a_comparison_after_another_starts_each_run_from_its_own_model(tmp_path, tiny_checkpoint, capsys):
+    """SFT, then DPO: each arm and seed goes on from what it became, and its reference is that."""
+    workshop = Workshop(tmp_path, tiny_checkpoint)
+
+    def run(kind, *options):
+        values = workshop.values(kind, "unused", max_steps=2, learning_rate=1e-2)
+        for key in ("activation", "output_dir", "seed"):
+            del values[key]
+        argv = ["compare", kind, "--config", write_recipe(tmp_path / f"{kind}.yaml", values)]
+        return main([*argv, "--arms", "native", "crrelu", *options])
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("sft", "--seeds", "0", "1", "--output_dir", str(first)) == 0
+    assert run("dpo", "--seeds", "0", "1", "--after", str(first), "--output_dir", str(second)) == 0
+    for arm in ("native", "crrelu"):
+        for seed in (0, 1):
+            begun, went_on = run_of(first, arm, seed), run_of(second, arm, seed)
+            assert went_on["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+            assert went_on["epsilon_start"] == begun["epsilon"] and bool(begun["epsilon"]) == (arm == "crrelu")
+            assert (second / arm / f"seed-{seed}" / "before.json").is_file()
+    assert not list(second.rglob("patched"))
+    capsys.readouterr()
+    assert run("dpo", "--seeds", "0", "5", "--after", str(first), "--output_dir", str(tmp_path / "more")) == 2
+    assert "seed-5 is no finished run; give the same arms and seeds as there" in capsys.readouterr().err
+    assert run("dpo", "--seeds", "0", "--output_dir", str(second)) == 2
+    assert "another comparison (different: after)" in capsys.readouterr().err

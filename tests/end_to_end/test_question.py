@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from crrelu_llm import patch
 from crrelu_llm.comparison.arms import arm_dir, grid_name, parse_arms, parse_grid
-from crrelu_llm.comparison.matrix import SETTINGS
+from crrelu_llm.comparison.settings import SETTINGS
 from crrelu_llm.comparison.tuning import SEED, TUNING, parse_tune
 from crrelu_llm.training.arguments import parse
 
@@ -100,16 +100,17 @@ def test_the_data_of_the_study(scripts, published, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["nano", "smollm2", "gemma"])
 def test_every_command_of_the_study_is_one_that_compare_takes(scripts, model):
     run = scripts["run"]
-    for task in run.SFT + run.DPO:
+    for task in run.tasks(model):
         words = run.command(model, "builtin:nano", task, Path("data"), Path("out"))
         kind, options = words[1], words[2:]
         arms = options[options.index("--arms") + 1 : options.index("--seeds")]
         assert options[options.index("--baseline") + 1] in arms and len(parse_arms(arms)) >= 4
-        assert len(parse_tune([options[options.index("--tune") + 1]])) == 3
+        tries = parse_tune([options[options.index("--tune") + 1]] if "--tune" in options else [])
+        assert len(tries) == (0 if task == "long" else 3)
         grid = [options[options.index("--grid") + 1]] if "--grid" in options else []
         assert [point.get("beta") for point in parse_grid(grid)] == (["0.1", "1"] if kind == "dpo" else [None])
         recipe = parse(kind, options[: options.index("--arms")])
-        assert recipe.training.max_steps == run.SETTINGS[model].steps[int(kind == "dpo")]
+        assert recipe.training.max_steps == (200 if task == "long" else run.SETTINGS[model].steps[int(kind == "dpo")])
 
 
 def comparison(directory, scripts, task, points=({},), finished=True):

@@ -8,7 +8,8 @@ import torch
 from runs import LORA, dpo_rows, losses, sft_rows
 from transformers import AutoModelForCausalLM
 
-from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.evaluation.items import evaluate_dpo, evaluate_sft
+from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import train_and_save
 
 DPO_OPTIONS = {
@@ -34,7 +35,7 @@ def trained(workshop, kind, name="run", **options):
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_sft_equals_trls_evaluation(workshop, options):
     trainer = trained(workshop, "sft", **options, per_device_eval_batch_size=8)  # one batch: TRL averages over batches
-    metrics, items = evaluate_trainer("sft", trainer)
+    metrics, items = evaluate_sft(trainer)
     theirs = trainer.evaluate()
     assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(theirs["eval_mean_token_accuracy"], abs=1e-6)
@@ -44,7 +45,7 @@ def test_sft_equals_trls_evaluation(workshop, options):
 
 def test_sft_items_are_the_documents_losses(workshop):
     trainer = trained(workshop, "sft")
-    metrics, items = evaluate_trainer("sft", trainer)
+    metrics, items = evaluate_sft(trainer)
     model = AutoModelForCausalLM.from_pretrained(workshop.folder / "run").eval()
     wanted, tokens, correct = [], [], []
     for row in sft_rows(8, seed=2):  # the test split
@@ -67,7 +68,7 @@ def test_batches_do_not_matter(workshop, kind):
     results = []
     for size in (1, 3, 4):
         trainer.args.per_device_eval_batch_size = size
-        results.append(evaluate_trainer(kind, trainer))
+        results.append(kind_of(kind).evaluate(trainer))
     (metrics, items), *others = results
     for other_metrics, other_items in others:
         assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
@@ -82,7 +83,7 @@ def test_flattened_batches_are_split_by_document(workshop, options):
     _, trainer = workshop.trainer("sft", "run", **options, dataset_name=data)
     rows = [row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])] for row in trainer.eval_dataset]
     assert sum(map(len, rows)) == 8
-    metrics, items = evaluate_trainer("sft", trainer)
+    metrics, items = evaluate_sft(trainer)
     assert {name: len(values) for name, values in items.items()} == {"loss": 8, "token_accuracy": 8}
     lengths = [length - 1 for row in rows for length in row]
     assert metrics["loss"] == pytest.approx(np.average(items["loss"], weights=lengths), rel=1e-6)
@@ -92,7 +93,7 @@ def test_flattened_batches_are_split_by_document(workshop, options):
 @pytest.mark.parametrize("options", DPO_OPTIONS.values(), ids=DPO_OPTIONS)
 def test_dpo_equals_trls_evaluation(workshop, options):
     trainer = trained(workshop, "dpo", **options)
-    metrics, items = evaluate_trainer("dpo", trainer)
+    metrics, items = evaluate_dpo(trainer)
     theirs = trainer.evaluate()
     assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     assert metrics["loss"] != pytest.approx(math.log(2), abs=1e-4)
@@ -107,7 +108,7 @@ def test_dpo_equals_trls_evaluation(workshop, options):
 
 def test_dpo_items_by_hand(workshop):
     trainer = trained(workshop, "dpo", beta=0.3)
-    metrics, items = evaluate_trainer("dpo", trainer)
+    metrics, items = evaluate_dpo(trainer)
     policy = AutoModelForCausalLM.from_pretrained(workshop.folder / "run").eval()
     reference = AutoModelForCausalLM.from_pretrained(workshop.folder / "run" / "patched").eval()
     tokenizer = trainer.processing_class
@@ -136,7 +137,7 @@ def test_dpo_items_by_hand(workshop):
 
 def test_other_dpo_losses_come_from_trl(workshop):
     trainer = trained(workshop, "dpo", loss_type="ipo")
-    metrics, items = evaluate_trainer("dpo", trainer)
+    metrics, items = evaluate_dpo(trainer)
     assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
     assert set(items) == {"reward_accuracy", "reward_margin"}
 
@@ -146,7 +147,7 @@ def test_evaluating_first_does_not_change_the_training(workshop, kind):
     plain = workshop.run(kind, "plain")
     recipe, trainer = workshop.trainer(kind, "measured")
     with torch.random.fork_rng():
-        metrics, _ = evaluate_trainer(kind, trainer)
+        metrics, _ = kind_of(kind).evaluate(trainer)
     assert trainer.model.training == workshop.trainer(kind, "fresh")[1].model.training
     record = train_and_save(trainer, recipe, save_model=False, evaluate=lambda trained: {"before": metrics})
     assert losses(record) == losses(plain)

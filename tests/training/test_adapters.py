@@ -9,7 +9,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from crrelu_llm.activation import AFFINE, CRReLU
-from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.evaluation.items import evaluate_sft
 from crrelu_llm.patching import section
 from crrelu_llm.training.optimizer import affine_modules, epsilon_modules
 from crrelu_llm.training.run import train_and_save
@@ -170,7 +170,7 @@ def test_qlora_has_gradients_after_an_evaluation(quantisable, monkeypatch):
     layers = [module for module in trainer.model.modules() if isinstance(module, modules.Linear4bit)]
     assert layers
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    evaluate_trainer("sft", trainer)
+    evaluate_sft(trainer)
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.compute_loss(trainer.model, batch).backward()

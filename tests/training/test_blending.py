@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.evaluation.items import evaluate_sft
+from crrelu_llm.training.epsilon import epsilon_means
 from crrelu_llm.training.run import train_and_save
-from crrelu_llm.training.trainers import epsilon_means
 
 SITES = ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
 IDS = torch.arange(6, 30).view(2, 12)
@@ -112,9 +112,9 @@ def test_evaluation_is_of_what_would_be_saved(workshop):
     recipe, trainer = workshop.trainer(
         "sft", "run", **SAVING, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
     )
-    before, _ = evaluate_trainer("sft", trainer)
+    before, _ = evaluate_sft(trainer)
     _, plain = workshop.trainer("sft", "plain")
-    assert before == evaluate_trainer("sft", plain)[0]
+    assert before == evaluate_sft(plain)[0]
     seen = {}
 
     class Keep(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
-from crrelu_llm.evaluation.items import evaluate_trainer
+from crrelu_llm.evaluation.items import evaluate_sft
 from crrelu_llm.patching import PatchConfig
 from crrelu_llm.patching.transform import ORIGIN, patch_checkpoint
 from crrelu_llm.training.run import train_and_save
@@ -91,7 +91,7 @@ def test_the_teacher_is_the_unpatched_model_and_stays_what_it_is(llama):
     assert not any(isinstance(module, CRReLU) for module in teacher.modules())
     original = AutoModelForCausalLM.from_pretrained(llama.model).state_dict()
     assert not teacher.training
-    before, _ = evaluate_trainer("sft", trainer)
+    before, _ = evaluate_sft(trainer)
     record = train_and_save(trainer, recipe)
     assert not teacher.training and not any(value.requires_grad for value in teacher.parameters())
     assert teacher.state_dict().keys() == original.keys()
@@ -99,7 +99,7 @@ def test_the_teacher_is_the_unpatched_model_and_stays_what_it_is(llama):
     # Evaluation measures the cross-entropy alone.
     evaluated = next(entry for entry in record["history"] if "eval_loss" in entry)
     assert "eval_distill_kl" not in evaluated
-    metrics, _ = evaluate_trainer("sft", trainer)
+    metrics, _ = evaluate_sft(trainer)
     assert metrics["loss"] != before["loss"]
     saved = load_file(llama.folder / "run" / "model.safetensors")
     plain = llama.run("sft", "plain")

@@ -116,7 +116,7 @@ class TestEpsilon:
 
     def test_one_that_the_optimiser_does_not_have(self, workshop, monkeypatch):
         _, trainer = workshop.trainer("sft", "run")
-        monkeypatch.setattr("crrelu_llm.training.trainers.split_off_epsilon", _without_epsilon)
+        monkeypatch.setattr("crrelu_llm.training.epsilon.split_off_epsilon", _without_epsilon)
         with pytest.raises(InputError, match="the optimiser does not have it"):
             trainer.train()
 

@@ -65,5 +65,6 @@ def test_sft_reads_the_text_column_that_the_recipe_names(workshop):
     data = workshop.data("sft", train=rows, test=rows)
     record = workshop.run("sft", "named", dataset_name=data, dataset_text_field="chosen")
     assert record["steps"] == 3
-    with pytest.raises(InputError, match=r"SFT needs a column messages or text, .*, not chosen, rejected"):
-        workshop.run("sft", "unnamed", dataset_name=data)
+    others = [{"question": row["chosen"], "reply": "no"} for row in rows]
+    with pytest.raises(InputError, match=r"sft needs a column messages or text, .*, not question, reply"):
+        workshop.run("sft", "unnamed", dataset_name=workshop.data("sft", train=others, test=others))

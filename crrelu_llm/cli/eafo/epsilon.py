@@ -60,6 +60,7 @@ def run(argv: list[str]) -> int:
         grid=[],
         tune=[],
         patched_dir=None,
+        after=None,
         discard_models=not args.keep_models,
     )
     command = shlex.join(["crrelu", "eafo", "epsilon", *without_secrets(argv)])

@@ -60,11 +60,7 @@ def describe(report: Report, metric: str) -> dict[str, Any]:
 
 def items_word(report: Report) -> str:
     """What an evaluation item is called."""
-    if report.get("trainer") == "dpo":
-        return "preference pairs"
-    if report.get("trainer") == "eval":
-        return "items"
-    return "blocks of text" if (report.get("recipe") or {}).get("eval_packing") else "documents"
+    return str(report.get("items") or "items")
 
 
 def paired_over(report: Report, entry: dict[str, Any]) -> str:

@@ -40,14 +40,13 @@ class Table:
 def overview(report: Report) -> list[tuple[str, str]]:
     """What was compared, as name and value."""
     recipe, environment = report.get("recipe") or {}, report.get("environment") or {}
-    trainers = {"sft": "supervised fine-tuning (SFT)", "dpo": "direct preference optimisation (DPO)"}
     everything = [run for arm in report.get("arms", []) for run in arm.get("runs", [])]
     seeds = sorted({run["seed"] for run in everything})
     steps = [entry["step"] for run in everything for entry in run.get("history") or []]
     data = {str(entry.get("name")): None for entry in report.get("data", [])}
     facts = [
         ("Model", recipe.get("model_name_or_path")),
-        ("Trainer", trainers.get(str(report.get("trainer")), report.get("trainer"))),
+        ("Trainer", report.get("trainer_label") or report.get("trainer")),
         ("Data", ", ".join(data) or recipe.get("dataset_name")),
         ("Baseline", report.get("baseline")),
         ("Arms", ", ".join(arm["arm"] for arm in report.get("arms", []))),
@@ -194,25 +193,26 @@ def swaps(report: Report) -> Table:
 
 
 def tuning(report: Report) -> Table:
-    """The loss of every try of an arm on the held-out training rows, and what was chosen; no rows without tuning."""
+    """The headline metric of every try on the held-out training rows, and what was chosen; no rows without tuning."""
     tries = (report.get("tuning") or {}).get("tries") or []
-    names = list(dict.fromkeys(name for entry in tries for name in entry["losses"]))
+    names = list(dict.fromkeys(name for entry in tries for name in entry["values"]))
     gridded = any(entry["grid"] for entry in tries)
     table = Table(["arm", *(["grid"] if gridded else []), "chosen", *names], words=3 if gridded else 2)
     for entry in tries:
         chosen = ", ".join(f"{key}={value}" for key, value in (entry["chosen"] or {}).items()) or text.MISSING
         row = [Cell(entry["arm"], arm=entry["arm"]), *([Cell(text.grid_label(entry["grid"]))] if gridded else [])]
         row += [Cell(chosen + (" (at the edge of what was tried)" if entry["at_edge"] else ""))]
-        table.rows.append(row + [Cell(text.number(entry["losses"].get(name), "{:.4f}")) for name in names])
+        table.rows.append(row + [Cell(text.number(entry["values"].get(name), "{:.4f}")) for name in names])
     return table
 
 
 def tuning_hint(report: Report) -> str:
     """What the tries were judged on."""
     about = report.get("tuning") or {}
+    metric = describe(report, about.get("metric", "loss"))["label"]
     return (
-        f"Loss on {about.get('rows')} training rows that no run trains on, seed {about.get('seed')}, the same tries "
-        "for each arm; the lowest is taken for all seeds."
+        f"The {metric} on {about.get('rows')} training rows that no run trains on, seed {about.get('seed')}, the same "
+        "tries for each arm; the best is taken for all seeds."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.comparison.results import HEADLINE, build_report
+from crrelu_llm.comparison.results import build_report
 from crrelu_llm.eafo.density import Array
 from crrelu_llm.errors import InputError
 
@@ -43,10 +43,10 @@ def read_losses(directory: Path) -> dict[str, Any]:
             )
         if arm["activation"] == "native":
             left_out.append({"arm": arm["arm"], "reason": "not swapped"})
-        elif set(runs) != set(seeds) or any(HEADLINE not in run["metrics"] for run in runs.values()):
+        elif set(runs) != set(seeds) or any("loss" not in run["metrics"] for run in runs.values()):
             left_out.append({"arm": arm["arm"], "reason": "runs that are not finished"})
         else:
-            losses = [float(runs[seed]["metrics"][HEADLINE]) for seed in seeds]
+            losses = [float(runs[seed]["metrics"]["loss"]) for seed in seeds]
             arms.append({"arm": arm["arm"], "activation": arm["activation"], "losses": losses})
             more = {key: value for key, value in arm["options"].items() if not key.startswith("calibration")}
             if more:

@@ -7,7 +7,7 @@ from typing import Any
 from scipy.optimize import brentq
 
 from crrelu_llm.comparison.arms import NATIVE
-from crrelu_llm.comparison.results import HEADLINE, NOT_RUN
+from crrelu_llm.comparison.results import NOT_RUN
 from crrelu_llm.errors import InputError
 
 FROZEN, LEARNED_LAYER, LEARNED_CHANNEL = WAYS = ("frozen", "learned per layer", "learned per channel")
@@ -73,11 +73,11 @@ def study(report: dict[str, Any]) -> dict[str, Any]:
     cases = [case for arm in report["arms"] if (case := _case(arm)) is not None]
     cases.sort(key=lambda case: (WAYS.index(case["way"]), case["epsilon_init"]))
     native = next((arm for arm in report["arms"] if arm["arm"] == NATIVE), None)
-    losses = [] if native is None else _finite(run["metrics"].get(HEADLINE) for run in native["runs"])
+    losses = [] if native is None else _finite(run["metrics"].get("loss") for run in native["runs"])
     return {
         **{key: report[key] for key in ("command", "environment", "recipe")},
         "native": {
-            "before": None if native is None else native["before"].get(HEADLINE),
+            "before": None if native is None else native["before"].get("loss"),
             "after": statistics.fmean(losses) if losses else None,
         },
         "cases": cases,
@@ -94,9 +94,9 @@ def _case(arm: dict[str, Any]) -> dict[str, Any] | None:
     way = FROZEN if frozen else f"learned per {options.get('epsilon_per', 'layer')}"
     reasons = {run["seed"]: reason for run in arm["runs"] if (reason := _why_failed(run))}
     good = [run for run in arm["runs"] if run["seed"] not in reasons]
-    losses = [run["metrics"][HEADLINE] for run in good]
+    losses = [run["metrics"]["loss"] for run in good]
     epsilons = _finite(value for run in good for value in run["epsilon"].values())
-    before = _finite([arm["before"].get(HEADLINE)])
+    before = _finite([arm["before"].get("loss")])
     return {
         "way": way,
         "epsilon_init": float(options["epsilon_init"]),
@@ -116,7 +116,7 @@ def _case(arm: dict[str, Any]) -> dict[str, Any] | None:
 def _why_failed(run: dict[str, Any]) -> str | None:
     if run["status"] != "done":
         return str(run.get("error") or run["status"])
-    return None if _finite([run["metrics"].get(HEADLINE)]) else "the loss after training is no number"
+    return None if _finite([run["metrics"].get("loss")]) else "the loss after training is no number"
 
 
 def _finite(values: Any) -> list[float]:

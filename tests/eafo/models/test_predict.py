@@ -16,7 +16,7 @@ ARMS = ("relu", "gelu", "silu", "mish", "crrelu")
 def write_comparison(directory, arms=ARMS, seeds=(0, 1), points=({},), losses=None, **recipe):
     """The files of a comparison that `crrelu compare` would have left, with losses that are made up."""
     from crrelu_llm.comparison.arms import arm_dir, grid_name
-    from crrelu_llm.comparison.matrix import SETTINGS
+    from crrelu_llm.comparison.settings import SETTINGS
 
     asked = [[arm, grid_name(point), seed] for arm in arms for point in points for seed in seeds]
     settings = {

@@ -1,0 +1,53 @@
+"""Evaluates a reward model: accuracy, margin and loss on preference pairs, one value a pair."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from crrelu_llm.evaluation.items import SHOWN, Evaluated, batches, columns_of, evaluating
+from crrelu_llm.evaluation.measured import wins
+from crrelu_llm.evaluation.metrics import PairwisePreference
+
+
+def evaluate_reward(trainer: Any) -> Evaluated:
+    """Loss of the pairs, the accuracy of the rewards and their margin; items are the pairs.
+
+    The loss is −log σ(chosen − rejected − the row's own margin), with the trainer's `center_rewards_coefficient`.
+    """
+    rows = []
+    with evaluating(trainer) as model:
+        for batch in batches(trainer):
+            own = batch.pop("margin", None)
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                rewards = model(**batch, use_cache=False).logits.squeeze(-1).double()
+            chosen, rejected = rewards.chunk(2)  # a batch is [chosen, rejected]
+            lengths = [half.double() for half in batch["attention_mask"].sum(1).chunk(2)]
+            own = torch.zeros_like(chosen) if own is None else own.double()
+            row = torch.stack([chosen, rejected, *lengths, own], dim=1)
+            rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
+    chosen, rejected, chosen_tokens, rejected_tokens, own = torch.cat(rows).numpy().T
+    metrics = PairwisePreference(keep_in_memory=True).compute(
+        chosen_reward=chosen,
+        rejected_reward=rejected,
+        chosen_tokens=chosen_tokens.astype(int),
+        rejected_tokens=rejected_tokens.astype(int),
+    )
+    margins = chosen - rejected
+    centre = trainer.args.center_rewards_coefficient or 0.0
+    losses = np.logaddexp(0.0, -(margins - own)) + centre * (chosen + rejected) ** 2
+    items = {"loss": losses, "reward_accuracy": wins(margins), "reward_margin": margins}
+    return metrics | {"loss": float(losses.mean())}, {name: values.tolist() for name, values in items.items()}
+
+
+def scored_texts(trainer: Any) -> list[dict[str, Any]]:
+    """What to show of each pair: the beginning that its two texts share as the prompt, and how each goes on."""
+    names = ("chosen_ids", "rejected_ids")
+    if not set(names) <= columns_of(trainer.eval_dataset):
+        return []
+    decode, shown = trainer.processing_class.decode, []
+    for chosen, rejected in zip(*(trainer.eval_dataset[name] for name in names), strict=True):
+        alike = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
+        answers = [decode(side[alike : alike + SHOWN])[:SHOWN] for side in (chosen, rejected)]
+        shown.append({"prompt": decode(chosen[:alike])[-SHOWN:], "options": answers})
+    return shown
