@@ -225,8 +225,8 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             raise InputError("unpatch: `original` is not the model that was patched: its weights differ") from error
     elif found.get("weights_changed"):
         logger.warning(
-            "the weights have changed since the patch, by training, refit or --fold, and stay so: the model is not what "
-            "it was before; give unpatch(model, original=...), or load the original checkpoint"
+            "the weights have changed since the patch, by training, refit or --fold, and stay so: the model is not "
+            "what it was before; give unpatch(model, original=...), or load the original checkpoint"
         )
 
 
