@@ -59,6 +59,7 @@ def test_a_folded_network_goes_back_and_keeps_what_it_computes_where_that_is_fit
         found = load_model(str(tmp_path / name))
         assert found.state_dict().keys() == original.state_dict().keys()  # nothing around the activation
         assert found.config.activation_function == "gelu_new"
+        assert "crrelu_llm is not needed" in (tmp_path / name / "README.md").read_text()
         assert found.config.crrelu["weights_changed"] is (name == "fitted")
 
 

@@ -3,6 +3,7 @@
 Each in its own environment; `python serving.py compare A.json B.json` then says how they differ.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ QUESTIONS = (
     "Give me a short recipe for pancakes.",
     "Who wrote Hamlet?",
 )
-NEW = 64
+NEW = 32
 OPTIONS = {"dtype": "float32", "max_model_len": 512, "gpu_memory_utilization": 0.5}
 
 
@@ -54,6 +55,8 @@ def by_transformers(directory: str, trust_remote_code: bool = False) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
+    with contextlib.suppress(ImportError):  # a bare environment has it not
+        import crrelu_llm  # noqa: F401
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
