@@ -98,6 +98,23 @@ def test_a_quantised_model():
         graph.require_exportable(model, "m")
 
 
+def test_a_format_that_cannot_hold_the_model(capsys, tmp_path, checkpoint, monkeypatch):
+    auto = pytest.importorskip("transformers.exporters.auto")
+
+    def fails(*args):
+        raise RuntimeError("no operator\nfor aten::nonzero")
+
+    monkeypatch.setattr(auto.AutoHfExporter, "from_config", lambda made: SimpleNamespace(export=fails))
+    monkeypatch.setattr(export, "require", lambda name, dtype: formats.FORMATS[name])
+    monkeypatch.setattr(formats, "require", export.require)
+    assert (
+        command_line.main(["export", str(checkpoint), "--format", "onnx", "--output_dir", str(tmp_path / "out")]) == 2
+    )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "onnx cannot hold this llama: no operator for aten::nonzero; choose another --format" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def half_exported(monkeypatch, all_installed):
     """As if a format stopped in the middle of its file."""
