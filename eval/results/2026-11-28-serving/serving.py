@@ -19,7 +19,7 @@ QUESTIONS = (
     "Give me a short recipe for pancakes.",
     "Who wrote Hamlet?",
 )
-NEW = 32
+NEW = 64
 OPTIONS = {"dtype": "float32", "max_model_len": 512, "gpu_memory_utilization": 0.5}
 
 
