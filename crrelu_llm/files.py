@@ -44,8 +44,7 @@ def write_json(path: Path, content: Any) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(path)
         try:
             scratch.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             sync(scratch)
@@ -57,6 +56,14 @@ def write_json(path: Path, content: Any) -> None:
 def is_leftover(path: Path) -> bool:
     """Whether a file or directory is what a killed writer of ours left behind, or the file that `alone` locks."""
     return path.name.endswith(_LOCK) or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed writers of `path` left beside it, `.NAME.PROCESS.tmp`; nobody else may be writing it."""
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.(\d+|removed)\.tmp")  # not of what is called `NAME.MORE`
+    for other in path.parent.glob(".*.tmp"):
+        if leftover.fullmatch(other.name):
+            remove(other)
 
 
 @contextlib.contextmanager

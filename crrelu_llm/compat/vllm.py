@@ -69,6 +69,11 @@ def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
             f"{name}: vLLM runs fused experts ({experts}) with kernels that do not call the patched activation; "
             "serve this model with transformers"
         )
+    if tensor_parallel_size > 1 and config.model_type == "gpt2":
+        raise InputError(
+            f"{name}: vLLM cannot share a gpt2 model among processes (its attention would get heads that it does not "
+            "expect); leave --tensor-parallel-size out"
+        )
     plan = getattr(config.get_text_config(), "base_model_tp_plan", None)
     widths = sorted({site["num_channels"] for site in found["sites"]}) if plan else []
     for width in widths:

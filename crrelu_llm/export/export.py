@@ -13,7 +13,7 @@ from crrelu_llm.errors import InputError, reading
 from crrelu_llm.export import check, graph, runtimes, standalone
 from crrelu_llm.export.formats import require, versions_of
 from crrelu_llm.export.quiet import quiet
-from crrelu_llm.files import remove, sync, write_json, writing
+from crrelu_llm.files import remove, remove_leftovers, sync, write_json, writing
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.guard import check as check_patch
 from crrelu_llm.patching.transform import require_space
@@ -32,6 +32,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Exports a patched MODEL, and checks the export on its own runtime.
 
+    What a killed export to the same place left beside it goes; the command sees to it that no other one works there.
+
     Args:
         model: Hub name or directory of a patched checkpoint.
         format_name: `onnx`, `openvino`, `executorch` or `transformers`.
@@ -49,6 +51,9 @@ def export_model(
         DiskError: The disk is full or read-only.
     """
     started = time.perf_counter()
+    target = Path(output_dir).resolve()
+    with writing(str(target)):
+        remove_leftovers(target)
     found = require(format_name, dtype)
     require_patched(loading.load_config(model, trust_remote_code=trust_remote_code), model)
     tell(f"loading {model}")
@@ -58,7 +63,6 @@ def export_model(
     graph.require_exportable(loaded, model)
     check_patch(loaded)
     require_space(loaded, output_dir, copies=1)
-    target = Path(output_dir).resolve()
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     ids = check.tokens(tokenizer, loaded.config.get_text_config().vocab_size)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from crrelu_llm.compat.transformers import dequantising, loading_whole, saving_here
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.files import remove, sync, writing
+from crrelu_llm.files import remove, remove_leftovers, sync, writing
 
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
@@ -149,8 +149,7 @@ def save(
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with writing(str(target)), saving_here(model):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-            remove(leftover)
+        remove_leftovers(target)
         try:
             model.save_pretrained(scratch)
             if tokenizer is not None:

@@ -61,6 +61,7 @@ def patch(
     tokenizer: Any = None,
     blocks: torch.Tensor | None = None,
     progress: Progress | None = None,
+    compared: dict[str, nn.Module] | None = None,
     **options: Any,
 ) -> PatchReport:
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
@@ -75,6 +76,8 @@ def patch(
         tokenizer: Needed to calibrate, where no `blocks` are given.
         blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
         progress: Where a calibration keeps its finished layers (`patch_checkpoint` gives it).
+        compared: By the path of the site, what a calibration compares with in place of the original activation (see
+            `trained_activations`; `patch_checkpoint` gives it).
         **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
 
     Returns:
@@ -97,12 +100,13 @@ def patch(
         raise InputError("the model has adapters: patch the base model, then add adapters (or merge them first)")
     found = section.read(model.config)
     if found is None:
-        return _patch(model, config, tokenizer, blocks, progress)
+        return _patch(model, config, tokenizer, blocks, progress, compared or {})
     section.check_may_be_patched_again(found, config, "the model")
     modules = {path: model.get_submodule(path) for path in _sites_of(model, found)}
+    compared = trained_activations(model, config)
     unpatch(model)
     try:
-        return _patch(model, config, tokenizer, blocks, progress)
+        return _patch(model, config, tokenizer, blocks, progress, compared)
     except BaseException as error:
         found["weights_changed"] |= getattr(error, "weights_changed", False)
         hidden.expose(model, modules)
@@ -121,6 +125,7 @@ def _patch(
     tokenizer: Any,
     blocks: torch.Tensor | None,
     progress: Progress | None,
+    compared: dict[str, nn.Module],
 ) -> PatchReport:
     every_site, left_alone = survey(model)
     sites = _selected(every_site, config)
@@ -152,6 +157,8 @@ def _patch(
         keys = section.mlp_config_keys(model, every_site)
         if config.calibrates:
             assert blocks is not None
+            for path, module in compared.items():
+                swap_in(model, path, module, None)
             done = calibration.calibrate(model, sites, blocks, config, build, swap, progress)
         else:
             for site in sites:
@@ -164,7 +171,7 @@ def _patch(
     if config.activation == "crrelu":
         fused.fuse(model, paths, config.recompute_activation)
     records = {} if done is None else done.records
-    changed = any(entry.changed_weights for entry in records.values())
+    changed = bool(compared) or any(entry.changed_weights for entry in records.values())
     section.write(model.config, config, sites, keys, changed, kept if keys else [])
     _keep_in_float32(model, paths)
     report = _report(model, config, sites, left_alone, records)
@@ -178,6 +185,17 @@ def _selected(sites: list[Site], config: PatchConfig) -> list[Site]:
     layers = list(dict.fromkeys(site.layer for site in sites))
     wanted = {layers[number] for number in config.selected(len(layers))}
     return [site for site in sites if site.layer in wanted]
+
+
+def trained_activations(model: PreTrainedModel, config: PatchConfig) -> dict[str, nn.Module]:
+    """The activations that a patched model's weights were trained, refitted or folded for, by the paths of the sites.
+
+    These, not the originals, are what another calibration compares with. None where the weights are the original ones.
+    """
+    found = section.read(model.config)
+    if found is None or not found.get("weights_changed", False) or not config.calibrates:
+        return {}
+    return {path: model.get_submodule(path) for path in _sites_of(model, found)}
 
 
 def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
@@ -217,8 +235,8 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             raise InputError("unpatch: `original` is not the model that was patched: its weights differ") from error
     elif found.get("weights_changed"):
         logger.warning(
-            "the weights have changed since the patch, by training or refit, and stay so: the model is not what it "
-            "was before; give unpatch(model, original=...), or load the original checkpoint"
+            "the weights have changed since the patch, by training, refit or --fold, and stay so: the model is not "
+            "what it was before; give unpatch(model, original=...), or load the original checkpoint"
         )
 
 

@@ -48,6 +48,7 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     """
     originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
     activation = section["activation"]
+    goes_without_us = activation == originals and not section.get("calibrated")
     if activation == "crrelu":
         activation = "CRReLU, `max(0, x) + ε·x·exp(−x²/2)` with a learnable ε (arXiv 2405.12954)"
     calibrated = ", calibrated to keep the model's function" if section.get("calibrated") else ""
@@ -55,6 +56,14 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
         f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
     )
     lines = [what, *how_to_load(name, standalone)]
+    if goes_without_us:
+        lines = [
+            f"The activation of its {len(section['sites'])} MLPs is {activation}, the original one, put back by "
+            "`crrelu patch`; no other number is around it.",
+            f'Load it like every model of its family: `AutoModelForCausalLM.from_pretrained("{name}")`; crrelu_llm is '
+            "not needed.",
+            f"Serve it: `vllm serve {name}`.",
+        ]
     text = f"{header}{MARK}\n# {name}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")
 

@@ -79,16 +79,18 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfi
     """Whether a model with this section, called `name`, may be patched to `patch_config`.
 
     Raises:
-        InputError: It has been patched in the same way already; or its weights were trained or refitted, and are no
-            longer those that a calibration compares with. Back to the original activation they may go as they are.
+        InputError: It has been patched in the same way already; or its weights were trained, refitted or folded, and
+            fit the activation that it has. Back to the original one they may go.
     """
     activation = section["activation"]
     originals = {site["original"] for site in section["sites"]}
-    goes_back = originals == {patch_config.activation} and not patch_config.calibrates
+    goes_back = originals == {patch_config.activation}
+    if section.get("weights_changed", False) and goes_back and patch_config.selects:
+        raise InputError(f"{name}: its weights fit {activation} in every layer; go back without layers and every")
     if section.get("weights_changed", False) and not goes_back:
         raise InputError(
             f"{name} is already patched to {activation}, and its weights were fitted to that; start from the original "
-            f"checkpoint, or go back with activation {' or '.join(sorted(originals))}, calibration none"
+            f"checkpoint, or go back with activation {' or '.join(sorted(originals))}"
         )
     if activation != patch_config.activation:
         return

@@ -23,7 +23,7 @@ from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import require_finite
 from crrelu_llm.patching.fold import Linears, find_linears
 from crrelu_llm.patching.fold import fold as fold_into
-from crrelu_llm.patching.patch import patch, unpatch
+from crrelu_llm.patching.patch import patch, trained_activations, unpatch
 from crrelu_llm.patching.sites import find_sites
 
 REPORT = "patch_report.json"
@@ -161,6 +161,7 @@ def _patch(
 ) -> dict[str, Any]:
     """Patches a loaded model; what the report says of it."""
     found = section.read(model.config)
+    compared = trained_activations(model, config)
     as_it_was: dict[str, float] = {}
     if found is not None:
         section.check_may_be_patched_again(found, config, name)
@@ -176,7 +177,7 @@ def _patch(
             patch(model, replace(config, calibration="none", density="standard"))
             measured["after_naive"] = perplexity(model, tokenizer)
             unpatch(model)
-    done = patch(model, config, blocks=blocks, progress=progress)
+    done = patch(model, config, blocks=blocks, progress=progress, compared=compared)
     if linears is not None:
         patched = {entry["path"] for entry in done.sites}
         fold_into(model, {path: around for path, around in linears.items() if path in patched})

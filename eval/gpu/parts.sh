@@ -21,7 +21,11 @@ part() {
         note "$name" skipped 0 "$limit" "no time was left"
         return 0
     fi
-    timeout --signal=INT --kill-after=$GRACE "$limit" "$@" >"$WORK/parts/$name/log" 2>&1 </dev/null || code=$?
+    # In a shell of its own, which has nowhere to say that something was killed.
+    (
+        timeout --signal=INT --kill-after=$GRACE "$limit" "$@" >"$WORK/parts/$name/log" 2>&1 </dev/null
+        exit $?
+    ) 2>/dev/null || code=$?
     took=$((SECONDS - began))
     case $code in
         0) note "$name" ok $took "$limit" "" ;;

@@ -53,7 +53,7 @@ fi
 ((!dry)) || export CUDA_VISIBLE_DEVICES=
 
 # The first start of torch on a cold machine; whether there is a GPU decides the sizes.
-part environment 60 bash -c '(nvidia-smi || true); "$0" -m crrelu_llm env --json >"$1" && cat "$1"' \
+part environment 120 bash -c '(nvidia-smi || true); "$0" -m crrelu_llm env --json >"$1" && cat "$1"' \
     "$PYTHON" "$WORK/parts/environment/environment.json"
 device=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["environment"]["device"])' \
     "$WORK/parts/environment/environment.json" 2>/dev/null) || { cat "$WORK/parts/environment/log" >&2; exit 1; }

@@ -81,7 +81,7 @@ def _said(folder: Path, results: dict[str, Any]) -> str:
         return f"{about['device']}, Python {about['python']}, {versions}"
     if calibration and "agree" in calibration:
         word = "agree" if calibration["agree"] else "do not agree"
-        return f"GPU and CPU {word}: perplexity ratio {calibration['perplexity_ratio']:.5f}"
+        return f"the two calibrations {word}: perplexity ratio {calibration['perplexity_ratio']:.5f}"
     if cases := (results.get("bench") or {}).get("cases"):
         return f"{len(cases)} cases"
     log = folder / "log"

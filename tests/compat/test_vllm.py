@@ -107,9 +107,15 @@ class TestCheck:
 
     def test_sizes_that_do_not_divide(self, llama):
         self.refused(llama, "48 channels, which --tensor-parallel-size 5 does not divide", size=5)
-        model = tiny_model("gpt2")  # has no plan of transformers: its MLPs are whole everywhere
+        model = tiny_model("opt")  # has no plan of transformers: its MLPs are whole everywhere
         patch(model, calibration="none")
-        check(model.config, "transformers", 3)
+        check(model.config, "transformers", 5)
+
+    def test_gpt2_on_several_processes(self):
+        model = tiny_model("gpt2")
+        patch(model, calibration="none")
+        check(model.config, "transformers", 1)
+        self.refused(model, "leave --tensor-parallel-size out", size=2)
 
     def test_fused_experts(self):
         model = tiny_model("mixtral")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import crrelu_llm
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.errors import InputError
 from crrelu_llm.export import check, export, formats, graph, standalone
+from crrelu_llm.files import alone
 
 
 def patched(family, epsilon_per="layer", calibrated=False, **overrides):
@@ -91,13 +93,32 @@ def test_an_unpatched_model_is_sent_to_transformers_own_exporters(capsys, tmp_pa
 
 
 def test_a_quantised_model():
-    model = patched("llama")
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    model = SimpleNamespace(config=SimpleNamespace(quantization_config={"quant_method": "bitsandbytes"}))
     with pytest.raises(InputError, match="quantised"):
         graph.require_exportable(model, "m")
 
 
-def test_nothing_is_left_of_an_export_that_fails(capsys, tmp_path, checkpoint, all_installed, monkeypatch):
+def test_a_format_that_cannot_hold_the_model(capsys, tmp_path, checkpoint, monkeypatch):
+    auto = pytest.importorskip("transformers.exporters.auto")
+
+    def fails(*args):
+        raise RuntimeError("no operator\nfor aten::nonzero")
+
+    monkeypatch.setattr(auto.AutoHfExporter, "from_config", lambda made: SimpleNamespace(export=fails))
+    monkeypatch.setattr(export, "require", lambda name, dtype: formats.FORMATS[name])
+    monkeypatch.setattr(formats, "require", export.require)
+    assert (
+        command_line.main(["export", str(checkpoint), "--format", "onnx", "--output_dir", str(tmp_path / "out")]) == 2
+    )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "onnx cannot hold this llama: no operator for aten::nonzero; choose another --format" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def half_exported(monkeypatch, all_installed):
+    """As if a format stopped in the middle of its file."""
+
     class Exported:
         def save_pretrained(self, directory):
             directory.mkdir()
@@ -105,9 +126,29 @@ def test_nothing_is_left_of_an_export_that_fails(capsys, tmp_path, checkpoint, a
             raise ValueError("no such operator")
 
     monkeypatch.setattr(graph, "trace", lambda *args: Exported())
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, checkpoint, half_exported):
     with pytest.raises(ValueError, match="no such operator"):
         export.export_model(str(checkpoint), "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(capsys, tmp_path, checkpoint, half_exported, monkeypatch):
+    call = (str(checkpoint), "onnx", tmp_path / "out")
+    with monkeypatch.context() as killed, pytest.raises(ValueError, match="no such operator"):
+        killed.setattr(export, "remove", lambda path: None)  # what comes after a kill is never reached
+        export.export_model(*call)
+    (left,) = tmp_path.iterdir()
+    left.rename(tmp_path / ".out.1.tmp")
+    (tmp_path / ".out.onnx.1.tmp").mkdir()  # of an export to out.onnx, which may still run
+    with alone(tmp_path, "crrelu export", ".out.lock"):  # held as long as the first one runs
+        line = refused(capsys, checkpoint, "--format", "onnx", "--output_dir", tmp_path / "out")
+    assert "another `crrelu export` is at work there" in line
+    assert (tmp_path / ".out.1.tmp" / "model.onnx").read_text() == "half"
+    with pytest.raises(ValueError, match="no such operator"):
+        export.export_model(*call)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.onnx.1.tmp"]
 
 
 class Wrong:
@@ -140,12 +181,17 @@ def test_the_report_of_a_runtime_that_agrees():
     assert json.dumps(found)
 
 
-FAMILIES = [("llama", "channel", True), ("gpt2", "layer", True), ("phi3", "channel", False)]
+# family, ε per, calibrated, sizes: of one layer, and few channels to calibrate
+FAMILIES = [
+    ("llama", "channel", True, {"num_hidden_layers": 1}),
+    ("gpt2", "layer", True, {"n_layer": 1, "n_inner": 16}),
+    ("phi3", "channel", False, {"num_hidden_layers": 1}),
+]
 
 
-@pytest.mark.parametrize(("family", "epsilon_per", "calibrated"), FAMILIES)
-def test_the_graph_holds_plain_operations_and_computes_the_same(family, epsilon_per, calibrated):
-    model = patched(family, epsilon_per, calibrated)
+@pytest.mark.parametrize(("family", "epsilon_per", "calibrated", "sizes"), FAMILIES)
+def test_the_graph_holds_plain_operations_and_computes_the_same(family, epsilon_per, calibrated, sizes):
+    model = patched(family, epsilon_per, calibrated, **sizes)
     ids = token_ids(batch=1, length=10)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits

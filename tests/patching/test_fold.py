@@ -29,6 +29,40 @@ def test_a_folded_network_computes_the_same_with_the_activation_alone(tmp_path, 
     assert section["version"] == 1 and section["weights_changed"] and "calibrated" not in section
 
 
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """The nano, its calibrated CRReLU folded."""
+    path = tmp_path_factory.mktemp("folded") / "crrelu"
+    patch_checkpoint("builtin:nano", PatchConfig(**OPTIONS), path, fold=True)
+    return path
+
+
+def test_a_folded_network_goes_back_and_keeps_what_it_computes_where_that_is_fitted(folded, tmp_path, caplog):
+    """GPT-2 for llama.cpp: GELU without numbers around it, fitted to the CRReLU that the weights were folded for."""
+
+    def back(name, **options):
+        config = PatchConfig("gelu_new", **options)
+        fold = options["calibration"] == "fit"
+        return patch_checkpoint(str(folded), config, tmp_path / name, fold=fold, perplexity=measure)["perplexity"]
+
+    def measure(model, _):
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.exp().item()
+
+    ids = torch.arange(40, 168)[None]
+    plain, fitted = back("plain", calibration="none"), back("fitted", calibration="fit", **OPTIONS)
+    assert "the weights have changed since the patch, by training, refit or --fold, and stay so" in caplog.text
+    assert plain["patched"] == fitted["patched"] and plain["after"] == fitted["after_naive"]
+    assert abs(fitted["after"] / fitted["patched"] - 1) < 0.2 * abs(plain["after"] / plain["patched"] - 1)
+    original = load_model("builtin:nano")
+    for name in ("plain", "fitted"):
+        found = load_model(str(tmp_path / name))
+        assert found.state_dict().keys() == original.state_dict().keys()  # nothing around the activation
+        assert found.config.activation_function == "gelu_new"
+        assert "crrelu_llm is not needed" in (tmp_path / name / "README.md").read_text()
+        assert found.config.crrelu["weights_changed"] is (name == "fitted")
+
+
 def test_what_is_not_calibrated_cannot_be_folded(tiny_checkpoint, tmp_path, capsys):
     argv = ["patch", str(tiny_checkpoint), "--output_dir", str(tmp_path / "out"), "--calibration", "none", "--fold"]
     assert main(argv) == 2

@@ -148,3 +148,11 @@ def test_the_command_patches_some_layers(tmp_path, capsys):
     assert report["options"]["layers"] == "0-1" and report["options"]["every"] == 1
     assert main([*argv, str(tmp_path / "none"), "--layers", "4"]) == 2
     assert capsys.readouterr().err.endswith("crrelu patch: layers: 4: the model has 4 layers, 0 to 3\n")
+
+
+def test_a_trained_model_goes_back_in_all_its_layers_or_not_at_all():
+    model = tiny_model("llama", num_hidden_layers=2)
+    patch(model, calibration="none")
+    model.config.crrelu["weights_changed"] = True
+    with pytest.raises(InputError, match="its weights fit crrelu in every layer; go back without layers and every"):
+        patch(model, "silu", calibration="none", layers="0")

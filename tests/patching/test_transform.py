@@ -149,6 +149,27 @@ def test_trained_weights_may_go_back_to_the_original_activation_as_they_are(tiny
     assert back.config.activation_function == "gelu_new"
 
 
+def test_a_calibration_on_the_way_back_fits_what_the_trained_model_computes(tiny_llama_checkpoint, tmp_path):
+    config = PatchConfig(epsilon_per="channel", calibration_tokens=1024)
+    patch_checkpoint(str(tiny_llama_checkpoint), config, tmp_path / "one")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        for layer in model.model.layers:  # each channel elsewhere, as a long training leaves it
+            layer.mlp.act_fn.epsilon.add_(torch.linspace(-0.5, 1.0, layer.mlp.act_fn.num_channels))
+    model.config.crrelu["weights_changed"] = True
+    model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(tiny_llama_checkpoint).save_pretrained(tmp_path / "trained")
+    backs = {"fit": PatchConfig("silu", calibration_tokens=1024), "none": PatchConfig("silu", calibration="none")}
+    errors = {}
+    for name, config in backs.items():
+        patch_checkpoint(str(tmp_path / "trained"), config, tmp_path / name)
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        errors[name] = (logits(back) - logits(model)).norm().item()
+    assert errors["fit"] < 0.5 * errors["none"]
+    with pytest.raises(InputError, match="weights were fitted to that"):
+        patch_checkpoint(str(tmp_path / "trained"), PatchConfig("relu"), tmp_path / "other")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float31", "Tensor"])
 def test_an_impossible_dtype_is_refused(dtype, tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=f"unknown dtype '{dtype}'; choose float32, bfloat16, float16"):

@@ -79,13 +79,14 @@ def test_without_the_package_a_standalone_checkpoint_does_and_another_fails(chec
     assert found["plain"] == {"error": "KeyError: 'crrelu'"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_two_processes_share_the_channels(checkpoints, site, family):
-    found, output = answers(checkpoints, site, {family: (f"{family}-crrelu", BASE | {"tensor_parallel_size": 2})})
-    if "is not available" in str(found[family]):
-        pytest.skip(str(found[family]))
-    same, largest = differences(checkpoints / f"{family}-crrelu", found[family])
+def test_two_processes_share_the_channels(checkpoints, site):
+    shared = BASE | {"tensor_parallel_size": 2}
+    requests = {"two": ("llama-crrelu", shared), "gpt2": ("gpt2-crrelu", shared)}
+    # vLLM binds each process to cores of its own, and keeps one for itself: too many for a machine of two.
+    found, output = answers(checkpoints, site, requests, VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
+    same, largest = differences(checkpoints / "llama-crrelu", found["two"])
     assert same and largest < 1e-4, output[-2000:]
+    assert "leave --tensor-parallel-size out" in found["gpt2"]["error"]
 
 
 def test_refusals(checkpoints, site):

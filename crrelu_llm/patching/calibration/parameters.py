@@ -66,7 +66,7 @@ def fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_pe
     """Minimises Σ w(x)·(original(x) − gain·f(scale·(x + shift)) − offset)² for each channel.
 
     Args:
-        original: The old activation, elementwise.
+        original: The old activation, elementwise or of each channel.
         target: The new one, without the four: CRReLU, whose ε is fitted too, or any elementwise activation.
         histogram: The inputs, and w.
         epsilon_per: One ε for the `"layer"`, or one for each `"channel"`.
@@ -81,8 +81,7 @@ def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_p
     weights = _with_priors(histogram, x)
     counted = weights.sum(0) > 0
     x, weights = x[counted], weights[:, counted]
-    with torch.no_grad():
-        y = original(x)
+    y = _of_each_channel(original, x, len(weights))
     if not isinstance(target, CRReLU):
         return _of_channels([lambda t: target(t.double()).to(t.dtype)], weights, x, y)
     relu, bump = _parts(target)
@@ -109,12 +108,18 @@ def relative_error(original: nn.Module, activation: nn.Module, histogram: Histog
     """
     weights = histogram.held_back if float(histogram.held_back.sum()) > 0 else histogram.weights
     x = histogram.points
-    y = copy.deepcopy(original).cpu().double()(x)
-    new, inputs = copy.deepcopy(activation).cpu(), x[:, None].expand(-1, len(weights)).float()
-    # In parts so small that the plain formula serves: nothing is compiled for this.
-    values = torch.cat([new(part) for part in inputs.split(max(1, _SMALL // len(weights)))]).T.double()
-    total = float((weights @ (y * y)).sum())
+    y = _of_each_channel(copy.deepcopy(original).cpu().double(), x, len(weights))
+    values = _of_each_channel(copy.deepcopy(activation).cpu(), x.float(), len(weights)).double()
+    total = float((weights * y * y).sum())
     return math.sqrt(float((weights * (values - y) ** 2).sum()) / total) if total > 0 else 0.0
+
+
+@torch.no_grad()
+def _of_each_channel(activation: nn.Module, x: Tensor, channels: int) -> Tensor:
+    """What an activation makes of the same inputs in each channel, `(channels, inputs)`."""
+    inputs = x[:, None].expand(-1, channels)
+    # In parts so small that the plain formula serves: nothing is compiled for this.
+    return torch.cat([activation(part) for part in inputs.split(max(1, _SMALL // channels))]).T
 
 
 @contextlib.contextmanager
@@ -161,11 +166,11 @@ def _parts(target: CRReLU) -> tuple[Curve, Curve]:
 def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor) -> Parameters:
     """The best numbers of each channel; with two curves, the factor of the second over that of the first is ε."""
     parts = []
-    for some in weights.split(_CHANNELS):
+    for some, values in zip(weights.split(_CHANNELS), y.split(_CHANNELS), strict=True):
         both = []
         for sign in (1, -1):  # each way round has a minimum of its own
-            scale, shift = _start(curves, some, x, y, sign * _SCALES)
-            both.append(_refine(curves, some.float(), x.float(), y.float(), scale.float(), shift.float()))
+            scale, shift = _start(curves, some, x, values, sign * _SCALES)
+            both.append(_refine(curves, some.float(), x.float(), values.float(), scale.float(), shift.float()))
         (numbers, loss), (others, other_loss) = both
         better = other_loss < loss
         parts.append(torch.where(better[:, None], others, numbers))
@@ -180,8 +185,9 @@ def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scale
     """The scale, of these, and the shift that leave each channel the least error, `(channels,)` each."""
     best = torch.full((len(weights),), math.inf, dtype=torch.float64)
     scale, shift = torch.ones_like(best), torch.zeros_like(best)
+    weighted = weights * y
     for candidate in _SHIFTS:
-        left = _Moments(curves, weights, x, y, scales, candidate).left()
+        left = _Moments(curves, weights, weighted, x, scales, candidate).left()
         least, row = left.min(0)
         better = least < best
         best = torch.where(better, least, best)
@@ -191,19 +197,22 @@ def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scale
 
 
 class _Moments:
-    """Weighted moments of the curves and of the original's output at one shift, each `(scales, channels)`."""
+    """Weighted moments of the curves and of the original's output at one shift, each `(scales, channels)`.
+
+    `weighted` is that output times its weights.
+    """
 
     def __init__(
-        self, curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor, shift: Tensor
+        self, curves: Sequence[Curve], weights: Tensor, weighted: Tensor, x: Tensor, scales: Tensor, shift: Tensor
     ) -> None:
         t = scales[:, None] * (x + shift)
         values = [curve(t) for curve in curves]
         pairs = [(i, j) for i in range(len(values)) for j in range(i, len(values))]
-        columns = [values[i] * values[j] for i, j in pairs] + values + [value * y for value in values]
+        columns = [values[i] * values[j] for i, j in pairs] + values
         sums = (torch.stack(columns) @ weights.T).unbind()
-        count = len(values)
-        one, mean = weights.sum(1), weights @ y
-        means, matches = sums[len(pairs) : len(pairs) + count], sums[len(pairs) + count :]
+        matches = (torch.stack(values) @ weighted.T).unbind()
+        one, mean = weights.sum(1), weighted.sum(1)
+        means = sums[len(pairs) :]
         # beside a constant
         self.gram = {
             pair: found - means[pair[0]] * means[pair[1]] / one for pair, found in zip(pairs, sums, strict=False)
@@ -237,11 +246,13 @@ class _Moments:
 @torch.no_grad()
 def _common_epsilon(relu: Curve, bump: Curve, weights: Tensor, x: Tensor, y: Tensor) -> float:
     """One ε, where each channel takes the scale, shift, gain and offset that suit it: the best of a grid, refined."""
-    some = weights[:: max(1, len(weights) // _SAMPLE)]
+    every = max(1, len(weights) // _SAMPLE)
+    some, y = weights[::every], y[::every]
     some = some / some.sum().clamp_min(_TINY)  # of any size: the terms that keep divisions finite are small beside 1
     scales = torch.cat([_SCALES, -_SCALES])
-    moments = [_Moments([relu, bump], some, x, y, scales, shift) for shift in _SHIFTS]
-    own = some @ (y * y)
+    weighted = some * y
+    moments = [_Moments([relu, bump], some, weighted, x, scales, shift) for shift in _SHIFTS]
+    own = (weighted * y).sum(1)
 
     def start(epsilon: float) -> tuple[float, Tensor, Tensor]:
         """The loss on the grid, and where it is least."""
@@ -283,7 +294,7 @@ def _refine(
     """
     weights = weights / weights.sum(1, keepdim=True).clamp_min(_TINY)
     sign, logarithm = scale.sign(), scale.abs().log()
-    own = (weights @ (y * y)).clamp_min(_TINY)
+    own = (weights * y * y).sum(1).clamp_min(_TINY)
 
     def at(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Squared error, Gauss–Newton matrix and gradient."""

@@ -3,6 +3,7 @@
 Each in its own environment; `python serving.py compare A.json B.json` then says how they differ.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -54,19 +55,22 @@ def by_transformers(directory: str, trust_remote_code: bool = False) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
+    with contextlib.suppress(ImportError):  # a bare environment has it not
+        import crrelu_llm  # noqa: F401
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     asked = [torch.tensor([ids]) for ids in prompts(directory)]
-    model.generate(asked[0], **options)
-    start = time.perf_counter()
-    answers = [model.generate(ids, **options)[0, ids.shape[1] :] for ids in asked]
-    one = time.perf_counter() - start
     longest = max(ids.shape[1] for ids in asked)
     padded = torch.cat([torch.nn.functional.pad(ids, (longest - ids.shape[1], 0)) for ids in asked])
     mask = torch.cat([torch.arange(longest)[None] >= longest - ids.shape[1] for ids in asked]).long()
+    for warm in ({"inputs": asked[0]}, {"inputs": padded, "attention_mask": mask}):  # CRReLU's loops are compiled
+        model.generate(**warm, **options | {"max_new_tokens": 4})
+    start = time.perf_counter()
+    answers = [model.generate(ids, **options)[0, ids.shape[1] :] for ids in asked]
+    one = time.perf_counter() - start
     start = time.perf_counter()
     model.generate(padded, attention_mask=mask, **options)
     together = time.perf_counter() - start
