@@ -27,7 +27,7 @@ def name(path: Path) -> str:
 
 
 def kind(path: Path) -> str:
-    return next((part for part in path.relative_to(RECIPES).parts if part in KINDS), "sft")
+    return next((part for part in (*path.relative_to(RECIPES).parts, path.stem) if part in KINDS), "sft")
 
 
 def parse(path: Path, *overrides: str):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import Workshop, losses, write_rows
+from runs import LORA, Workshop, losses, write_rows
 from safetensors.torch import load_file
 from scipy.special import expit
 
@@ -72,6 +72,26 @@ def test_epsilon_is_trained_saved_and_loaded_again(kind, workshop):
     if kind == "reward":
         head = load_file(directory / "model.safetensors")["score.weight"]
         assert torch.equal(model.score.weight, head) and head.shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["kto", "reward", "grpo"])
+@pytest.mark.parametrize("bits", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_an_adapter_has_epsilon_and_its_reference_has_not(kind, bits, workshop):
+    """LoRA, and in 4 bits QLoRA: ε is trained in the adapter; switched off, the model is what it was."""
+    options = LORA | {"epsilon_learning_rate": 0.05} | ({"load_in_4bit": True} if bits else {})
+    if kind == "reward":  # TRL trains the head in bfloat16, where the base is in 4 bits
+        options |= {"bf16": bool(bits), "lora_task_type": "SEQ_CLS", "lora_modules_to_save": ["score"]}
+    name = f"{kind}-lora-{bits}"
+    record = workshop.run(kind, name, **options)
+    assert all(abs(record["epsilon"][path] - start) > 1e-4 for path, start in record["epsilon_start"].items())
+    saved = load_file(workshop.folder / name / "adapter_model.safetensors")
+    epsilons = {key: value for key, value in saved.items() if key.endswith("epsilon")}
+    assert sorted(value.item() for value in epsilons.values()) == pytest.approx(sorted(record["epsilon"].values()))
+    assert all(value.dtype == torch.float32 for value in epsilons.values())
+    if kind == "reward":
+        assert any("score" in key for key in saved)
+    if kind == "kto":  # the reference is the model without its adapter: no answer has a reward before the first step
+        assert losses(record)[0] == 0.5
 
 
 def test_the_first_loss_of_kto_is_what_theory_says(workshop):
