@@ -82,7 +82,8 @@ def _watch_phases(state):
     """Makes the functions that begin a phase say so."""
     from crrelu_llm.comparison import report
     from crrelu_llm.patching import calibration, loading, transform
-    from crrelu_llm.training import prepare, run, saving, trainers
+    from crrelu_llm.training import prepare, run, saving
+    from crrelu_llm.training.kinds import all_kinds
 
     def marked(owner, name, phase):
         original = getattr(owner, name)
@@ -100,8 +101,8 @@ def _watch_phases(state):
     marked(transform.loading, "load_model", "patching")
     marked(calibration, "calibrate", "calibrating")
     marked(loading, "save", "patching")
-    marked(trainers.SFT, "__init__", "building")
-    marked(trainers.DPO, "__init__", "building")
+    for kind in all_kinds():
+        marked(kind.trainer, "__init__", "building")
     marked(saving.SavingMixin, "_run_epoch", "step")
     marked(saving.SavingMixin, "_save_checkpoint", "saving a checkpoint")
     marked(run, "save_final_model", "final save")

@@ -10,6 +10,7 @@ import torch
 from runs import LORA, losses
 from safetensors.torch import load_file
 
+from crrelu_llm.patching.loading import head_of, load_config
 from crrelu_llm.recipes_path import recipes_dir
 
 ON_CPU = Path(__file__).with_name("on_cpu.py")
@@ -21,6 +22,10 @@ CASES = {
     "sft-lora": ("sft", LORA | {"lora_dropout": 0.0}),
     "dpo-full": ("dpo", {"max_length": 48}),
     "dpo-lora": ("dpo", LORA | {"lora_dropout": 0.0, "max_length": 48}),
+    # Its loss without the divergence, which TRL estimates on each process's own batch. GRPO and RLOO have no case, as
+    # each process draws other answers.
+    "kto-full": ("kto", {"loss_type": "apo_zero_unpaired", "max_length": 48}),
+    "reward-full": ("reward", {"max_length": 48}),
 }
 
 
@@ -68,12 +73,14 @@ def weights(workshop, name):
 
 def reloaded_logits(workshop, name):
     """Logits of a saved model or adapter, as a plain process loads it."""
+    import transformers
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
 
     folder = workshop.folder / name
-    is_adapter = (folder / "adapter_config.json").is_file()
-    loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    if (folder / "adapter_config.json").is_file():
+        loader = AutoPeftModelForCausalLM
+    else:
+        loader = getattr(transformers, head_of(load_config(str(folder))))
     model = loader.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(6, 38)[None]).logits
