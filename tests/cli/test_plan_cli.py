@@ -9,6 +9,7 @@ from tiny import tiny_config, tiny_model
 
 from crrelu_llm import patch
 from crrelu_llm.cli import main as command_line
+from crrelu_llm.planning import spread
 
 SMALL = ("--per_device_train_batch_size", "2", "--max_length", "32")
 
@@ -20,6 +21,23 @@ def plan(*argv):
 def document(capsys, *argv):
     assert plan(*argv, *SMALL, "--json") == 0
     return json.loads(capsys.readouterr().out)
+
+
+_PLAYED = {}
+
+
+@pytest.fixture(autouse=True)
+def each_step_once(monkeypatch):
+    """A step of one model and job, which takes a second to play, is played once for all tests of this file."""
+    play = spread.play
+
+    def once(config, *job):
+        key = (config.to_json_string(use_diff=False), *job)
+        if key not in _PLAYED:
+            _PLAYED[key] = play(config, *job)
+        return _PLAYED[key]
+
+    monkeypatch.setattr(spread, "play", once)
 
 
 @pytest.fixture
