@@ -16,14 +16,16 @@ pytestmark = pytest.mark.usefixtures("sketched")  # the first comparison below h
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory, tiny_checkpoint):
+def workshop(tmp_path_factory, tiny_checkpoint, text_file):
     """A folder with data and a recipe for both trainers."""
-    return Workshop(tmp_path_factory.mktemp("compare"), tiny_checkpoint)
+    made = Workshop(tmp_path_factory.mktemp("compare"), tiny_checkpoint)
+    made.calibration = {"calibration_tokens": 2048, "calibration_data": str(text_file)}
+    return made
 
 
 def recipe(workshop, kind, **options):
     """A recipe of two steps without an activation section; returns its path."""
-    values = workshop.values(kind, "unused", max_steps=2, calibration_tokens=2048, **options)
+    values = workshop.values(kind, "unused", max_steps=2, **workshop.calibration, **options)
     del values["activation"], values["output_dir"], values["seed"]
     return write_recipe(workshop.folder / f"compare-{kind}.yaml", values)
 
@@ -109,7 +111,7 @@ def test_arms_start_from_their_own_patch(sft):
 
 def test_a_run_is_what_crrelu_sft_gives(sft, workshop):
     """The evaluation before training, and the runs before it in the same process, change nothing."""
-    single = workshop.run("sft", "single", max_steps=2, seed=1, calibration_tokens=2048)
+    single = workshop.run("sft", "single", max_steps=2, seed=1, **workshop.calibration)
     run = json.loads((sft / "crrelu" / "seed-1" / "run.json").read_text())
     assert [entry["loss"] for entry in run["history"]] == [entry["loss"] for entry in single["history"]]
     assert run["epsilon"] == single["epsilon"]
