@@ -125,6 +125,12 @@ def pytest_runtest_setup(item):
         gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def nothing_frozen():
+    """For files that measure memory again and again, which counts what is frozen: 0.1 s each time."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_make_scheduler(config, log):
     """Neighbouring tests in one process, which then makes what they share once: fixtures, imports, compiled loops.
