@@ -50,6 +50,8 @@ _SLOW_WHERE_COMPILED = {
         {"packed", "layer"},
         {"(9, 1)"},
     ],
+    "test_several_blocks_agree_with_the_definition": [set()],  # the blocks are those of the other backends
+    "test_only_the_inputs_are_saved": [{"True"}],
     "test_a_product_of_scalars_is_a_scalar": [set()],
     "test_error_is_below_twice_that_of_the_unfused_product": [
         {"torch.float32"},
