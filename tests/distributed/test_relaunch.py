@@ -18,20 +18,10 @@ def start(workshop, *command):
     return done.returncode, done.stderr
 
 
-def start_here(workshop, monkeypatch, capfd, *command):
-    """The same, but the process that launches is this one, which has imported everything."""
-    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):  # a training in this process leaves the second
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(workshop.folder / "hf"))
-    capfd.readouterr()
-    return main([*command]), capfd.readouterr().err
-
-
-@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "own"])
-def test_two_processes_of_one_command(workshop, monkeypatch, capfd, own):
+@pytest.mark.slow  # one process: training/test_launch_options.py; two of `accelerate launch`: test_launches.py
+def test_two_processes_of_one_command(workshop):
     options = ["--accelerate_config", "ddp", "--num_processes", "2", "--mixed_precision", "no"]
-    command = [*recipe(workshop, "two", "ddp", "sft-full"), *options, "--main_process_port", "0"]
-    status, error = start(workshop, *command) if own else start_here(workshop, monkeypatch, capfd, *command)
+    status, error = start(workshop, *recipe(workshop, "two", "ddp", "sft-full"), *options, "--main_process_port", "0")
     assert status == 0, error
     assert main(recipe(workshop, "one", None, "sft-full")) == 0
     assert record(workshop, "two")["environment"]["processes"] == 2
