@@ -39,7 +39,7 @@ PYTHON=$1 WORK=$2 OUT=$3 BUDGET=60
 GRACE=1
 part first 10 bash -c 'echo {\"value\": 1} >"$1"; echo done' _ "$WORK/parts/first/result.json"
 part second 10 bash -c 'echo to stderr >&2; exit 7'
-part third 1 bash -c 'trap "" INT; echo hangs; while true; do sleep 1; done'
+part third 3 bash -c 'trap "" INT; echo hangs; while true; do sleep 1; done'
 part fourth 10 no-such-command
 part fifth 10 echo 'the last one'
 BUDGET=$SECONDS
@@ -62,7 +62,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     }  # fmt: skip
     assert parts["first"]["results"] == {"result": {"value": 1}}
     assert (parts["second"]["why"], parts["second"]["said"]) == ("exit status 7", "to stderr")
-    assert 1 <= parts["third"]["seconds"] <= 4 and parts["third"]["said"] == "hangs"
+    assert 3 <= parts["third"]["seconds"] <= 5 and parts["third"]["said"] == "hangs"
     assert (parts["sixth"]["why"], parts["seventh"]["why"]) == ("no time was left", "no reason")
     lines = (out / "summary.txt").read_text().splitlines()
     assert lines[0].split()[:4] == ["part", "status", "seconds", "limit"]
