@@ -159,7 +159,7 @@ def test_fused_experts_are_planned_in_bfloat16_if_in_nothing_else(family):
     assert found.gradients == found.counts.total * 2 + found.counts.epsilon * 2  # ε is float32
     try:
         found = step(tiny_config(family), GPU)
-    except InputError as error:  # before torch 2.15, or 2.14, a product of experts without contents takes nothing else
+    except InputError as error:  # up to torch 2.13: a product of experts without contents takes nothing else
         assert "its experts take --dtype bfloat16" in str(error)
     else:
         assert found.gradients == found.counts.total * 4
