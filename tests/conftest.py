@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+# torch and transformers are imported where they are needed: the first process of pytest-xdist, which runs no test,
+# reads this file before it starts the others.
 from device import has_gpu
 
 # Triton kernels run on a CPU in its interpreter only, which they, and Triton's own functions, ask for where they are
@@ -17,11 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow tiny mod
 import pydoc_data.topics
 
 import pytest
-import torch
 from hypothesis import settings
-from tiny import tiny_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # A loaded machine is no failure, and the same examples every time.
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -37,6 +35,9 @@ _CHAT = (
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer with about 400 tokens, pad and end of sequence among them, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -58,6 +59,10 @@ def tokenizer():
 
 def _checkpoint(family, tokenizer, directory, **sizes):
     """Saves a tiny model that has learnt a little English, so that a swap makes its perplexity worse."""
+    import torch
+    from tiny import tiny_config
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=len(tokenizer), **sizes)).train()
     ids = torch.tensor(tokenizer(TEXT, verbose=False)["input_ids"])
@@ -100,10 +105,30 @@ def text_file(tmp_path_factory):
     return path
 
 
-def pytest_collection_finish():
-    """Every Trainer collects garbage when it starts, 0.6 s over all that the imports have made: that is never any."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(scope="session", autouse=True)
+def no_power_failure():
+    """What tests write need not survive one: files are not forced onto the disk."""
+    os.fsync = lambda number: None
+
+
+_frozen_for = []
+
+
+def pytest_runtest_setup(item):
+    """Every Trainer collects garbage when it starts, 0.6 s over all that the imports have made: that is never any.
+
+    Once more for every file, because much is imported late.
+    """
+    if item.path not in _frozen_for:
+        _frozen_for[:] = [item.path]
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def nothing_frozen():
+    """For files that measure memory again and again, which counts what is frozen: 0.1 s each time."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's

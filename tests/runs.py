@@ -1,5 +1,7 @@
 """Small recipes, data and trainers for the tests of training and evaluation."""
 
+import contextlib
+import io
 import json
 import random
 from pathlib import Path
@@ -127,12 +129,21 @@ class Workshop:
         self.folder, self.model = Path(folder), str(model)
 
     def data(self, kind, **splits):
-        """The folder of a data set: `train` and `test`, unless other rows are given."""
-        rows = {"train": ROWS[kind](seed=1), "test": ROWS[kind](8, seed=2)} | splits
+        """The folder of a data set: `train` and `test`, as `save_to_disk` writes it, which is read in no time.
+
+        Where other rows are given, JSON lines.
+        """
+        rows = {"train": ROWS[kind](seed=1), "test": ROWS[kind](8, seed=2)}
         folder = self.folder / f"{kind}-{len(list(self.folder.iterdir()))}" if splits else self.folder / kind
-        if not folder.exists():
-            for name, content in rows.items():
+        if splits:
+            for name, content in (rows | splits).items():
                 write_rows(folder / f"{name}.jsonl", content)
+        elif not folder.exists():
+            import datasets
+
+            sets = {name: datasets.Dataset.from_list(content) for name, content in rows.items()}
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                datasets.DatasetDict(sets).save_to_disk(folder)
         return str(folder)
 
     def values(self, kind, name, **options):

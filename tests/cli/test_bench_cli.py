@@ -8,6 +8,7 @@ import torch
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.kernels import choice
 
+pytestmark = pytest.mark.usefixtures("nothing_frozen")
 PROMISED = {
     "name", "backend", "dtype", "shape", "direction", "milliseconds", "ratio_to_gelu", "gigabytes_per_second",
     "fraction_of_copy_bandwidth", "peak_memory_bytes",

@@ -35,6 +35,7 @@ def patched(tiny_checkpoint, tmp_path_factory):
     """The tiny GPT-2 with CRReLU."""
     target = tmp_path_factory.mktemp("patched") / "crrelu"
     argv = ["patch", str(tiny_checkpoint), "--calibration", "none", "--output_dir", str(target)]
+    argv += ["--perplexity_data", "none"]
     assert command_line.main(argv) == 0
     return target
 

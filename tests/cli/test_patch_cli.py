@@ -12,6 +12,7 @@ from tiny import logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crrelu_llm.cli import main as command_line
+from crrelu_llm.patching.calibration.tasks import SiteTask
 
 SITE = {
     "path", "original", "num_channels", "epsilon_mean", "center", "width", "scale_mean", "relative_error",
@@ -104,8 +105,26 @@ def test_refit_keeps_the_model_and_the_picture_shows_it(tiny_llama_checkpoint, t
     assert not list(out.glob(".*"))
 
 
-def test_a_patch_that_is_killed_leaves_nothing_that_looks_finished(tiny_llama_checkpoint, text_file, tmp_path):
-    out = tmp_path / "out"
+class Stopped(BaseException):
+    """Stands for a kill: no command catches it."""
+
+
+def stopped(argv, monkeypatch):
+    """Runs a command that ends when it comes to the second layer."""
+    solve = SiteTask.solve
+
+    def once(self, config):
+        if ".1." in self.site.path:
+            raise Stopped
+        return solve(self, config)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(SiteTask, "solve", once)
+        command_line.main([*map(str, argv)])
+
+
+def killed(argv, monkeypatch):
+    """The same in a process of its own, which kills itself."""
     code = (
         "import os, signal, sys\n"
         "from crrelu_llm.patching.calibration.tasks import SiteTask\n"
@@ -117,10 +136,19 @@ def test_a_patch_that_is_killed_leaves_nothing_that_looks_finished(tiny_llama_ch
         "from crrelu_llm.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
-    argv = ["patch", tiny_llama_checkpoint, "--output_dir", out, "--calibration", "refit"]
-    argv += ["--calibration_data", text_file, "--perplexity_data", "none"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
+
+
+# Default runs kill whole commands in training/test_crash.py.
+@pytest.mark.parametrize("end", [stopped, pytest.param(killed, marks=pytest.mark.slow)])
+def test_a_patch_that_is_killed_leaves_nothing_that_looks_finished(
+    tiny_llama_checkpoint, text_file, tmp_path, monkeypatch, end
+):
+    out = tmp_path / "out"
+    argv = ["patch", tiny_llama_checkpoint, "--output_dir", out, "--calibration", "refit"]
+    argv += ["--calibration_data", text_file, "--perplexity_data", "none"]
+    end(argv, monkeypatch)
     assert not out.exists()
     kept = sorted(path.name for path in (tmp_path / ".out.calibration").iterdir())
     assert kept == ["calibration.json", "layer-0000.safetensors"]
@@ -179,7 +207,7 @@ def test_no_perplexity(tiny_checkpoint, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_the_real_command(tiny_checkpoint, tmp_path):
+def test_the_real_command(tiny_checkpoint, tmp_path, capsys):
     command = [sys.executable, "-m", "crrelu_llm", "patch", tiny_checkpoint, "--output_dir", tmp_path / "out"]
     command += ["--calibration", "none"]
     done = subprocess.run(
@@ -188,10 +216,10 @@ def test_the_real_command(tiny_checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sites"][1]["epsilon_mean"] == pytest.approx(0.2)
     assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))).all()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert again.stdout == ""
-    assert again.stderr == f"crrelu patch: {tmp_path / 'out'} already exists; choose another --output_dir\n"
+    assert command_line.main([str(word) for word in command[3:]]) == 2
+    again = capsys.readouterr()
+    assert again.out == ""
+    assert again.err == f"crrelu patch: {tmp_path / 'out'} already exists; choose another --output_dir\n"
 
 
 def fails(capsys, directory, *argv):

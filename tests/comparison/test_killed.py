@@ -71,7 +71,7 @@ def test_killed_at_some_writes(children, workshop, text_file):
     status, _, writes, log = children.run(argv)
     assert status == 0, log
     argv, directory = command(workshop, "sft", "killed", text_file)
-    for at in range(writes // 12, writes, writes // 6):
+    for at in range(writes // 6, writes, writes // 3):
         status, _ = go_on(children, argv, directory, kill_at=at)
         if status == 0:
             break

@@ -220,6 +220,7 @@ def _diverged(report):
         entry |= {"difference": None, "note": "1 of 60 pairs hold a value that is not a finite number"}
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -240,6 +241,7 @@ def test_what_cannot_be_decided_says_why_and_still_renders(spoil, reason, tmp_pa
     assert numbers["verdict"] in markdown
 
 
+@pytest.mark.usefixtures("sketched")
 def test_one_seed_is_never_a_verdict(tmp_path):
     numbers, _, source, page = write(synthetic.sft_report(seeds=1, items=60), tmp_path)
     assert "cannot be decided, because only one seed finished in both arms" in numbers["verdict"]
@@ -272,6 +274,7 @@ def test_failed_runs_are_listed_and_missing_numbers_are_dashes(tmp_path):
     assert not re.search(r"\b(None|nan|NaN)\b", markdown + re.sub(r"<[^>]*>", "", source))
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_grid_has_a_row_for_each_value(tmp_path):
     report = synthetic.dpo_report(items=80, betas=(0.05, 0.1, 0.3))
     numbers, markdown, source, page = write(report, tmp_path)
@@ -292,6 +295,7 @@ def test_a_grid_has_a_row_for_each_value(tmp_path):
         assert label in markdown
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_reference_metric_stands_beside_without_a_verdict(tmp_path):
     _, _, source, page = write(synthetic.dpo_report(items=80), tmp_path)
     controls = [row for row in rows(page, "Paired differences") if row["metric"] == "“the longer answer wins”"]
@@ -300,6 +304,7 @@ def test_a_reference_metric_stands_beside_without_a_verdict(tmp_path):
     assert "stands at 58.3%" in source
 
 
+@pytest.mark.usefixtures("sketched")
 def test_mcnemar_is_marked(tmp_path):
     _, _, _, page = write(synthetic.dpo_report(seeds=1, items=80), tmp_path)
     (row,) = [row for row in rows(page, "Paired differences") if row["paired over"] == "80 preference pairs"]
@@ -314,6 +319,7 @@ def test_an_empty_report_renders(report, tmp_path):
     assert "<figure>" not in source
 
 
+@pytest.mark.usefixtures("sketched")
 def test_runs_without_metrics_render(tmp_path):
     report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20) | {"metrics": {}, "comparisons": []}
     for arm in report["arms"]:
@@ -394,6 +400,7 @@ def test_numbers_that_json_lacks_become_null_and_dashes(tmp_path):
     assert (read["perplexity"], read["loss"], read["steps"], read["ratio"]) == (None, None, 3, 0.5)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_failed_write_leaves_the_old_report_whole(tmp_path, monkeypatch):
     report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20)
     write_report(report, tmp_path)

@@ -82,6 +82,7 @@ def test_the_report_draws_the_changes_and_shows_the_examples(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["changes"] == report["changes"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_answers_in_words_stand_side_by_side(tmp_path):
     report, _, _ = report_with_items(option="", given=("the answer is 4", "the answer is 5"))
     write_report(report, tmp_path)
@@ -90,6 +91,7 @@ def test_answers_in_words_stand_side_by_side(tmp_path):
     assert shown and all(table[1] == ["(empty)", "right", "the answer is 4", "the answer is 5"] for table in shown)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_text_of_examples_is_escaped(tmp_path):
     report, _, _ = report_with_items(EVIL + "\n# not a heading", EVIL, (EVIL, EVIL))
     for entry in (*report["changes"], *report["examples"]):
@@ -121,6 +123,7 @@ def test_a_text_that_stands_first_begins_no_block(text, escaped):
     assert escape_markdown(text) == escaped
 
 
+@pytest.mark.usefixtures("sketched")
 def test_other_candidates_and_grid_values_are_not_shown(tmp_path):
     report, _, _ = report_with_items("A prompt of another arm")
     for entry in (*report["changes"], *report["examples"]):

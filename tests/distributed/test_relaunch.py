@@ -18,6 +18,7 @@ def start(workshop, *command):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow  # one process: training/test_launch_options.py; two of `accelerate launch`: test_launches.py
 def test_two_processes_of_one_command(workshop):
     options = ["--accelerate_config", "ddp", "--num_processes", "2", "--mixed_precision", "no"]
     status, error = start(workshop, *recipe(workshop, "two", "ddp", "sft-full"), *options, "--main_process_port", "0")

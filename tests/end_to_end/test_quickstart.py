@@ -41,10 +41,11 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monk
     recipe = yaml.safe_load((recipes_dir() / "nano" / "sft.yaml").read_text())
     data = tmp_path / "data"
     data.mkdir()
-    for split, rows in (("train", 800), ("test", 80)):
+    for split, rows in (("train", 200), ("test", 30)):
         load_dataset("builtin:docstrings")[split].select(range(rows)).to_json(data / f"{split}.jsonl")
     (tmp_path / "nano").mkdir()
-    (tmp_path / "nano" / "sft.yaml").write_text(yaml.safe_dump(recipe | {"dataset_name": str(data), "max_steps": 6}))
+    less = {"dataset_name": str(data), "max_steps": 3, "logging_steps": 1, "calibration_tokens": 2048}
+    (tmp_path / "nano" / "sft.yaml").write_text(yaml.safe_dump(recipe | less))
     monkeypatch.setattr(recipes_path, "recipes_dir", lambda: tmp_path)
     directory, build = tmp_path / "out", matrix.build_trainer
 

@@ -426,7 +426,7 @@ _KEYS = st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.dictionaries(_KEYS, _VALUES, min_size=1, max_size=3))
 def test_no_recipe_ends_in_a_traceback(changes):
     import tempfile
@@ -454,7 +454,7 @@ _ROWS = st.lists(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(_ROWS, st.sampled_from(["sft", "dpo"]))
 def test_rows_are_taken_or_refused_in_one_line(tokenizer, rows, kind):
     from crrelu_llm.errors import InputError

@@ -176,7 +176,7 @@ def test_without_triton_eager_computes_and_says_why(monkeypatch):
     assert reason.startswith("triton: ") and "\n" not in reason
 
 
-@pytest.mark.parametrize("size", [1, 96], ids=["layer", "channel"])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 96], ids=["layer", "channel"])
 def test_training_and_evaluation_compile_each_loop_once(size, monkeypatch):
     """Whatever the number of rows, with and without gradients."""
     kernels.set_backend("inductor")

@@ -12,13 +12,16 @@ from crrelu_llm.patching import PatchConfig
 from crrelu_llm.patching.loading import load_model
 from crrelu_llm.patching.transform import patch_checkpoint
 
-OPTIONS = {"calibration_tokens": 512, "calibration_data": "builtin:docstrings"}
+
+@pytest.fixture(scope="module")
+def options(text_file):
+    return {"calibration_tokens": 512, "calibration_data": str(text_file)}
 
 
 @pytest.mark.parametrize("activation", ["crrelu", "gelu"])
-def test_a_folded_network_computes_the_same_with_the_activation_alone(tmp_path, activation):
+def test_a_folded_network_computes_the_same_with_the_activation_alone(tiny_checkpoint, options, tmp_path, activation):
     for name, fold in (("calibrated", False), ("folded", True)):
-        patch_checkpoint("builtin:nano", PatchConfig(activation, **OPTIONS), tmp_path / name, fold=fold)
+        patch_checkpoint(str(tiny_checkpoint), PatchConfig(activation, **options), tmp_path / name, fold=fold)
     calibrated, folded = (load_model(str(tmp_path / name)) for name in ("calibrated", "folded"))
     ids = torch.arange(40, 104)[None]
     with torch.no_grad():
@@ -70,7 +73,7 @@ def test_what_is_not_calibrated_cannot_be_folded(tiny_checkpoint, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gated_mlp_cannot_be_folded_and_nothing_is_written(tiny_llama_checkpoint, tmp_path):
+def test_a_gated_mlp_cannot_be_folded_and_nothing_is_written(tiny_llama_checkpoint, options, tmp_path):
     with pytest.raises(InputError, match=r"--fold: .*gated MLP.*leave --fold out"):
-        patch_checkpoint(str(tiny_llama_checkpoint), PatchConfig(**OPTIONS), tmp_path / "out", fold=True)
+        patch_checkpoint(str(tiny_llama_checkpoint), PatchConfig(**options), tmp_path / "out", fold=True)
     assert not (tmp_path / "out").exists()

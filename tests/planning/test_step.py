@@ -153,12 +153,16 @@ def test_other_families(family):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_fused_experts_are_planned_in_bfloat16_alone(family):
+def test_fused_experts_are_planned_in_bfloat16_if_in_nothing_else(family):
     job = replace(GPU, dtype="bfloat16")
     found = step(tiny_config(family), job, torch.bfloat16)
     assert found.gradients == found.counts.total * 2 + found.counts.epsilon * 2  # ε is float32
-    with pytest.raises(InputError, match="its experts take --dtype bfloat16"):
-        step(tiny_config(family), GPU)
+    try:
+        found = step(tiny_config(family), GPU)
+    except InputError as error:  # up to torch 2.13: a product of experts without contents takes nothing else
+        assert "its experts take --dtype bfloat16" in str(error)
+    else:
+        assert found.gradients == found.counts.total * 4
 
 
 def test_a_family_that_needs_values_is_refused_in_one_line():

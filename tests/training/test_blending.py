@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from runs import LORA, losses, trainers_and_methods
+from runs import LORA, Workshop, losses, trainers_and_methods
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -82,8 +82,15 @@ def test_resuming_within_the_blend_repeats_the_tail(workshop, kind, options):
     assert weights(workshop.folder / "again") == weights(workshop.folder / "whole")
 
 
-def test_the_first_step_is_the_original_model_s(workshop):
-    native = workshop.run("sft", "native", activation=None, max_steps=1)
+@pytest.fixture(scope="module")
+def native(tiny_checkpoint, tmp_path_factory):
+    """One step of the model with its own activation."""
+    return Workshop(tmp_path_factory.mktemp("native"), tiny_checkpoint).run(
+        "sft", "native", activation=None, max_steps=1
+    )
+
+
+def test_the_first_step_is_the_original_model_s(workshop, native):
     blended = workshop.run("sft", "blended", blend_steps=3)
     swapped = workshop.run("sft", "swapped")
     assert losses(blended)[0] == losses(native)[0]
@@ -100,9 +107,8 @@ def test_epsilon_waits_until_lambda_leaves_0(workshop):
 @pytest.mark.parametrize(
     ("arm", "calibration"), [("gelu", "none"), ("silu", "fit"), ("relu", "fit"), ("crrelu", "fit")]
 )
-def test_other_arms_are_treated_alike(workshop, arm, calibration):
-    native = workshop.run("sft", "native", activation=None, max_steps=1)
-    level = {"calibration": calibration, "calibration_tokens": 512}
+def test_other_arms_are_treated_alike(workshop, native, text_file, arm, calibration):
+    level = {"calibration": calibration, "calibration_tokens": 512, "calibration_data": str(text_file)}
     record = workshop.run("sft", "run", activation=arm, **BLEND, **level)
     assert blends(record) == [0, 0.25, 0.5, 0.75, 1, 1]
     assert losses(record)[0] == losses(native)[0]

@@ -68,7 +68,8 @@ def test_loss_and_gradient_are_those_computed_by_hand(llama, options, data):
     wanted, divergence = by_hand(trainer.model, teacher, batch, 0.7)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert trainer._metrics["train"]["distill_kl"] == [pytest.approx(divergence.item(), rel=1e-5)]
+    # A small sum of differences of logarithms near 6, in float32.
+    assert trainer._metrics["train"]["distill_kl"] == [pytest.approx(divergence.item(), rel=1e-4)]
     assert divergence > 1e-4
     expected = gradients(trainer.model)
     assert found.keys() == expected.keys() and any("epsilon" in name for name in found)

@@ -1,9 +1,6 @@
 """Launch options in a recipe or on the command line, as TRL's own recipes have them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from runs import losses
@@ -14,13 +11,13 @@ from crrelu_llm.training import launch
 from crrelu_llm.training.arguments import parse
 
 
-@pytest.mark.slow  # half a minute or more of a busy core
-def test_a_recipe_with_launch_options_starts_itself_through_accelerate(workshop):
+def test_a_recipe_with_launch_options_starts_itself_through_accelerate(workshop, monkeypatch, capfd):
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):  # a training in this process leaves the second
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(workshop.folder / "accelerate"))
     argv = workshop.argv("sft", "launched", num_processes=1, accelerate_config="single_gpu")
-    environment = os.environ | {"HF_HOME": str(workshop.folder / "accelerate")}
-    command = [sys.executable, "-m", "crrelu_llm", "sft", *argv, "--mixed_precision", "no", "--cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert main(["sft", *argv, "--mixed_precision", "no", "--cpu"]) == 0
+    assert capfd.readouterr().err.count("trained 3 steps") == 1
     record = json.loads((workshop.folder / "launched" / "run.json").read_text())
     assert losses(record) == losses(workshop.run("sft", "plain"))
 

@@ -10,9 +10,13 @@ import time
 import pytest
 from runs import losses, sft_rows, trainers_and_methods
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from crrelu_llm.cli.main import main
 from crrelu_llm.errors import InputError
+from crrelu_llm.training import run
 from crrelu_llm.training.run import last_checkpoint, run_recipe
+from crrelu_llm.training.trainers import build_trainer
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 
@@ -81,7 +85,33 @@ def test_another_patch_in_the_same_folder_is_refused(workshop):
         workshop.run("sft", "run", epsilon_init=0.5)
 
 
-def test_control_c_says_how_to_go_on(workshop):
+def test_control_c_says_how_to_go_on(workshop, capsys, monkeypatch):
+    class Interrupted(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    def build(*args):
+        trainer = build_trainer(*args)
+        trainer.add_callback(Interrupted())
+        return trainer
+
+    monkeypatch.setattr(run, "build_trainer", build)
+    assert main(["sft", *workshop.argv("sft", "run", **SAVING)]) == 130
+    check_advice(workshop.folder / "run", capsys.readouterr().err)
+    assert last_checkpoint(workshop.folder / "run").endswith("checkpoint-3")
+
+
+def check_advice(directory, error):
+    """Asserts that an interrupted command ends with the line that says how to go on."""
+    newest = last_checkpoint(directory)
+    last = f"crrelu sft: interrupted; {newest} is safe; add --resume_from_checkpoint {newest} to go on"
+    assert "Traceback" not in error
+    assert error.strip().splitlines()[-1] == last
+
+
+@pytest.mark.slow  # half a minute or more of a busy core
+def test_control_c_of_a_real_process(workshop):
     data = workshop.data("sft", train=sft_rows(64))
     argv = workshop.argv("sft", "run", dataset_name=data, max_steps=100_000, save_strategy="steps", save_steps=20)
     process = subprocess.Popen(
@@ -106,7 +136,4 @@ def test_control_c_says_how_to_go_on(workshop):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "Traceback" not in stderr
-    last = stderr.strip().splitlines()[-1]
-    newest = last_checkpoint(workshop.folder / "run")
-    assert last == f"crrelu sft: interrupted; {newest} is safe; add --resume_from_checkpoint {newest} to go on"
+    check_advice(workshop.folder / "run", stderr)
