@@ -28,6 +28,7 @@ class Comparison:
         patched_dir: Where the patched copies are, by arm, to share them with other comparisons; else in `output_dir`.
         tuned: The options that were taken, by arm and grid point.
         after: A comparison whose trained models the runs start from, each from that of its own arm and seed.
+        after_seed: The seed of the model that every run starts from, where it is not its own.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Comparison:
     patched_dir: Path | None = None
     tuned: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     after: Path | None = None
+    after_seed: int | None = None
 
     def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
         """The recipe of one run; arms differ in the activation section only."""
@@ -66,10 +68,10 @@ class Comparison:
         return patched_copy(self.patched_dir or self.output_dir, arm, point)
 
     def trained_before(self, arm: str, seed: int) -> Path | None:
-        """The trained model that a run starts from; of the tries, that of the first seed."""
+        """The trained model that a run starts from."""
         if self.after is None:
             return None
-        return arm_dir(self.after, arm, {}) / f"seed-{self.seeds[0] if seed == tuning.SEED else seed}"
+        return arm_dir(self.after, arm, {}) / f"seed-{seed if self.after_seed is None else self.after_seed}"
 
     def tries(self) -> "Comparison":
         """The comparison of the tries, in a directory of its own, from the same patched copies."""
@@ -81,6 +83,7 @@ class Comparison:
             keep_models=False,
             tune=[],
             patched_dir=self.patched_dir or self.output_dir,
+            after_seed=self.seeds[0],
         )
 
 

@@ -65,11 +65,7 @@ def run_comparison(comparison: Comparison) -> None:
 
 
 def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> None:
-    """Runs the tries that are missing, and takes the best of each arm and grid point.
-
-    Raises:
-        RunsFailed: An arm has no try that ended with a finite number.
-    """
+    """Runs the tries that are missing, and takes the best of each arm and grid point, once for all."""
     attempts = comparison.tries()
     claim(attempts, recipe)
     record(attempts, recipe, train, held_out)
@@ -78,13 +74,16 @@ def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> 
         _run_all(attempts, train, held_out)
     names = [arm.name for arm in comparison.arms]
     judged = recipe.kind.headline, METRICS[recipe.kind.headline][1]
+    chosen = tuning.read_chosen(comparison.output_dir)
     for entry in tuning.read_tries(comparison.output_dir, names, comparison.points, comparison.tune, *judged):
-        place = (entry["arm"], grid_name(entry["point"]))
+        key = tuning.key_of(entry["arm"], entry["point"])
         if entry["chosen"] is None:
-            what = ", ".join(filter(None, place))
-            raise RunsFailed(f"{what}: no try of {', '.join(entry['values'])} ended with a finite {judged[0]}")
-        comparison.tuned[place] = entry["chosen"]
-        _say(f"{', '.join(filter(None, place))}: {grid_name(entry['chosen'])} is the best of the tries")
+            _say(f"{key}: no try of {', '.join(entry['values'])} ended with a finite {judged[0]}")
+            continue
+        chosen[key] = comparison.tuned[entry["arm"], grid_name(entry["point"])] = entry["chosen"]
+        _say(f"{key}: {grid_name(entry['chosen'])} is the best of the tries")
+    if PartialState().is_main_process:
+        write_json(comparison.output_dir / tuning.TUNING / tuning.CHOSEN, chosen)
 
 
 def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
@@ -101,6 +100,8 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
                 continue
             _say(f"{label}: training")
             try:
+                if comparison.tune and (arm.name, grid_name(point)) not in comparison.tuned:
+                    raise RuntimeError("no try of --tune ended with a finite number")
                 _one_run(comparison, arm, point, seed, train, test)
                 if interrupted:
                     raise KeyboardInterrupt
@@ -161,7 +162,7 @@ def is_done(directory: Path) -> bool:
 def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any) -> None:
     recipe = comparison.recipe(arm, point, seed)
     model = _start(comparison, recipe, arm, point, seed)
-    trainer = build_trainer(recipe, model, train, test)
+    trainer = build_trainer(recipe, model, recipe.kind.drawn(train, seed), test)
     _keep_texts(comparison, recipe.kind, trainer)
     before_path = before_training(comparison.output_dir, arm.name, point)
     if comparison.after is not None:  # each seed starts from a model of its own
@@ -245,7 +246,7 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
     model = str(recipe.model.model_name_or_path)
     if not loading.is_gguf(model):
         return model
-    converted = comparison.output_dir / "converted" / Path(model).stem
+    converted = (comparison.patched_dir or comparison.output_dir) / "converted" / Path(model).stem
     return starting_checkpoint(model, None, converted, recipe.model.dtype or "float32")
 
 
@@ -254,6 +255,8 @@ def _check_everything(comparison: Comparison) -> Recipe:
     base = parse(comparison.kind, comparison.argv)
     model = str(base.model.model_name_or_path)
     points = comparison.tries().points if comparison.tune else comparison.points
+    if comparison.tune and tuning.SEED in comparison.seeds:
+        raise InputError(f"--seeds: {tuning.SEED} is the seed of the tries that --tune makes; choose another")
     check_grid(points, comparison.arms)
     if comparison.tune and (both := comparison.points[0].keys() & comparison.tune[0].keys()):
         raise InputError(f"--tune {min(both)}=…: --grid sets this key too; leave one of them out")

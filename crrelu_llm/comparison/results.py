@@ -12,7 +12,7 @@ from crrelu_llm.comparison import single_items, tuning
 from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_arm
 from crrelu_llm.comparison.definition import BEFORE, before_training, patched_copy
 from crrelu_llm.comparison.matrix import TEXTS
-from crrelu_llm.comparison.settings import read_settings
+from crrelu_llm.comparison.settings import SETTINGS, read_settings
 from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError
@@ -82,7 +82,8 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         "headline": {"metric": kind.headline, "higher_is_better": METRICS[kind.headline][1]},
         "metrics": metrics,
         "tuning": _tuning(directory, settings, kind.headline, METRICS[kind.headline][1]),
-        "trajectories": trajectories(_pairs(settings, runs), settings["baseline"]),
+        "trajectories": trajectories(_pairs(settings, runs), settings["baseline"], *kind.logged),
+        "trajectory": {"metric": kind.logged[0].removeprefix("eval_"), "higher_is_better": kind.logged[1]},
     }
 
 
@@ -94,7 +95,8 @@ def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_be
     tries = tuning.read_tries(directory, arms, points, settings["tune"], metric, higher_is_better)
     for entry in tries:
         entry["grid"] = {key: number(value) for key, value in entry.pop("point").items()}
-    kept = read_settings(directory / tuning.TUNING)["data"] if (directory / tuning.TUNING).is_dir() else []
+    begun = (directory / tuning.TUNING / SETTINGS).is_file()
+    kept = read_settings(directory / tuning.TUNING)["data"] if begun else []
     rows = next((entry["rows"] for entry in reversed(kept)), None)
     return {"metric": metric, "seed": tuning.SEED, "rows": rows, "tries": tries}
 
@@ -197,7 +199,7 @@ def _single_items(
         for i in single_items.most_changed(about, *columns):
             options = [
                 {"text": text, "right": right, "baseline": None, "candidate": None}
-                for text, right in zip(texts[i]["options"], (True, False), strict=False)
+                for text, right in zip(texts[i]["options"], texts[i].get("right", (True, False)), strict=False)
             ]
             shown = {"group": "", "prompt": texts[i]["prompt"], "target": "", "options": options}
             examples.append(single_items.example(about, names, i, (columns[0][i], columns[1][i]), shown))

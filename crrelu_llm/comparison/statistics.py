@@ -42,6 +42,7 @@ from crrelu_llm.comparison.intervals import (
 
 Unit = Literal["seed", "item", "both"]
 RESAMPLES = 9999
+_ALIKE = "all {} seeds gave exactly the same differences, so they are not trainings anew"
 _MANY = 2000  # beyond: the large-sample forms, as BCa grows as n² and resampled signs take minutes
 _BATCH_NUMBERS = 10_000_000  # numbers held at once while resampling: bounded memory, few batches
 
@@ -177,7 +178,7 @@ def _compare(
     if binary and unit == "item" and len(before):
         found["baseline_interval"] = accuracy_interval(before, confidence)
         found["candidate_interval"] = accuracy_interval(after, confidence)
-    note = _obstacle(differences)
+    note = _obstacle(differences, unit)
     if note:
         return found | {"note": note}
     mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
@@ -189,16 +190,18 @@ def _compare(
     return found | {"verdict": _verdict(comparison | found)}
 
 
-def _obstacle(differences: np.ndarray) -> str | None:
+def _obstacle(differences: np.ndarray, unit: Unit) -> str | None:
     """Why finite pairs allow no test, or None."""
     if differences.ndim == 1:
         n = len(differences)
+        if n > 1 and unit == "seed" and differences.any() and np.ptp(differences) == 0:
+            return _ALIKE.format(n)
         return f"a paired test needs two pairs or more; there is {n}" if n < 2 else None
     for count, word in zip(differences.shape, ("seed", "item"), strict=True):
         if count < 2:
             return f"a test over seeds and items needs two {word}s or more; there is {count}"
     if differences.any() and (np.ptp(differences, axis=0) == 0).all():
-        return f"all {len(differences)} seeds gave exactly the same differences, so they are not trainings anew"
+        return _ALIKE.format(len(differences))
     return None
 
 

@@ -10,6 +10,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.training.run import RUN
 
 TUNING = "tuning"  # directory of the tries, a comparison of its own
+CHOSEN = "chosen.json"  # there: what was chosen, for good
 SEED = 1000  # of the tries: none of the seeds that are compared shares its luck
 _LARGEST_SHARE = 0.2
 # Keys that change neither the model that a run starts with nor how it is evaluated.
@@ -86,7 +87,7 @@ def read_tries(
         `{arm, point, values: {try: number or None}, chosen, at_edge}` each: `chosen` are recipe options, None where no
         try ended with a finite number; `at_edge` names the keys whose best value is the smallest or largest tried.
     """
-    found = []
+    found, kept = [], read_chosen(directory)
     for point in points:
         for arm in arms:
             places = {grid_name(one): arm_dir(directory / TUNING, arm, point | one) / f"seed-{SEED}" for one in tune}
@@ -94,10 +95,21 @@ def read_tries(
             finite = {name: value for name, value in values.items() if value is not None}
             extreme = max if higher_is_better else min
             best = extreme(finite, key=lambda name: finite[name]) if finite else None
-            chosen = next((one for one in tune if grid_name(one) == best), None)
+            chosen = kept.get(key_of(arm, point)) or next((one for one in tune if grid_name(one) == best), None)
             edges = [] if chosen is None else _at_edge(chosen, tune)
             found.append({"arm": arm, "point": point, "values": values, "chosen": chosen, "at_edge": edges})
     return found
+
+
+def key_of(arm: str, point: dict[str, str]) -> str:
+    """What an arm's choice at a grid point is called in `CHOSEN`."""
+    return ", ".join(filter(None, (arm, grid_name(point))))
+
+
+def read_chosen(directory: Path) -> dict[str, dict[str, str]]:
+    """What a comparison has chosen before: finished runs were trained with it, so it stays."""
+    path = directory / TUNING / CHOSEN
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _at_edge(best: dict[str, str], tune: list[dict[str, str]]) -> list[str]:

@@ -8,6 +8,7 @@ from crrelu_llm.data.messages import are_messages
 
 SHP = frozenset({"history", "human_ref_A", "human_ref_B", "labels"})
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_ANSWER = "\n\nAssistant:"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -46,7 +47,20 @@ def with_prompts(split: Any) -> Any:
     from trl.data_utils import extract_prompt
 
     split = in_pairs(split)
-    return split if "prompt" in (split.column_names or ()) else split.map(extract_prompt)
+    if "prompt" in (split.column_names or ()):
+        return split
+    return split.map(lambda row: _cut_transcript(row) or extract_prompt(row))
+
+
+def _cut_transcript(row: dict[str, Any]) -> dict[str, str] | None:
+    """Of two transcripts that part in the last answer, all before it; None of anything else."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not (isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen)):
+        return None
+    end = chosen.rfind(_ANSWER) + len(_ANSWER)
+    if not rejected.startswith(chosen[:end]) or _ANSWER in rejected[end:]:
+        return None
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
 def as_completions(split: Any) -> Any:

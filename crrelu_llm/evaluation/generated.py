@@ -17,8 +17,8 @@ def evaluate_generated(trainer: Any) -> Evaluated:
     """Reward and length of greedily decoded answers, and their divergence from the reference; items are the prompts.
 
     The reward of an answer is the weighted sum over the reward functions, as in training; what none of them scores
-    counts 0. `kl` is the mean over an answer's tokens of log π − log π_ref (nats), where the recipe's β keeps a
-    reference. Every process answers all prompts, as a sharded model answers them together.
+    counts 0. `kl` is the mean over an answer's tokens of log π − log π_ref (nats, at the temperature of the sampling),
+    where the recipe's β keeps a reference. Every process answers all prompts: a sharded model needs all of them.
     """
     rows = list(trainer.eval_dataset)
     size, found = trainer.args.per_device_eval_batch_size, []
@@ -29,6 +29,8 @@ def evaluate_generated(trainer: Any) -> Evaluated:
             found.append(_answered(trainer, rows[start : start + size]))
     trainer._metrics["eval"].clear()
     trainer._metrics["eval"].update(kept)
+    for name in ("_pending_metrics", "_pending_extra_logs"):  # what reward functions have logged of these answers
+        getattr(trainer, name, {}).clear()
     items = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     metrics = {name: float(values.mean()) for name, values in items.items()}
     return metrics, {name: values.tolist() for name, values in items.items()}
@@ -38,10 +40,13 @@ def _answered(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]
     prompts = [row["prompt"] for row in rows]
     prompt_ids, completion_ids, *rest = trainer._generate(prompts)
     completions = rest[1] if len(rest) > 1 else rest[0]  # GRPO's has a mask of tools before them
-    inputs = [{key: value for key, value in row.items() if value is not None} for row in rows]
     if is_conversational({"prompt": prompts[0]}):
         prompts = copy.deepcopy(prompts)  # a reward function may change its copy
-    scores = trainer._calculate_rewards(inputs, prompts, completions, completion_ids)[: len(rows)].double().cpu()
+    scores = (
+        trainer._calculate_rewards(copy.deepcopy(rows), prompts, completions, completion_ids)[: len(rows)]
+        .double()
+        .cpu()
+    )
     rewards = (scores * trainer.reward_weights.double().cpu()).nansum(1)
     found = {"reward": rewards.numpy(), "answer_tokens": np.array([float(len(ids)) for ids in completion_ids])}
     if trainer.beta:
@@ -80,13 +85,14 @@ def _reference(trainer: Any) -> Iterator[Any]:
 def greedy(trainer: Any) -> Iterator[None]:
     """Within it, a trainer's answers are the most probable token after the most probable token."""
     if getattr(trainer, "use_vllm", False):
-        engine = trainer.vllm_generation
+        engine, several = trainer.vllm_generation, trainer.num_generations_eval
         sampled = engine.temperature
-        engine.temperature = 0.0
+        engine.temperature, trainer.num_generations_eval = 0.0, 1
+        trainer._last_loaded_step = -1  # the weights may be others than when it last wrote: load_best_model_at_end
         try:
             yield
         finally:
-            engine.temperature = sampled
+            engine.temperature, trainer.num_generations_eval = sampled, several
         return
     before, options = trainer.generation_config, getattr(trainer, "generation_kwargs", None)
     trainer.generation_config = copy.deepcopy(before)

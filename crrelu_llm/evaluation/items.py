@@ -137,9 +137,15 @@ def evaluating(trainer: Any) -> Iterator[Any]:
 
 
 def batches(trainer: Any) -> Iterator[Any]:
-    """The evaluation batches, with a progress bar."""
-    quiet = not trainer.accelerator.is_main_process
-    for batch in tqdm(trainer.get_eval_dataloader(), desc="Evaluating", disable=quiet):
+    """The evaluation batches in the order of the data, with a progress bar."""
+    quiet, args = not trainer.accelerator.is_main_process, trainer.args
+    strategy = args.train_sampling_strategy  # transformers would draw the evaluation rows by it too
+    args.train_sampling_strategy = "sequential"
+    try:
+        loader = trainer.get_eval_dataloader()
+    finally:
+        args.train_sampling_strategy = strategy
+    for batch in tqdm(loader, desc="Evaluating", disable=quiet):
         yield trainer._prepare_inputs(batch)
 
 

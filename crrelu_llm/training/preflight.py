@@ -129,6 +129,10 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
             if "input_ids" in first:
                 _check_ids(row, last)
                 continue
+            if "chosen_ids" in first:  # tokenised already
+                continue
+            if "label" in first and "completion" in first and row["label"] not in (0, 1):
+                raise InputError(f"label is {row['label']!r:.40}; it must be true (desirable) or false")
             row = maybe_convert_to_chatml(row) if converts else row
             sides = _sides(recipe, row)
             talks = not isinstance(next(iter(sides.values())), str)
@@ -213,12 +217,10 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
     """A table of positions has no entry beyond its end; rotary positions have no end, but the model has seen none."""
     model = trainer.model
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in data.column_names]
-    if not positions or not columns or (getattr(trainer.args, "max_length", None) or positions + 1) <= positions:
+    most = getattr(trainer.args, "max_length", None)
+    if not positions or (most or positions + 1) <= positions:
         return
-    lengths = zip(*([len(ids) for ids in data[name]] for name in columns), strict=True)
-    longest = max(row[0] + max(row[1:], default=0) for row in lengths)
-    longest = min(longest, trainer.args.max_length or longest)  # pairs are cut when they are batched
+    longest = min(_longest(trainer, data), most or positions + 1_000_000)  # pairs are cut when they are batched
     if longest <= positions:
         return
     table = any(
@@ -230,6 +232,19 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
     if table:
         raise InputError(f"{said}; set max_length to {positions} or less")
     logger.warning("%s: what is beyond them the model has not been trained for", said)
+
+
+def _longest(trainer: Any, data: Any) -> int:
+    """Tokens of the longest sequence that a row gives; 0 where the rows do not tell."""
+    lengths = {name: [len(ids) for ids in data[name]] for name in data.column_names if name.endswith("_ids")}
+    if "input_ids" in lengths:
+        return max(lengths["input_ids"], default=0)
+    answers = [values for name, values in lengths.items() if name != "prompt_ids"]
+    starts = lengths.get("prompt_ids", [0] * len(data))  # without prompts, the answers hold them
+    if not answers and "prompt" in data.column_names and hasattr(trainer, "_tokenize_prompts"):  # they are sampled
+        starts = [len(ids) for ids in trainer._tokenize_prompts(list(data["prompt"]))[0]]
+        answers = [[trainer.args.max_completion_length or 0] * len(data)]
+    return max((start + max(row) for start, *row in zip(starts, *answers, strict=True)), default=0) if answers else 0
 
 
 def try_saving(trainer: Any, recipe: Recipe) -> None:

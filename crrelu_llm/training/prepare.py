@@ -136,6 +136,11 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
             f"{model} is already patched with one epsilon per {found['epsilon_per']}; set epsilon_per to that, or "
             "start from the original checkpoint"
         )
+    if config.selects:
+        raise InputError(
+            f"{model} is already patched, in {len(found['sites'])} sites; leave layers and every out, or start from "
+            "the original checkpoint"
+        )
     density = found.get("density", "standard")
     if config.activation == "crrelu" and density != config.density:
         raise InputError(

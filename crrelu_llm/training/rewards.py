@@ -18,6 +18,7 @@ from trl.data_utils import is_conversational
 
 from crrelu_llm.data.pairs import holds_pairs
 from crrelu_llm.errors import InputError, reading, reason_of
+from crrelu_llm.training.kinds.kind import refuse_moving_references
 
 logger = logging.getLogger("crrelu_llm")
 # TRL's scripts know these by name.
@@ -34,6 +35,13 @@ def has_prompts(columns: set[str], args: Any) -> bool:
 def parts_of_a_prompt(recipe: Any, row: dict[str, Any]) -> list[str]:
     """The only part of a row."""
     return ["prompt"]
+
+
+def refuse_blend(recipe: Any, where: str) -> None:
+    """Raises InputError for a gradual swap: answers would be sampled by one activation, and judged beside another."""
+    refuse_moving_references(recipe, where)
+    if recipe.activation.blend_steps:
+        raise InputError(f"{where}blend_steps is not for {recipe.kind.name}, which samples its answers; leave it out")
 
 
 def reward_arguments(recipe: Any) -> dict[str, Any]:

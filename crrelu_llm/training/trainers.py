@@ -1,6 +1,7 @@
 """The call that builds a trainer from a recipe, whatever its kind."""
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from crrelu_llm.training import preflight
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.distillation import load_teacher
 from crrelu_llm.training.processes import prepare_fsdp2, refuse_sharded_weights, shard_fsdp2
+
+logger = logging.getLogger("crrelu_llm")
 
 
 def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
@@ -70,7 +73,11 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     config: Any = get_peft_config(recipe.model)
     if config is None:
         return None
-    found = section.read(loading.load_config(model, **recipe.loading))
+    about = loading.load_config(model, **recipe.loading)
+    if recipe.kind.auto_class == loading.CLASSIFIER and config.task_type == "CAUSAL_LM":
+        config.task_type = "SEQ_CLS"  # PEFT then trains the head and saves it with the adapter
+        logger.warning("lora_task_type is SEQ_CLS, so that the adapter has the head of the reward model")
+    found = section.read(about)
     if found is None:
         return config
     asked = recipe.activation

@@ -42,10 +42,15 @@ def main() -> None:
                     (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
                 reports[model, task] = json.loads((place / "report.json").read_text())
     entries = adjust([entry for key, report in reports.items() for entry in _losses(*key, report)])
-    text = "\n\n".join(["# All comparisons", _differences(entries), *_details(reports), _missing(reports)])
+    tried = sum(_seconds(path) for path in args.output_dir.glob("*/*/tuning/**/run.json"))
+    text = "\n\n".join(["# All comparisons", _differences(entries), *_details(reports, tried), _missing(reports)])
     (args.results_dir / "question.md").write_text(text + "\n", encoding="utf-8")
     _draw(entries, args.results_dir / "question.png")
     print(args.results_dir / "question.md")
+
+
+def _seconds(path: Path) -> float:
+    return json.loads(path.read_text()).get("train_seconds") or 0.0
 
 
 def _losses(model: str, task: str, report: dict[str, Any]) -> list[Entry]:
@@ -91,10 +96,13 @@ def _differences(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
-def _details(reports: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+def _details(reports: dict[tuple[str, str], dict[str, Any]], tried: float) -> list[str]:
     """Of each arm: the loss before and after, the learning rate that was chosen, time and memory."""
     lines = [
         "## Arms",
+        "",
+        "Losses here are means over tokens (of DPO over pairs), ± the standard deviation over seeds; the differences "
+        "above are means over documents.",
         "",
         _row("model", "task", "arm", "rate", "loss before", "loss after", "runs", "seconds a run", "peak MiB"),
         _row(*["---"] * 3, *["---:"] * 6),
@@ -126,7 +134,7 @@ def _details(reports: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
                 lines.append(_row(*cells))
     lines += [
         "",
-        f"\\* at the edge of what was tried. Training of these runs took {total / 3600:.2f} hours, without tries.",
+        f"\\* at the edge of what was tried. Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}.",
     ]
     return ["\n".join(lines)]
 

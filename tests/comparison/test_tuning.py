@@ -110,6 +110,15 @@ def test_the_same_call_keeps_every_run_and_another_tune_is_refused(folder, tuned
     assert "another comparison (different: tune)" in capsys.readouterr().err
 
 
+def test_what_was_chosen_stays_chosen(folder, tuned):
+    """Runs that are kept were trained with it."""
+    path = tuned / "tuning" / tuning.CHOSEN
+    chosen = json.loads(path.read_text())
+    assert set(chosen) == {"native", "crrelu"}
+    entries = tuning.read_tries(tuned, ["native"], [{}], [{"learning_rate": rate} for rate in RATES], "loss", True)
+    assert entries[0]["chosen"] == chosen["native"], "also where another try looks better now"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -157,6 +166,10 @@ def test_a_comparison_after_another_starts_each_run_from_its_own_model(tmp_path,
             assert went_on["epsilon_start"] == begun["epsilon"] and bool(begun["epsilon"]) == (arm == "crrelu")
             assert (second / arm / f"seed-{seed}" / "before.json").is_file()
     assert not list(second.rglob("patched"))
+    third, tune = tmp_path / "third", ("--tune", "learning_rate=1e-3,1e-2")
+    assert run("dpo", "--seeds", "1", "--after", str(first), *tune, "--output_dir", str(third)) == 0
+    tried = run_of(third / "tuning", "crrelu/learning_rate=1e-3", tuning.SEED)
+    assert tried["epsilon_start"] == run_of(first, "crrelu", 1)["epsilon"]
     capsys.readouterr()
     assert run("dpo", "--seeds", "0", "5", "--after", str(first), "--output_dir", str(tmp_path / "more")) == 2
     assert "seed-5 is no finished run; give the same arms and seeds as there" in capsys.readouterr().err

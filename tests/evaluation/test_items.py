@@ -154,3 +154,12 @@ def test_evaluating_first_does_not_change_the_training(workshop, kind):
     assert record["epsilon"] == plain["epsilon"]
     assert record["before"] == metrics
     assert not (workshop.folder / "measured" / "model.safetensors").exists()
+
+
+def test_items_are_in_the_order_of_the_data_whatever_the_sampler(workshop):
+    """transformers would draw the evaluation rows by the training's strategy too, anew for each seed."""
+    found = []
+    for options in ({}, {"train_sampling_strategy": "group_by_length"}):
+        _, trainer = workshop.trainer("sft", f"order-{len(found)}", **options)
+        found.append(evaluate_sft(trainer)[1]["loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)

@@ -33,19 +33,19 @@ def test_a_folded_network_computes_the_same_with_the_activation_alone(tiny_check
 
 
 @pytest.fixture(scope="module")
-def folded(tmp_path_factory):
+def folded(tmp_path_factory, options):
     """The nano, its calibrated CRReLU folded."""
     path = tmp_path_factory.mktemp("folded") / "crrelu"
-    patch_checkpoint("builtin:nano", PatchConfig(**OPTIONS), path, fold=True)
+    patch_checkpoint("builtin:nano", PatchConfig(**options), path, fold=True)
     return path
 
 
-def test_a_folded_network_goes_back_and_keeps_what_it_computes_where_that_is_fitted(folded, tmp_path, caplog):
+def test_a_folded_network_goes_back_and_keeps_what_it_computes_where_that_is_fitted(folded, options, tmp_path, caplog):
     """GPT-2 for llama.cpp: GELU without numbers around it, fitted to the CRReLU that the weights were folded for."""
 
-    def back(name, **options):
-        config = PatchConfig("gelu_new", **options)
-        fold = options["calibration"] == "fit"
+    def back(name, **how):
+        config = PatchConfig("gelu_new", **how)
+        fold = how["calibration"] == "fit"
         return patch_checkpoint(str(folded), config, tmp_path / name, fold=fold, perplexity=measure)["perplexity"]
 
     def measure(model, _):
@@ -53,7 +53,7 @@ def test_a_folded_network_goes_back_and_keeps_what_it_computes_where_that_is_fit
             return model(input_ids=ids, labels=ids).loss.exp().item()
 
     ids = torch.arange(40, 168)[None]
-    plain, fitted = back("plain", calibration="none"), back("fitted", calibration="fit", **OPTIONS)
+    plain, fitted = back("plain", calibration="none"), back("fitted", calibration="fit", **options)
     assert "the weights have changed since the patch, by training, refit or --fold, and stay so" in caplog.text
     assert plain["patched"] == fitted["patched"] and plain["after"] == fitted["after_naive"]
     assert abs(fitted["after"] / fitted["patched"] - 1) < 0.2 * abs(plain["after"] / plain["patched"] - 1)

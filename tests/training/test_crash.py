@@ -71,7 +71,7 @@ def outcome(directory):
     name = "adapter_model.safetensors" if (directory / "adapter_config.json").is_file() else "model.safetensors"
     found = {key: bits(run[key]) for key in ("status", "epsilon", "epsilon_start", "steps")}
     found["history"] = bits(without_times(run["history"]))
-    found["metrics"] = bits({key: value for key, value in run["metrics"].items() if key not in _SPEEDS})
+    found["metrics"] = bits({key: value for key, value in run["metrics"].items() if key not in {*_SPEEDS, *TIMES}})
     found["weights"] = exact(load_file(directory / name))
     found["checkpoint weights"] = exact(load_file(last / name))
     found["log"] = bits(without_times(json.loads((last / "trainer_state.json").read_text())["log_history"]))

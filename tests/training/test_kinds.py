@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison.arms import directory_name
+from crrelu_llm.data import load_dataset
 from crrelu_llm.errors import InputError
 from crrelu_llm.training.kinds import KINDS, all_kinds, kind_of
 
@@ -26,8 +27,6 @@ def workshop(tmp_path_factory, tiny_checkpoint):
 
 def trl_losses(workshop, kind, recipe):
     """The losses that TRL's own trainer logs with a recipe."""
-    import datasets
-
     about = kind_of(kind)
     keys = {"model_name_or_path", "dataset_name", "activation", "calibration", "reward_funcs"}
     options = {key: value for key, value in recipe.items() if key not in keys}
@@ -41,7 +40,7 @@ def trl_losses(workshop, kind, recipe):
     trainer = trained(
         model=recipe["model_name_or_path"],
         args=args,
-        train_dataset=datasets.load_dataset(recipe["dataset_name"])["train"],
+        train_dataset=load_dataset(recipe["dataset_name"])["train"],
         **more,
     )
     trainer.train()
@@ -80,7 +79,7 @@ def test_an_adapter_has_epsilon_and_its_reference_has_not(kind, bits, workshop):
     """LoRA, and in 4 bits QLoRA: ε is trained in the adapter; switched off, the model is what it was."""
     options = LORA | {"epsilon_learning_rate": 0.05} | ({"load_in_4bit": True} if bits else {})
     if kind == "reward":  # TRL trains the head in bfloat16, where the base is in 4 bits
-        options |= {"bf16": bool(bits), "lora_task_type": "SEQ_CLS", "lora_modules_to_save": ["score"]}
+        options |= {"bf16": bool(bits)}
     name = f"{kind}-lora-{bits}"
     record = workshop.run(kind, name, **options)
     assert all(abs(record["epsilon"][path] - start) > 1e-4 for path, start in record["epsilon_start"].items())
@@ -133,7 +132,9 @@ def test_evaluating_kto(workshop):
 
     rows = list(trainer.eval_dataset)
     rewards = np.array([0.5 * ratio(row["prompt_ids"], row["completion_ids"]) for row in rows])
-    base = 0.5 * max(0.0, np.mean([ratio(row["prompt_ids"], row["KL_completion_ids"]) for row in rows]))
+    answers = [row["completion_ids"] for row in rows]
+    others = [answers[-1], *answers[:-1]]
+    base = 0.5 * max(0.0, np.mean([ratio(row["prompt_ids"], other) for row, other in zip(rows, others, strict=True)]))
     wanted = np.array([row["label"] for row in rows])
     gains = np.where(wanted, rewards - base, base - rewards)
     assert items["loss"] == pytest.approx(expit(-gains).tolist(), abs=1e-5)
@@ -142,6 +143,31 @@ def test_evaluating_kto(workshop):
     assert items["answer_accuracy"] == [1.0 if gain > 0 else 0.0 for gain in gains]
     shown = recipe.kind.texts(trainer)
     assert len(shown) == 8 and all(len(entry["options"]) == 1 for entry in shown)
+    assert [entry["right"] for entry in shown] == [[bool(label)] for label in wanted]
+
+
+def test_the_answers_to_one_prompt_are_one_item(workshop):
+    recipe, trainer = workshop.trainer("kto", "kto-pairs-eval", dataset_name=workshop.data("dpo"), learning_rate=1e-2)
+    trainer.train()
+    metrics, items = recipe.kind.evaluate(trainer)
+    assert len(trainer.eval_dataset) == 16 and {len(values) for values in items.values()} == {8}
+    assert all(np.mean(items[name]) == pytest.approx(metrics[name]) for name in items)
+    shown = recipe.kind.texts(trainer)
+    assert [entry["right"] for entry in shown] == [[True, False]] * 8
+
+
+def test_the_seeds_of_a_comparison_by_kto_are_trainings_anew(workshop):
+    """TRL takes the rows in their order, and of pairs first every chosen answer."""
+    pairs = load_dataset(workshop.data("dpo"))["train"]
+    first, second = (kind_of("kto").drawn(pairs, seed) for seed in (0, 1))
+    assert len(first) == len(second) == 32 and first["completion"] != second["completion"]
+    assert len(set(first["label"][:8])) == 2
+    assert sorted(first["completion"]) == sorted(second["completion"])
+
+
+def test_training_kto_on_answers_of_one_kind_alone_is_said(workshop, caplog):
+    workshop.run("kto", "kto-one-kind", dataset_name=workshop.data("dpo"), max_steps=1)
+    assert "are all desirable or all not" in caplog.text
 
 
 def test_evaluating_a_reward_model(workshop):
@@ -188,17 +214,29 @@ def test_evaluating_sampled_answers(kind, workshop):
 def test_the_generating_copy_has_the_new_epsilon(workshop):
     """After a step, answers are sampled by the model as it is then."""
     _, trainer = workshop.trainer("grpo", "grpo-generates", epsilon_learning_rate=0.5, learning_rate=1e-9)
-    seen = []
+    seen, generates = [], []
     generate = trainer._generate
 
     def watch(prompts):
-        modules = [module for name, module in trainer.model.named_modules() if hasattr(module, "epsilon")]
-        seen.append(modules[0].epsilon.item())
-        return generate(prompts)
+        generates.append(True)
+        seen.append([])
+        try:
+            return generate(prompts)
+        finally:
+            generates.pop()
+
+    def note(module, args, output):
+        if generates:
+            seen[-1].append(module.epsilon.item())
 
     trainer._generate = watch
+    site = next(module for module in trainer.model.modules() if hasattr(module, "epsilon"))
+    site.register_forward_hook(note)
     trainer.train()
-    assert len(seen) == 3 and len(set(seen)) == 3
+    assert [len(set(values)) for values in seen] == [1, 1, 1], (
+        "one value while it writes, and it was the site that wrote"
+    )
+    assert len({values[0] for values in seen}) == 3
 
 
 @pytest.mark.parametrize("kind", NEW)
@@ -217,6 +255,7 @@ def test_a_comparison_has_a_report(kind, workshop):
     assert report["trainer_label"] == about.label and report["items"] == about.items
     found = {(entry["metric"], entry["unit"]) for entry in report["comparisons"] if entry["candidate"] == "relu"}
     assert {(about.headline, unit) for unit in ("seed", "item", "both")} <= found
+    assert all(entry["p_value"] is not None for entry in report["comparisons"] if entry["metric"] == about.headline)
     assert about.headline in report["arms"][0]["before"] and report["verdict"]
     page = (out / "report.html").read_text()
     assert about.items in page and about.label in page
@@ -339,3 +378,39 @@ def test_a_family_without_a_classifier_cannot_be_a_reward_model(tmp_path):
     recipe = SimpleNamespace(model=options, kind=kind_of("reward"), source="R.yaml", loading={})
     with pytest.raises(InputError, match="gpt_neox_japanese has no sequence classifier in transformers"):
         check_model(recipe)
+
+
+def test_rows_longer_than_the_positions_are_refused(workshop):
+    """A GPT-2 has no more than its table: 64 here."""
+    long = " ".join(["cat"] * 80)
+    rows = {
+        "kto": [{"prompt": "a", "completion": long, "label": i % 2 == 0} for i in range(8)],
+        "reward": [{"chosen": long, "rejected": "no"} for _ in range(8)],
+        "grpo": [{"prompt": long} for _ in range(8)],
+    }
+    for kind, content in rows.items():
+        data = workshop.data(kind, train=content, test=content)
+        with pytest.raises(InputError, match="tokens, and the model"):
+            workshop.run(kind, f"{kind}-long", dataset_name=data, **({} if kind == "grpo" else {"max_length": 10_000}))
+
+
+def test_a_label_that_is_none_is_refused(workshop):
+    rows = [{"prompt": "a", "completion": " b", "label": label} for label in (True, False, -1)]
+    with pytest.raises(InputError, match=r"row 3: label is -1; it must be true"):
+        workshop.run("kto", "kto-labels", dataset_name=workshop.data("kto", train=rows, test=rows))
+
+
+def test_transcripts_are_cut_before_the_last_answer():
+    from datasets import Dataset
+
+    from crrelu_llm.data.pairs import as_completions, as_prompts
+
+    start = "\n\nHuman: Can I?\n\nAssistant: Maybe.\n\nHuman: Now?\n\nAssistant:"
+    rows = Dataset.from_list([{"chosen": f"{start} Yes, you can.", "rejected": f"{start} Yes, never."}])
+    assert as_completions(rows)[0] == {"prompt": start, "completion": " Yes, you can."}
+    assert as_prompts(rows)[0] == {"prompt": start}
+
+
+def test_a_gradual_swap_is_refused_where_answers_are_sampled(workshop):
+    with pytest.raises(InputError, match="blend_steps is not for grpo, which samples its answers"):
+        workshop.run("grpo", "grpo-blend", blend_steps=2)

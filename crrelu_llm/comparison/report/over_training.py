@@ -15,6 +15,11 @@ _FORMAT = "{:.4f}"
 _MOST_ROWS = 10
 
 
+def metric(report: Report) -> str:
+    """What the difference is in, in words."""
+    return f"evaluation {(report.get('trajectory') or {}).get('metric', 'loss')}"
+
+
 def table(report: Report) -> Table:
     """A row for each candidate (and grid value), a column for each step; of many steps some, the last among them."""
     shown = report.get("trajectories") or []
@@ -47,27 +52,30 @@ def pictures(report: Report) -> list[Picture]:
 
 def _picture(report: Report, entries: list[dict[str, Any]], grid: dict[str, Any], index: int) -> Picture:
     figure, axes = new_axes(3.0)
+    what = metric(report)
     for entry in entries:
         points = entry["points"]
         steps = [point["step"] for point in points]
         style = line_style(report, str(entry["candidate"]))
         if all(point["ci_low"] is not None and point["ci_high"] is not None for point in points):
-            low, high = ([point[end] for point in points] for end in ("ci_low", "ci_high"))
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.14, linewidth=0)
+            ends = ([point[end] for point in points] for end in ("ci_low", "ci_high"))
+            axes.fill_between(steps, *ends, color=style["color"], alpha=0.14, linewidth=0)
         axes.plot(steps, [point["difference"] for point in points], marker="o", markersize=3, **style)
     axes.axhline(0, color=MUTED, linewidth=1)
-    low, high = axes.get_ylim()
-    axes.axhspan(low, 0, color=GOOD, alpha=0.1, linewidth=0)
-    axes.set(ylim=(low, max(high, 0)), xlabel="step", ylabel="difference in evaluation loss")
+    bottom, top = axes.get_ylim()
+    low, high = min(bottom, 0.0), max(top, 0.0)
+    better = (0, high) if (report.get("trajectory") or {}).get("higher_is_better") else (low, 0)
+    axes.axhspan(*better, color=GOOD, alpha=0.1, linewidth=0)
+    axes.set(ylim=(low, high), xlabel="step", ylabel=f"difference in {what}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = [str(entry["candidate"]) for entry in entries]
     label = f" ({text.grid_label(grid)})" if grid else ""
     return Picture(
         f"over{index}",
         f"Difference from {report.get('baseline')} over training{label}",
-        "Candidate minus baseline in evaluation loss, mean over seeds, with Student's 95 % interval over them; the "
+        f"Candidate minus baseline in {what}, mean over seeds, with Student's 95 % interval over them; the "
         "shaded side is better.",
-        f"Difference in evaluation loss from {report.get('baseline')} by step{label} for {', '.join(names)}.",
+        f"Difference in {what} from {report.get('baseline')} by step{label} for {', '.join(names)}.",
         inline_svg(figure, f"over{index}"),
         [arm_key(report, name) for name in names],
     )

@@ -86,6 +86,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
         "comparisons": tables.comparisons(report),
         "over_training": over_training.table(report),
+        "over_training_metric": over_training.metric(report),
         "tuning": tables.tuning(report),
         "tuning_hint": tables.tuning_hint(report),
         "failures": tables.failures(report),

@@ -6,8 +6,8 @@ from trl.scripts.grpo import GRPOScriptArguments
 from crrelu_llm.data.pairs import as_prompts
 from crrelu_llm.evaluation.generated import evaluate_generated, prompt_texts
 from crrelu_llm.training.epsilon import EpsilonMixin
-from crrelu_llm.training.kinds.kind import Kind, refuse_moving_references
-from crrelu_llm.training.rewards import SampledMixin, has_prompts, parts_of_a_prompt, reward_arguments
+from crrelu_llm.training.kinds.kind import Kind
+from crrelu_llm.training.rewards import SampledMixin, has_prompts, parts_of_a_prompt, refuse_blend, reward_arguments
 from crrelu_llm.training.saving import SavingMixin
 
 
@@ -28,9 +28,10 @@ KIND = Kind(
     evaluate=evaluate_generated,
     texts=prompt_texts,
     headline="reward",
+    logged=("eval_reward", True),
     script=GRPOScriptArguments,
     samples=True,
     prepare=lambda split, recipe: as_prompts(split),
-    check=refuse_moving_references,
+    check=refuse_blend,
     arguments=reward_arguments,
 )

@@ -20,6 +20,10 @@ def _no_check(recipe: Any, where: str) -> None:
     return None
 
 
+def _in_order(train: Any, seed: int) -> Any:
+    return train
+
+
 def _as_it_is(split: Any, recipe: Any) -> Any:
     return split
 
@@ -42,6 +46,7 @@ class Kind:
             the items' values in the order of the data.
         texts: What to show of each evaluation item: `prompt` and `options`, the right one first.
         headline: The metric that a verdict is about; a value for every item.
+        logged: The metric of an evaluation that TRL logs while it trains, and whether a higher one is better.
         script: TRL's arguments of its script, of which the data set is one.
         auto_class: transformers' class that loads the model.
         reference: Whether a frozen copy of the model is held beside the trained one, unless a recipe says otherwise
@@ -49,6 +54,7 @@ class Kind:
         sequences: How many sequences of a row go through the model together.
         samples: Whether the model writes the answers that it is trained on.
         prepare: Brings a split into a shape that TRL takes; called with the split and the recipe.
+        drawn: The training rows of one seed of a comparison, where the trainer itself takes them in their order.
         check: Raises InputError for options that do not go together; called with the recipe and a prefix for messages.
         arguments: Further arguments of the trainer.
     """
@@ -65,12 +71,14 @@ class Kind:
     evaluate: Callable[[Any], Evaluated]
     texts: Callable[[Any], list[dict[str, Any]]]
     headline: str = "loss"
+    logged: tuple[str, bool] = ("eval_loss", False)
     script: type = ScriptArguments
     auto_class: str = "AutoModelForCausalLM"
     reference: bool = False
     sequences: int = 1
     samples: bool = False
     prepare: Callable[[Any, Any], Any] = _as_it_is
+    drawn: Callable[[Any, int], Any] = _in_order
     check: Callable[[Any, str], None] = _no_check
     arguments: Callable[[Any], dict[str, Any]] = _no_arguments
 
