@@ -111,13 +111,15 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
         "max_steps": str(setting.steps[index]),
         **setting.options,
     }
-    tune = ["--tune", f"learning_rate={setting.rates[index]}"]
-    if task == "long":  # the rate is the best of every arm on Dolly; the curve is what is asked for
-        tune = []
-        options |= {"max_steps": "200", "learning_rate": "1e-3", "eval_strategy": "steps", "eval_steps": "25"}
+    tune, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
+    if task in EXTRAS:  # at the rate that is the best one for every arm on Dolly
+        tune, seeds = [], 3
+        options["learning_rate"] = "1e-3"
+    if task == "long":
+        options |= {"max_steps": "200", "eval_strategy": "steps", "eval_steps": "25"}
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
     words += [word for key, value in options.items() for word in (f"--{key}", value)]
-    words += ["--arms", *arms, "--seeds", *map(str, range(setting.seeds[index]))]
+    words += ["--arms", *arms, "--seeds", *map(str, range(seeds))]
     words += ["--baseline", "gelu" if "gelu" in setting.arms and task not in EXTRAS else "native"]
     words += [*tune, *(["--grid", f"beta={BETAS}"] if index else [])]
     words += ["--discard_models", "--patched_dir", str(output_dir / name / "patched")]
