@@ -97,7 +97,11 @@ def test_control_c_says_how_to_go_on(workshop, capsys, monkeypatch):
         return trainer
 
     monkeypatch.setattr(run, "build_trainer", build)
-    assert main(["sft", *workshop.argv("sft", "run", **SAVING)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["sft", *workshop.argv("sft", "run", **SAVING)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     check_advice(workshop.folder / "run", capsys.readouterr().err)
     assert last_checkpoint(workshop.folder / "run").endswith("checkpoint-3")
 

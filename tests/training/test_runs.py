@@ -229,10 +229,10 @@ class TestBadData:
     @pytest.mark.parametrize(
         ("kind", "rows", "message"),
         [
-            ("dpo", [{"prompt": "a", "answer": "b"}], "DPO needs the columns chosen and rejected"),
-            ("dpo", [{"text": "a b c"}], "DPO needs the columns chosen and rejected"),
-            ("sft", [{"question": "a", "answer": "b"}], "SFT needs a column messages or text"),
-            ("sft", [{"prompt": "only a prompt"}], "SFT needs a column messages or text"),
+            ("dpo", [{"prompt": "a", "answer": "b"}], "dpo needs the columns chosen and rejected"),
+            ("dpo", [{"text": "a b c"}], "dpo needs the columns chosen and rejected"),
+            ("sft", [{"question": "a", "answer": "b"}], "sft needs a column messages or text"),
+            ("sft", [{"prompt": "only a prompt"}], "sft needs a column messages or text"),
             ("sft", [], "is empty|no rows|cannot be read"),
         ],
     )
