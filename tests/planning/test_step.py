@@ -67,7 +67,7 @@ def test_a_real_training_peaks_where_the_plan_says(kind, options, workshop: Work
     batch, length = 4, 96
     words = [length if row % 2 == 0 else 4 for row in range(batch * options.get("gradient_accumulation_steps", 1))]
     if kind == "reward":
-        # Without an LM head, a tensor of one attention layer is a fifth of the tiny GPT-2's memory: the nano's here. TRL
+        # Without an LM head, a tensor of one attention layer is a fifth of the tiny GPT-2's memory: the nano's. TRL
         # leaves out what is longer than max_length; this word has three tokens.
         monkeypatch.setattr(workshop, "model", str(nano_path()))
         words = [length // 3 - 1 if count == length else count for count in words]
