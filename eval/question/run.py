@@ -112,7 +112,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
         **setting.options,
     }
     tune, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
-    if task in EXTRAS:  # at the rate that is the best one for every arm on Dolly
+    if task in EXTRAS:  # about the swap, at one rate for all arms
         tune, seeds = [], 3
         options["learning_rate"] = "1e-3"
     if task == "long":

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from run import BETAS, PLAIN, SETTINGS, tasks
 
 from crrelu_llm.cli.compare import write
+from crrelu_llm.comparison.matrix import is_done
 from crrelu_llm.comparison.statistics import adjust
+from crrelu_llm.comparison.tuning import TUNING
 
 Entry = dict[str, Any]
 NAMES = {PLAIN: "crrelu, plain swap"}
@@ -34,13 +36,16 @@ def main() -> None:
     for model in SETTINGS:
         for task in tasks(model):
             place = args.output_dir / model / task
-            if (place / "comparison.json").is_file():
-                write(place, with_examples=False)
-                target = args.results_dir / model / task
-                target.mkdir(parents=True, exist_ok=True)
-                for name in ("report.json", "report.md"):
-                    (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
-                reports[model, task] = json.loads((place / "report.json").read_text())
+            if not any(
+                is_done(path.parent) for path in place.glob("*/**/seed-*/run.json") if TUNING not in path.parts
+            ):
+                continue
+            write(place, with_examples=False)
+            target = args.results_dir / model / task
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("report.json", "report.md"):
+                (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
+            reports[model, task] = json.loads((place / "report.json").read_text())
     entries = adjust([entry for key, report in reports.items() for entry in _losses(*key, report)])
     tried = sum(_seconds(path) for path in args.output_dir.glob("*/*/tuning/**/run.json"))
     text = "\n\n".join(["# All comparisons", _differences(entries), *_details(reports, tried), _missing(reports)])
