@@ -80,10 +80,10 @@ def made_up(directory: Path) -> dict[str, str]:
         "shp": [{"history": f"Why {i}?", "labels": i % 2, **answers} for i in range(12)],
     }
     for name, content in rows.items():
-        for split in ("train", "test"):
+        for split, count in (("train", 8), ("test", 4)):
             path = directory / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            path.write_text("".join(json.dumps(row) + "\n" for row in content[:count]), encoding="utf-8")
     return {name: str(directory / name) for name in rows}
 
 
