@@ -19,7 +19,7 @@ from crrelu_llm.comparison import tuning
 from crrelu_llm.comparison.arms import Arm, check_grid, grid_name
 from crrelu_llm.comparison.definition import BEFORE, Comparison, before_training
 from crrelu_llm.comparison.settings import claim, record
-from crrelu_llm.errors import DiskError, InputError
+from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.evaluation.metrics import METRICS
 from crrelu_llm.files import alone, remove, write_json
 from crrelu_llm.patching import find_sites, loading, section
@@ -267,6 +267,8 @@ def _check_everything(comparison: Comparison) -> Recipe:
             if config is not None and recipe.activation.affine_learning_rate > 0:
                 check_calibrated(f"the arm {arm.name}", config, None)
             require_bitsandbytes(recipe)
+    if comparison.patched_dir is not None and comparison.patched_dir.exists() and not comparison.patched_dir.is_dir():
+        raise InputError(f"--patched_dir {comparison.patched_dir} is a file; choose a directory")
     for arm in comparison.arms:
         for seed in comparison.seeds:
             _check_trained(comparison.trained_before(arm.name, seed))
@@ -276,7 +278,12 @@ def _check_everything(comparison: Comparison) -> Recipe:
     found = section.read(skeleton.config)
     if found is not None:
         raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")
-    find_sites(skeleton)
+    layers = len({site.layer for site in find_sites(skeleton)})
+    for arm in comparison.arms:
+        config = comparison.recipe(arm, points[0], comparison.seeds[0]).activation.patch_config()
+        if config is not None:
+            with reading(f"the arm {arm.name}", ours=True):
+                config.selected(layers)
     return base
 
 

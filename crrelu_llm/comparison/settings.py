@@ -35,6 +35,11 @@ def claim(comparison: Comparison, recipe: Recipe) -> None:
 
 
 def record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> None:
+    """Writes comparison.json: what is asked for by now, and the data by its hash.
+
+    Raises:
+        InputError: The directory's comparison was begun with other data.
+    """
     from crrelu_llm.data import sha256
 
     names = {"train": recipe.script.dataset_train_split, "test": recipe.script.dataset_test_split}

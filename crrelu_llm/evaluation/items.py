@@ -71,12 +71,7 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
         row = torch.stack([half.double() for pair in halves for half in pair], dim=1)
         rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
     chosen, rejected, chosen_tokens, rejected_tokens, chosen_logps, _ = torch.cat(rows).numpy().T
-    metrics = PairwisePreference(keep_in_memory=True).compute(
-        chosen_reward=chosen,
-        rejected_reward=rejected,
-        chosen_tokens=chosen_tokens.astype(int),
-        rejected_tokens=rejected_tokens.astype(int),
-    )
+    metrics = pair_metrics(chosen, rejected, chosen_tokens, rejected_tokens)
     margins = chosen - rejected
     items = {"reward_accuracy": wins(margins).tolist(), "reward_margin": margins.tolist()}
     metrics["perplexity"] = float(np.exp(min(-chosen_logps.sum() / max(chosen_tokens.sum(), 1), 700.0)))
@@ -87,6 +82,18 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
     else:
         metrics["loss"] = trainer.evaluate()["eval_loss"]
     return metrics, items
+
+
+def pair_metrics(
+    chosen: np.ndarray, rejected: np.ndarray, chosen_tokens: np.ndarray, rejected_tokens: np.ndarray
+) -> dict[str, float]:
+    """Accuracy and margin of pairs' rewards, and the accuracy of "the longer answer wins"; all `(pairs,)`."""
+    return PairwisePreference(keep_in_memory=True).compute(
+        chosen_reward=chosen,
+        rejected_reward=rejected,
+        chosen_tokens=chosen_tokens.astype(int),
+        rejected_tokens=rejected_tokens.astype(int),
+    )
 
 
 def document_texts(trainer: Any) -> list[dict[str, Any]]:

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from crrelu_llm.evaluation.items import SHOWN, Evaluated, batches, columns_of, evaluating
+from crrelu_llm.evaluation.items import SHOWN, Evaluated, batches, columns_of, evaluating, pair_metrics
 from crrelu_llm.evaluation.measured import wins
-from crrelu_llm.evaluation.metrics import PairwisePreference
 
 
 def evaluate_reward(trainer: Any) -> Evaluated:
@@ -27,12 +26,7 @@ def evaluate_reward(trainer: Any) -> Evaluated:
             row = torch.stack([chosen, rejected, *lengths, own], dim=1)
             rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
     chosen, rejected, chosen_tokens, rejected_tokens, own = torch.cat(rows).numpy().T
-    metrics = PairwisePreference(keep_in_memory=True).compute(
-        chosen_reward=chosen,
-        rejected_reward=rejected,
-        chosen_tokens=chosen_tokens.astype(int),
-        rejected_tokens=rejected_tokens.astype(int),
-    )
+    metrics = pair_metrics(chosen, rejected, chosen_tokens, rejected_tokens)
     margins = chosen - rejected
     centre = trainer.args.center_rewards_coefficient or 0.0
     losses = np.logaddexp(0.0, -(margins - own)) + centre * (chosen + rejected) ** 2

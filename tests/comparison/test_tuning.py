@@ -124,6 +124,12 @@ def test_what_was_chosen_stays_chosen(folder, tuned):
     [
         (("--tune", "learning_rate=1e-4"), "--tune learning_rate=…: give two values or more"),
         (("--tune", "beta=0.1,1"), "--tune beta=…: cannot be tuned"),
+        (("--patched_dir", __file__), "is a file; choose a directory"),
+        (
+            ("--arms", "native", "crrelu:layers=9"),
+            "the arm crrelu:layers=9: layers: 9: the model has 2 layers",
+        ),
+        (("--after", "nowhere"), "is no finished run; give the same arms and seeds as there"),
         (("--tune", "learning_rate"), "--tune: write key=value,value,…"),
         (("--tune", "max_steps=1,2", "--grid", "max_steps=1,2"), "--tune max_steps=…: --grid sets this key too"),
     ],
