@@ -42,7 +42,7 @@ class Setting:
 # chat_template.jinja into its directory.
 SETTINGS = {
     "nano": Setting(
-        ("native", "relu", "crrelu", PLAIN), (5, 3), (40, 20), ("3e-4,1e-3,3e-3", "3e-5,1e-4,3e-4"),
+        ("native", "relu", "crrelu", PLAIN), (5, 3), (40, 20), ("1e-3,3e-3,1e-2", "3e-5,1e-4,3e-4"),
         {"calibration_tokens": "8192"},
     ),
     "smollm2": Setting(
@@ -114,7 +114,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
     tune, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
     if task in EXTRAS:  # about the swap, at one rate for all arms
         tune, seeds = [], 3
-        options["learning_rate"] = "1e-3"
+        options["learning_rate"] = "3e-3"
     if task == "long":
         options |= {"max_steps": "200", "eval_strategy": "steps", "eval_steps": "25"}
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
