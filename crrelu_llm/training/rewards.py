@@ -16,6 +16,7 @@ import trl.rewards
 from transformers import TrainerCallback
 from trl.data_utils import is_conversational
 
+from crrelu_llm.compat.vllm import leave_alone
 from crrelu_llm.data.pairs import holds_pairs
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.training.kinds.kind import refuse_moving_references
@@ -132,12 +133,17 @@ class SampledMixin:
     that are counted on after a resume."""
 
     args: Any
+    model: Any
+    ref_model: Any
     state: Any
     train_dataset: Any
     reward_funcs: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        for model in (self.model, self.ref_model):
+            if model is not None and getattr(self.args, "use_vllm", False):
+                leave_alone(model)
         self._try_rewards()
         self.add_callback(_CountOn(self))  # type: ignore[attr-defined]
 
