@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from scipy.special import expit
 
 from crrelu_llm.cli.main import main
+from crrelu_llm.comparison.card import card
 from crrelu_llm.comparison.arms import directory_name
 from crrelu_llm.data import load_dataset
 from crrelu_llm.errors import InputError
@@ -69,6 +70,8 @@ def test_epsilon_is_trained_saved_and_loaded_again(kind, workshop):
     model = auto.from_pretrained(directory)
     found = {name.removesuffix(".epsilon"): p for name, p in model.named_parameters() if name.endswith("epsilon")}
     assert {path: value.item() for path, value in found.items()} == pytest.approx(record["epsilon"], abs=1e-7)
+    assert f"model = {auto.__name__}.from_pretrained" in card(directory)
+    assert ("text-classification" if kind == "reward" else "text-generation") in card(directory)
     if kind == "reward":
         head = load_file(directory / "model.safetensors")["score.weight"]
         assert torch.equal(model.score.weight, head) and head.shape[0] == 1
@@ -353,6 +356,8 @@ def test_a_patched_reward_model_keeps_its_head(classifier, tmp_path):
     assert (load_file(tmp_path / "patched" / "model.safetensors")["score.weight"] == 0.25).all()
     report = json.loads((tmp_path / "patched" / "patch_report.json").read_text())
     assert report["perplexity"] is None and all(site["kept"] == "fit" for site in report["sites"])
+    readme = (tmp_path / "patched" / "README.md").read_text()
+    assert "`AutoModelForSequenceClassification.from_pretrained" in readme and "vllm" not in readme
 
 
 def test_a_reward_model_is_trained_on(classifier, workshop):
