@@ -165,7 +165,7 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
     trainer = build_trainer(recipe, model, recipe.kind.drawn(train, seed), test)
     _keep_texts(comparison, recipe.kind, trainer)
     before_path = before_training(comparison.output_dir, arm.name, point)
-    if comparison.after is not None:  # each seed starts from a model of its own
+    if comparison.after is not None or recipe.kind.auto_class != loading.CAUSAL_LM:  # a model, or a head, of each seed's own
         before_path = Path(trainer.args.output_dir) / BEFORE
     before = BeforeTraining(recipe.kind, trainer, before_path)
     trainer.add_callback(before)

@@ -261,6 +261,8 @@ def test_a_comparison_has_a_report(kind, workshop):
     assert {(about.headline, unit) for unit in ("seed", "item", "both")} <= found
     assert all(entry["p_value"] is not None for entry in report["comparisons"] if entry["metric"] == about.headline)
     assert about.headline in report["arms"][0]["before"] and report["verdict"]
+    starts = {path.read_text() for path in (out / "native").glob("seed-*/before.json")}
+    assert len(starts) == (2 if kind == "reward" else 0), "a new head is each seed's own"
     page = (out / "report.html").read_text()
     assert about.items in page and about.label in page
     assert (out / directory_name("relu") / "patched").is_dir()
