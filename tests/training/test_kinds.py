@@ -312,6 +312,7 @@ def test_shp_is_taken_as_it_was_published(kind, workshop, tmp_path):
     ("name", "words"),
     [
         ("rewards.py:fails", "the reward function fails failed: KeyError: 'answer'"),
+        ("rewards.py:asks_in_vain", "the reward function asks_in_vain failed: KeyError: 'answer'"),
         ("rewards.py:not_a_number", "the reward function not_a_number gave nan for answer 1; give a finite number"),
         ("rewards.py:too_few", "the reward function too_few gave 1 rewards for 2 answers; give one for each"),
         ("rewards.py:nothing", "the reward function nothing gave None for 2 answers; give one for each"),
@@ -335,6 +336,11 @@ def test_a_training_without_rewards_is_refused(workshop):
 def test_trls_own_rewards_are_known_by_name(workshop):
     record = workshop.run("grpo", "grpo-named", reward_funcs=["get_soft_overlong_punishment"], max_steps=1)
     assert record["status"] == "done"
+
+
+def test_a_reward_function_may_be_asynchronous_and_import_what_lies_beside_it(workshop):
+    record = workshop.run("grpo", "grpo-asks", reward_funcs=["rewards.py:asks"], max_steps=1)
+    assert record["history"][0]["reward"] > 0
 
 
 @pytest.fixture(scope="module")
