@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from scipy.special import expit
 
 from crrelu_llm.cli.main import main
-from crrelu_llm.comparison.card import card
 from crrelu_llm.comparison.arms import directory_name
+from crrelu_llm.comparison.card import card
 from crrelu_llm.data import load_dataset
 from crrelu_llm.errors import InputError
 from crrelu_llm.training.kinds import KINDS, all_kinds, kind_of

@@ -66,7 +66,7 @@ def _statement(report: Report, name: str, entries: list[dict[str, Any]], models:
     if len(entries) == 1:
         (entry,) = entries
         said = f"{_difference(report, entry)}, paired over {entry['n']} items"
-        return Verdict(f"{who} against {baseline}: {said}: {outcome}{reason}.", outcome, name)
+        return Verdict(f"{who} against {baseline}: {said}: {outcome}{reason}.", outcome, name, comparison=entry)
     parts = [
         f"{verdict} on {len(found)}" + (f" ({'; '.join(_difference(report, e) for e in found)})" if found else "")
         for verdict, found in sides.items()

@@ -9,11 +9,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import evaluation, over_training, tables, text
+from crrelu_llm.comparison.report import arms, evaluation, over_training, tables, text
 from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.cost import cost
 from crrelu_llm.comparison.report.drawing import arm_key
 from crrelu_llm.comparison.report.examples import examples
+from crrelu_llm.comparison.report.headline import headline, interval
 from crrelu_llm.comparison.report.plots import pictures
 from crrelu_llm.comparison.report.verdict import draw_verdict, notes
 
@@ -77,6 +78,9 @@ def _contents(report: Report) -> dict[str, Any]:
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
         "verdict": verdict,
+        "headline": headline(report, verdict),
+        "interval": interval(report, verdict),
+        "arms": arms.arms(report),
         "notes": (evaluation.notes if evaluated else notes)(report),
         "overview": (evaluation if evaluated else tables).overview(report),
         "results": (evaluation if evaluated else tables).results(report),
@@ -85,6 +89,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "cost": cost(report),
         "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
         "comparisons": tables.comparisons(report),
+        "decisive": tables.comparisons(report, decisive=True),
         "over_training": over_training.table(report),
         "over_training_metric": over_training.metric(report),
         "tuning": tables.tuning(report),

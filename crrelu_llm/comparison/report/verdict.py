@@ -24,12 +24,15 @@ _CONTROLS = ("native", "relu")
 
 @dataclass
 class Verdict:
-    """The sentence, its outcome (`"better"`, `"worse"`, `"undecided"`), and the arm and grid value it speaks of."""
+    """The sentence, its outcome (`"better"`, `"worse"`, `"undecided"`), and the arm and grid value it speaks of; the
+    comparison that it rests on, where it is one, and the seeds in it."""
 
     sentence: str
     outcome: str = "undecided"
     candidate: str | None = None
     grid: Grid = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
+    seeds: int = 0
 
 
 def verdict_sentence(report: Report) -> str:
@@ -72,7 +75,7 @@ def draw_verdict(report: Report) -> Verdict:
         note = comparison.get("note", "there is no difference of two numbers")
         return Verdict(doubt + f"{note}.", candidate=name, grid=grid)
     statement, outcome = _statement(report, base, name, grid, metric, comparison, names)
-    return Verdict(statement, outcome, name, grid)
+    return Verdict(statement, outcome, name, grid, comparison, len(paired_seeds(report, base, name, grid, metric)))
 
 
 def candidates(report: Report) -> list[str]:
