@@ -124,7 +124,7 @@ def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bo
     from crrelu_llm.comparison import evaluation, results, settings
     from crrelu_llm.comparison.report import write_report
     from crrelu_llm.comparison.report.headline import headline
-    from crrelu_llm.comparison.report.verdict import draw_verdict
+    from crrelu_llm.comparison.report.pages import page_of
     from crrelu_llm.evaluation.results import SETTINGS
 
     if (output_dir / SETTINGS).is_file():
@@ -139,4 +139,6 @@ def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bo
     if not with_examples:
         report["examples"] = []
     write_report(report, output_dir)
-    return f"{headline(report, draw_verdict(report))}\n{report['verdict']}\nreport: {output_dir / 'report.html'}"
+    return (
+        f"{headline(report, page_of(report).draw(report))}\n{report['verdict']}\nreport: {output_dir / 'report.html'}"
+    )

@@ -80,8 +80,8 @@ def _summary(report: dict[str, Any]) -> str:
     from crrelu_llm.comparison.report import text
     from crrelu_llm.comparison.report.contents import by_seed, find_arm
     from crrelu_llm.comparison.report.headline import headline
+    from crrelu_llm.comparison.report.pages import page_of
     from crrelu_llm.comparison.report.tables import decisive_entries
-    from crrelu_llm.comparison.report.verdict import draw_verdict
 
     entries = {entry["candidate"]: entry for entry in decisive_entries(report)}
     rows = [("", "loss before", "after", "difference from native", "95 % interval")]
@@ -100,4 +100,4 @@ def _summary(report: dict[str, Any]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", headline(report, draw_verdict(report)) + "."])
+    return "\n".join([*lines, "", headline(report, page_of(report).draw(report)) + "."])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.comparison.report.contents import is_evaluation
 from crrelu_llm.comparison.report.render import escape_markdown
 from crrelu_llm.comparison.report.text import number
 from crrelu_llm.errors import InputError
@@ -175,7 +176,7 @@ def _results(report: dict[str, Any], arm: dict[str, Any], head: str) -> list[Any
 def _data_of(report: dict[str, Any], metric: str) -> tuple[dict[str, Any], str]:
     """The data that a metric was measured on, and the metric's name there; an evaluation's are called task/metric."""
     data = report.get("data") or [{"name": "unknown"}]
-    if report.get("trainer") != "eval":
+    if not is_evaluation(report):
         return data[-1], metric
     task, _, name = metric.partition("/")
     by_task = dict(zip((report.get("recipe") or {}).get("tasks") or [], data, strict=False))

@@ -5,9 +5,10 @@ import re
 import pytest
 
 from crrelu_llm.comparison.report.arms import arms
+from crrelu_llm.comparison.report.contents import Verdict
 from crrelu_llm.comparison.report.headline import headline, interval
+from crrelu_llm.comparison.report.pages import page_of
 from crrelu_llm.comparison.report.tables import comparisons
-from crrelu_llm.comparison.report.verdict import Verdict
 
 ENTRY = {
     "metric": "loss",
@@ -92,7 +93,7 @@ def test_arms_are_told_in_plain_words():
         "CRReLU in some layers only, fitted to compute what the model's own activation computed; the layer after "
         "it was fitted too; ε is learned, one a channel.",
     ]
-    assert arms({"trainer": "eval", "arms": report["arms"]}).rows == []
+    assert page_of({"trainer": "eval", "arms": report["arms"]}).arms(report).rows == []
 
 
 def test_the_short_table_has_the_headline_over_seeds_and_items_alone():

@@ -9,10 +9,8 @@ _NAMES = {"crrelu": "CRReLU", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "m
 
 
 def arms(report: Report) -> Table:
-    """One row an arm; empty where the report is not of trained arms."""
+    """One row a trained arm."""
     table = Table(["arm", "what it is"], words=2)
-    if report.get("trainer") == "eval":
-        return table
     originals = sorted({site["original"] for arm in report.get("arms", []) for site in _sites(arm)})
     for arm in report.get("arms", []):
         words = _native(originals) if arm.get("activation") == "native" else _swapped(arm)

@@ -3,14 +3,8 @@
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe, find_arm
+from crrelu_llm.comparison.report.contents import Report, Verdict, candidates, describe, find_arm
 from crrelu_llm.comparison.report.tables import Cell, Table
-from crrelu_llm.comparison.report.verdict import Verdict, candidates
-
-
-def is_evaluation(report: Report) -> bool:
-    """Whether the report is that of `crrelu eval`: checkpoints as they are, no training runs."""
-    return report.get("trainer") == "eval"
 
 
 def draw(report: Report) -> Verdict:

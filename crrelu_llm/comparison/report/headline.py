@@ -5,8 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe
-from crrelu_llm.comparison.report.verdict import Verdict
+from crrelu_llm.comparison.report.contents import Report, Verdict, describe
 
 _WIDTH, _HEIGHT, _EDGE = 360, 64, 8
 
