@@ -12,6 +12,7 @@ from crrelu_llm.patching import guard, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
 from crrelu_llm.secrets import hidden
+from crrelu_llm.training.activation_l1 import ActivationL1Mixin
 from crrelu_llm.training.arguments import ActivationArguments
 from crrelu_llm.training.blending import BlendCallback, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, EpsilonLearns, quieten
@@ -34,11 +35,11 @@ from crrelu_llm.training.processes import (
 )
 
 
-class EpsilonMixin:
+class EpsilonMixin(ActivationL1Mixin):
     """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs.
 
     The same, without logs, for scale, shift, gain and offset where these are trained. And what the activation section
-    asks for beside it: a gradual swap, and a density that is tracked.
+    asks for beside it: a gradual swap, a density that is tracked, and an L1 term.
     """
 
     args: Any
@@ -78,6 +79,7 @@ class EpsilonMixin:
         if activation_args.density_update_steps and patched is not None and patched["activation"] == "crrelu":
             tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
             self.add_callback(tracking)  # type: ignore[attr-defined]
+        self.install_activation_l1()  # last: its hooks see what the others make of an output
 
     def install_blend(self) -> None:
         """Makes the model blend where the recipe asks for it and the model is patched; again is harmless."""

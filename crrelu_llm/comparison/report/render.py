@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import evaluation, over_training, tables, text
+from crrelu_llm.comparison.report import evaluation, over_training, sparsity, tables, text
 from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.cost import cost
 from crrelu_llm.comparison.report.drawing import arm_key
@@ -84,6 +84,8 @@ def _contents(report: Report) -> dict[str, Any]:
         "swaps": tables.swaps(report),
         "cost": cost(report),
         "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
+        "sparsity": sparsity.table(report),
+        "sparsity_hint": sparsity.hint(report),
         "comparisons": tables.comparisons(report),
         "over_training": over_training.table(report),
         "over_training_metric": over_training.metric(report),
