@@ -285,7 +285,7 @@ def _check_everything(comparison: Comparison) -> Recipe:
         config = comparison.recipe(arm, points[0], comparison.seeds[0]).activation.patch_config()
         if config is not None:
             with reading(f"the arm {arm.name}", ours=True):
-                config.selected(layers)
+                config.by_layer(layers)
     return base
 
 

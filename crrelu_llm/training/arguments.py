@@ -15,6 +15,7 @@ from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
+from crrelu_llm.patching.mixture import names_of, text_of
 from crrelu_llm.secrets import hidden_part, publishable
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.kinds import kind_of
@@ -32,8 +33,9 @@ class ActivationArguments:
 
     Parameters:
         activation (`str`, *optional*):
-            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN. If not set, the model is
-            trained as it is.
+            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN; or one for some layers and
+            another for others, counted from 0: `{0-5: relu, 6-: crrelu}`, on the command line `0-5=relu,6-=crrelu`;
+            layers that are not named keep theirs. If not set, the model is trained as it is.
         epsilon_init (`float`, *optional*, defaults to `0.01`):
             Start value of ε where no calibration sets it.
         epsilon_per (`str`, *optional*, defaults to `"layer"`):
@@ -138,6 +140,10 @@ class ActivationArguments:
         default=0.0, metadata={"help": "Weight of the mean absolute output of the activations, added to the loss."}
     )
 
+    def __post_init__(self) -> None:
+        """Makes one text of an activation for each layer."""
+        self.activation = text_of(self.activation)
+
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
         positive = ("epsilon_learning_rate", "epsilon_weight_decay", "affine_learning_rate", "blend_steps")
@@ -151,9 +157,9 @@ class ActivationArguments:
             raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
         keys = [entry.name for entry in fields(PatchConfig) if entry.name != "activation"]
         options = {key: getattr(self, key) for key in keys}
-        if self.density in DENSITIES and self.activation not in (None, "crrelu"):
-            options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
         try:
+            if self.density in DENSITIES and "crrelu" not in names_of(self.activation or "crrelu"):
+                options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
             config = PatchConfig("crrelu" if self.activation is None else self.activation, **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
@@ -287,6 +293,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a list of `key: value` lines")
+    if isinstance(values.get("activation"), dict):  # one a layer
+        values["activation"] = text_of(values["activation"])
     return values
 
 
