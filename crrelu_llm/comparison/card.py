@@ -186,11 +186,9 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
     formula = "`max(0, x) + ε·x·exp(−x²/2)`"
     if section.get("density") == "fitted":
         formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
-    what = (
-        f"CRReLU, {formula} ({PAPER}), {per}"
-        if section["activation"] == "crrelu"
-        else mixture.in_words(section["activation"])
-    )
+    what = mixture.in_words(section["activation"])
+    if what == "crrelu":
+        what = f"CRReLU, {formula} ({PAPER}), {per}"
     if section.get("calibrated"):
         what += ", calibrated: `gain·f(scale·(x + shift)) + offset`, the four those of each channel"
     # A directory of somebody's disk is not for the world to read.

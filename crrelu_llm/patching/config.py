@@ -70,13 +70,12 @@ class PatchConfig:
         if self.every < 1:
             raise InputError(f"every must be 1 or more, not {self.every}")
         if self.is_mixture and self.selects:
-            raise InputError(
-                "an activation for each layer says itself which layers are patched; leave layers and every out"
-            )
+            raise InputError("one activation a layer says which layers are patched; leave layers and every out")
         if self.fits_density and self.activation != "crrelu":
+            none = "has none in every layer" if self.is_mixture else "has none"
             raise InputError(
-                f"density: fitted gives crrelu a centre and a width, and {mixture.in_words(self.activation)} has none; "
-                "leave density out, or set activation: crrelu"
+                f"density: fitted gives crrelu a centre and a width, and {self.activation} {none}; leave "
+                "density out, or set activation: crrelu"
             )
 
     def by_layer(self, count: int) -> dict[int, str]:

@@ -19,7 +19,7 @@ from crrelu_llm.patching.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# 2: CRReLU with a centre and a width; 3: calibrated activations; 4: some layers alone; 5: one activation a layer; else 1
+# 2: CRReLU with a centre and a width; 3: calibrated; 4: some layers alone; 5: one activation a layer; else 1
 VERSION = 5
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
 _SITE_KEYS = {"path", "original", "num_channels"}
