@@ -24,7 +24,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
     add("--output_dir", required=True, help="directory to write; it must not exist, or be empty")
-    add("--activation", default="crrelu", help="crrelu, or any name of transformers' ACT2FN (default: crrelu)")
+    names = "crrelu, or any name of transformers' ACT2FN, or one a layer: 0-5=relu,6-=crrelu (default: crrelu)"
+    add("--activation", default="crrelu", help=names)
     add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
     add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
     add("--calibration", default="fit", help="none, fit or refit (default: fit)")

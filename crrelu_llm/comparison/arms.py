@@ -6,14 +6,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 
 NATIVE = "native"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One activation with its patch options: `gelu`, `crrelu:calibration=fit:epsilon_per=channel`, `native`."""
+    """One activation with its patch options: `gelu`, `crrelu:calibration=fit:epsilon_per=channel`, `native`; or one a
+    layer: `0-5=relu,6-=crrelu:calibration=none`."""
 
     name: str
     activation: str | None
@@ -32,15 +33,13 @@ def parse_arm(text: str) -> Arm:
     Raises:
         InputError: An unknown activation or option, or an option without a value.
     """
-    from crrelu_llm.patching.activations import activation_names
+    from crrelu_llm.patching import mixture
     from crrelu_llm.training.arguments import ActivationArguments
 
     activation, *parts = text.split(":")
-    names = activation_names()
-    if activation != NATIVE and activation not in names:
-        raise InputError(
-            f"arm {text!r}: unknown activation {activation!r}; choose native or one of {', '.join(names)}"
-        )
+    if activation != NATIVE:
+        with reading(f"arm {text!r}", "or native", ours=True):
+            mixture.check(activation)
     known = [field.name for field in fields(ActivationArguments) if field.name != "activation"]
     options: list[tuple[str, str]] = []
     for part in parts:

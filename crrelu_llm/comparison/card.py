@@ -8,7 +8,7 @@ from crrelu_llm.comparison.report.contents import is_evaluation
 from crrelu_llm.comparison.report.render import escape_markdown
 from crrelu_llm.comparison.report.text import number
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import loading
+from crrelu_llm.patching import loading, mixture
 from crrelu_llm.patching.standalone import is_standalone
 
 FILE = "README.md"
@@ -45,7 +45,7 @@ def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None
         pipeline_tag=loading.TASKS[_head(checkpoint)],
         # The Hub links base models by their names there; a path on somebody's disk is none.
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
-        tags=["crrelu", section["activation"], *([run["kind"]] if run.get("kind") else [])],
+        tags=["crrelu", *mixture.names_of(section["activation"]), *([run["kind"]] if run.get("kind") else [])],
         datasets=_hub_names(report, run) or None,
         model_name=checkpoint.resolve().name if entry is not None else None,
         eval_results=None if report is None or entry is None else _results(report, entry, _head(checkpoint)),
@@ -195,7 +195,9 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
     formula = "`max(0, x) + ε·x·exp(−x²/2)`"
     if section.get("density") == "fitted":
         formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
-    what = f"CRReLU, {formula} ({PAPER}), {per}" if section["activation"] == "crrelu" else section["activation"]
+    what = mixture.in_words(section["activation"])
+    if what == "crrelu":
+        what = f"CRReLU, {formula} ({PAPER}), {per}"
     if section.get("calibrated"):
         what += ", calibrated: `gain·f(scale·(x + shift)) + offset`, the four those of each channel"
     # A directory of somebody's disk is not for the world to read.

@@ -129,6 +129,7 @@ def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str,
         "peak_memory_bytes": max((result.get("peak_memory_bytes") or 0 for result in tasks.values()), default=0)
         or None,
         "epsilon": about.get("epsilon", {}),
+        "sparsity": next((found for result in tasks.values() if (found := result.get("sparsity"))), {}),
     }
     return {
         "arm": model,

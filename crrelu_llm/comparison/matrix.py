@@ -23,6 +23,7 @@ from crrelu_llm.comparison.report.text import number
 from crrelu_llm.comparison.settings import claim, record
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.evaluation.metrics import METRICS
+from crrelu_llm.evaluation.sparsity import sparsity_of_trainer
 from crrelu_llm.files import alone, remove, write_json
 from crrelu_llm.patching import find_sites, loading, section
 from crrelu_llm.training.arguments import Recipe, parse
@@ -185,7 +186,7 @@ def _one_run(
 
     def evaluate(trained: Any) -> dict[str, Any]:
         metrics, items = recipe.kind.evaluate(trained)
-        return {"metrics": metrics, "items": items, "grid": point}
+        return {"metrics": metrics, "items": items, "grid": point, "sparsity": sparsity_of_trainer(trained)}
 
     record = train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
     if lines:
@@ -230,15 +231,16 @@ class BeforeTraining(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the metrics, unless another seed of the arm has."""
+        """Writes the metrics and the share of zeros, unless another seed of the arm has."""
         if from_main(self.path.is_file()):
             return
         started, logged = time.perf_counter(), len(state.log_history)
         with torch.random.fork_rng():  # the run must be what it is without this evaluation
             metrics, _ = self.kind.evaluate(self.trainer)
+            sparsity = sparsity_of_trainer(self.trainer)
         del state.log_history[logged:]
         if self.trainer.accelerator.is_main_process:
-            write_json(self.path, metrics)
+            write_json(self.path, metrics | {"sparsity": sparsity})
         self.seconds = time.perf_counter() - started
 
 
@@ -296,7 +298,7 @@ def _check_everything(comparison: Comparison) -> Recipe:
         config = comparison.recipe(arm, points[0], comparison.seeds[0]).activation.patch_config()
         if config is not None:
             with reading(f"the arm {arm.name}", ours=True):
-                config.selected(layers)
+                config.by_layer(layers)
     return base
 
 

@@ -105,10 +105,12 @@ def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> di
     place = arm_dir(directory, arm, point)
     run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
     own = _read_json(place / f"seed-{seed}" / BEFORE)  # where it started from a model of its own
+    before = own or _read_json(before_training(directory, arm, point)) or {}
     empty: dict[str, Any] = {
-        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}},
+        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "sparsity": {}},
         **{"history": [], "environment": {}},
-        "before": own or _read_json(before_training(directory, arm, point)) or {},
+        "sparsity_before": before.pop("sparsity", {}),
+        "before": before,
     }
     return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
 
@@ -117,7 +119,7 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, A
     arm = parse_arm(name)
     keys = (
         *("seed", "status", "error", "grid", "before", "metrics", "train_seconds", "tokens_per_second"),
-        *("peak_memory_bytes", "epsilon", "epsilon_start", "curves", "history"),
+        *("peak_memory_bytes", "epsilon", "epsilon_start", "curves", "history", "sparsity", "sparsity_before"),
     )
     own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
     copies = Path(settings.get("patched_dir", directory))

@@ -17,6 +17,7 @@ _LARGEST_SHARE = 0.2
 TRAINING_ALONE = frozenset(
     (
         *("learning_rate", "epsilon_learning_rate", "affine_learning_rate", "weight_decay", "epsilon_weight_decay"),
+        "activation_l1",
         *("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "max_grad_norm"),
         *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps"),
         "per_device_train_batch_size",

@@ -14,6 +14,7 @@ from crrelu_llm.data.sources import texts
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import quiet
 from crrelu_llm.evaluation.measured import Measured, exponential, linearised, shares_of
+from crrelu_llm.evaluation.sparsity import sparsity
 
 _PIECE = 3000  # characters of a document that is made from the lines of a text file
 
@@ -48,7 +49,7 @@ class TextTask:
         self.config = {"output_type": "language_modelling", "version": 2, "rows": self.rows}
 
     def run(self, lm: Any) -> Measured:
-        """Evaluates a model; the items are the documents."""
+        """Evaluates a model; the items are the documents. The share of zeros is that of the first of them."""
         requests = [
             Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=index)
             for index, text in enumerate(self._documents)
@@ -68,6 +69,7 @@ class TextTask:
             shares={"bits_per_byte": shares_of(nll / math.log(2), size), "loss": shares_of(nll, tokens)},
             per_token=["loss", "perplexity"],
             not_finite=int(np.sum(~np.isfinite(nll))),
+            sparsity=sparsity(lm.model, (lm.tokenizer(text)["input_ids"] for text in self._documents)),
             examples=[
                 {"id": i, "group": "", "prompt": text[:600], "options": [], "target": "", "responses": [-float(value)]}
                 for i, (text, value) in enumerate(zip(self._documents, nll, strict=True))

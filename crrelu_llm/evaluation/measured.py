@@ -48,6 +48,7 @@ class Measured:
         per_token: Metrics that are comparable only between models with the same tokenizer.
         notes: What a reader should know, a line each: texts that were cut.
         not_finite: How many items gave a value that is no finite number.
+        sparsity: Of a text: the share of zeros after each activation (see `sparsity.sparsity`).
     """
 
     metrics: dict[str, float]
@@ -60,6 +61,7 @@ class Measured:
     per_token: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     not_finite: int = 0
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
     def finish(self) -> "Measured":
         """Adds the intervals, Wilson's of what is right or wrong and the bootstrap's of the rest; returns itself."""

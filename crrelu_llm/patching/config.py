@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.activations import activation_names
+from crrelu_llm.patching import mixture
 
 CALIBRATIONS = ("none", "fit", "refit")
 EPSILON_PER = ("layer", "channel")
@@ -18,7 +18,9 @@ class PatchConfig:
     """How to patch a model.
 
     Attributes:
-        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
+        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...). Or
+            one for some layers and another for others, counted from 0: `"0-5=relu,6-=crrelu"`, or as a mapping
+            `{"0-5": "relu", "6-": "crrelu"}`; layers that are not named keep theirs.
         epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
         epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
         calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`: not at all, the
@@ -50,9 +52,8 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError for the first field that holds an impossible value."""
-        names = activation_names()
-        if self.activation not in names:
-            raise InputError(f"unknown activation {self.activation!r}; choose one of {', '.join(names)}")
+        self.activation = mixture.text_of(self.activation)
+        mixture.check(self.activation)
         choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES}
         for key, allowed in choices_of.items():
             if getattr(self, key) not in allowed:
@@ -68,18 +69,26 @@ class PatchConfig:
             raise InputError(f'layers must be "all", or numbers and ranges as "0-5,8", not "{self.layers}"')
         if self.every < 1:
             raise InputError(f"every must be 1 or more, not {self.every}")
+        if self.is_mixture and self.selects:
+            raise InputError("one activation a layer says which layers are patched; leave layers and every out")
         if self.fits_density and self.activation != "crrelu":
+            none = "has none in every layer" if self.is_mixture else "has none"
             raise InputError(
-                f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "
+                f"density: fitted gives crrelu a centre and a width, and {self.activation} {none}; leave "
                 "density out, or set activation: crrelu"
             )
 
-    def selected(self, count: int) -> list[int]:
-        """The numbers of the layers to patch, of a model with so many.
+    def by_layer(self, count: int) -> dict[int, str]:
+        """The activation of each layer to patch, by its number, of a model with so many.
 
         Raises:
             InputError: The model has no layer of a number that is asked for.
         """
+        if self.is_mixture:
+            return mixture.by_layer(self.activation, count)
+        return dict.fromkeys(self._selected(count), self.activation)
+
+    def _selected(self, count: int) -> list[int]:
         if self.layers == "all":
             return list(range(0, count, self.every))
         numbers: set[int] = set()
@@ -93,8 +102,18 @@ class PatchConfig:
         return sorted(numbers)[:: self.every]
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether there are several activations, by layer."""
+        return mixture.is_mixture(self.activation)
+
+    @property
+    def uses_crrelu(self) -> bool:
+        """Whether some layer gets CRReLU."""
+        return "crrelu" in mixture.names_of(self.activation)
+
+    @property
     def selects(self) -> bool:
-        """Whether only some layers are patched."""
+        """Whether `layers` or `every` select some layers."""
         return self.layers != "all" or self.every > 1
 
     def as_dict(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def _swap_from_section(model: Any) -> set[str]:
         return set()
     names = set()
     for site in found["sites"]:
+        activation = section.activation_of(found, site)
         if site.get("kind") == "functional":
             owner_path, _, attribute = site["path"].rpartition(".")
             owner = section.local_path(model, owner_path)
@@ -69,7 +70,7 @@ def _swap_from_section(model: Any) -> set[str]:
         current = model.get_submodule(path)
         if not (is_ours(current) and "_swapped" in current.__dict__):
             module = build_activation(
-                found["activation"],
+                activation,
                 site["num_channels"],
                 found["epsilon_per"],
                 found["epsilon_init"],
@@ -79,9 +80,9 @@ def _swap_from_section(model: Any) -> set[str]:
             module.__dict__["_swapped"] = True
             # What the model has just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
-        if found["activation"] == "crrelu":
+        if activation == "crrelu":
             fused.fuse(model, [path], found.get("recompute_activation", False))
-        if found["activation"] == "crrelu" or section.is_calibrated(found):
+        if activation == "crrelu" or section.is_calibrated(found):
             names |= section.float32_names([path])
     for site in found.get("kept", ()):  # was built by a key that says what the others compute
         path = section.local_path(model, site["path"])

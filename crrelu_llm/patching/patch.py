@@ -15,7 +15,7 @@ from crrelu_llm.activation import CRReLU
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import calibration, guard, section
-from crrelu_llm.patching.activations import build_activation
+from crrelu_llm.patching.activations import activation_name, build_activation
 from crrelu_llm.patching.calibration.progress import Progress
 from crrelu_llm.patching.calibration.records import Record
 from crrelu_llm.patching.calibration.text import calibration_blocks
@@ -72,7 +72,7 @@ def patch(
 
     Args:
         model: A Hugging Face causal LM, or another head on the same backbone (before any adapter is added).
-        activation: The target's name, or a whole `PatchConfig`.
+        activation: The target's name, `0-5=relu,6-=crrelu` for one a layer, or a whole `PatchConfig`.
         tokenizer: Needed to calibrate, where no `blocks` are given.
         blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
         progress: Where a calibration keeps its finished layers (`patch_checkpoint` gives it).
@@ -112,8 +112,7 @@ def patch(
         hidden.expose(model, modules)
         for path, module in modules.items():
             swap_in(model, path, module, None)
-        if found["activation"] == "crrelu":
-            fused.fuse(model, modules, found.get("recompute_activation", False))
+        _fuse(model, modules, found.get("recompute_activation", False))
         section.put_back(model.config, found)
         _keep_in_float32(model, modules)
         raise
@@ -128,8 +127,9 @@ def _patch(
     compared: dict[str, nn.Module],
 ) -> PatchReport:
     every_site, left_alone = survey(model)
-    sites = _selected(every_site, config)
-    kept = [site for site in every_site if site not in sites]
+    activations = assigned(every_site, config)
+    sites = [site for site in every_site if site.path in activations]
+    kept = [site for site in every_site if site.path not in activations]
     left_alone += [LeftAlone(site.path, site.original, "its layer is not asked for") for site in kept]
     if config.calibrates:
         blocks = _calibration_text(model, config, tokenizer, blocks)
@@ -139,7 +139,7 @@ def _patch(
 
     def build(site: Site) -> nn.Module:
         return build_activation(
-            config.activation,
+            activations[site.path],
             site.num_channels,
             config.epsilon_per,
             config.epsilon_init,
@@ -168,11 +168,10 @@ def _patch(
             swap_in(model, path, original, None)
         hidden.conceal(model, paths)
         raise
-    if config.activation == "crrelu":
-        fused.fuse(model, paths, config.recompute_activation)
+    _fuse(model, paths, config.recompute_activation)
     records = {} if done is None else done.records
     changed = bool(compared) or any(entry.changed_weights for entry in records.values())
-    section.write(model.config, config, sites, keys, changed, kept if keys else [])
+    section.write(model.config, config, sites, keys, changed, kept if keys else [], activations)
     _keep_in_float32(model, paths)
     report = _report(model, config, sites, left_alone, records)
     if done is not None:
@@ -180,11 +179,16 @@ def _patch(
     return report
 
 
-def _selected(sites: list[Site], config: PatchConfig) -> list[Site]:
-    """The sites of the layers that are asked for."""
+def assigned(sites: list[Site], config: PatchConfig) -> dict[str, str]:
+    """The new activation of each site of the layers that are asked for, by its path."""
     layers = list(dict.fromkeys(site.layer for site in sites))
-    wanted = {layers[number] for number in config.selected(len(layers))}
-    return [site for site in sites if site.layer in wanted]
+    wanted = {layers[number]: name for number, name in config.by_layer(len(layers)).items()}
+    return {site.path: wanted[site.layer] for site in sites if site.layer in wanted}
+
+
+def _fuse(model: nn.Module, paths: Iterable[str], recompute: bool) -> None:
+    """Fuses the MLPs of those that are CRReLU."""
+    fused.fuse(model, [path for path in paths if isinstance(model.get_submodule(path), CRReLU)], recompute)
 
 
 def trained_activations(model: PreTrainedModel, config: PatchConfig) -> dict[str, nn.Module]:
@@ -301,6 +305,8 @@ def _report(
             "kept": "none",
             "note": None,
         }
+        if config.is_mixture:
+            entry["activation"] = activation_name(module)
         if site.path in done:
             entry |= asdict(done[site.path])
             entry.pop("changed_weights")

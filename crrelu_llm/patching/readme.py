@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.patching import loading
+from crrelu_llm.patching import loading, mixture
 
 FILE = "README.md"
 # Tells a README that may be written again from one that somebody has written.
@@ -51,7 +51,9 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
     activation = section["activation"]
     goes_without_us = activation == originals and not section.get("calibrated")
-    if activation == "crrelu":
+    if mixture.is_mixture(activation):
+        activation = mixture.in_words(activation)
+    elif activation == "crrelu":
         activation = "CRReLU, `max(0, x) + ε·x·exp(−x²/2)` with a learnable ε (arXiv 2405.12954)"
     calibrated = ", calibrated to keep the model's function" if section.get("calibrated") else ""
     what = (

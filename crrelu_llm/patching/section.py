@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +12,15 @@ from torch import nn
 from crrelu_llm.activation import AFFINE, CRReLU
 from crrelu_llm.eafo.fitted import MOMENTS
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching import mixture
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# 2: CRReLU with a centre and a width; 3: calibrated activations; 4: some layers alone; else 1
-VERSION = 4
+# 2: CRReLU with a centre and a width; 3: calibrated; 4: some layers alone; 5: one activation a layer; else 1
+VERSION = 5
 _KEYS = {"activation", "epsilon_per", "epsilon_init", "config_keys", "sites"}
 _SITE_KEYS = {"path", "original", "num_channels"}
 _KEY = re.compile(r"(^|_)(act|afn|activation)($|_)")
@@ -56,6 +57,16 @@ def is_fitted(section: dict[str, Any]) -> bool:
 def is_calibrated(section: dict[str, Any]) -> bool:
     """Whether the activations of a patched model have scale, shift, gain and offset."""
     return section.get("calibrated", False)
+
+
+def activation_of(section: dict[str, Any], site: dict[str, Any]) -> str:
+    """The new activation of a site of a section."""
+    return site.get("activation", section["activation"])
+
+
+def crrelu_paths(section: dict[str, Any]) -> list[str]:
+    """The paths of the sites that got CRReLU."""
+    return [site["path"] for site in section["sites"] if activation_of(section, site) == "crrelu"]
 
 
 def float32_names(paths: Iterable[str]) -> set[str]:
@@ -96,9 +107,10 @@ def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfi
         return
     # keys that older versions did not write
     section = {"recompute_activation": False, "density": "standard"} | section
-    keys = ("epsilon_per", "epsilon_init", "recompute_activation", "density") if activation == "crrelu" else ()
+    own = ("epsilon_per", "epsilon_init", "recompute_activation", "density")
+    keys = own if patch_config.uses_crrelu else ()
     same = all(section[key] == getattr(patch_config, key) for key in keys)
-    same = same and not patch_config.selects and not section.get("kept")
+    same = same and not patch_config.selects and (patch_config.is_mixture or not section.get("kept"))
     if same and not patch_config.calibrates and not is_calibrated(section):
         raise InputError(f"{name} is already patched to {activation} with these options; there is nothing to do")
 
@@ -110,6 +122,7 @@ def write(
     keys: dict[str, str],
     weights_changed: bool = False,
     kept: Sequence[Site] = (),
+    activations: Mapping[str, str] | None = None,
 ) -> None:
     """Adds the section to a config, and sets the family's own activation keys to the new activation.
 
@@ -120,9 +133,11 @@ def write(
         keys: The keys, with their values of before.
         weights_changed: Whether the patch changed weights.
         kept: Sites that keep the original activation, which the keys do not say any more.
+        activations: The new activation by the path of the site, where there are several.
     """
+    several = (activations or {}) if patch_config.is_mixture else {}
     config.crrelu = {
-        "version": 4 if kept else 3 if patch_config.fits else 2 if patch_config.fits_density else 1,
+        "version": _version(bool(several), bool(kept), patch_config.fits, patch_config.fits_density),
         "activation": patch_config.activation,
         "epsilon_per": patch_config.epsilon_per,
         "epsilon_init": patch_config.epsilon_init,
@@ -133,18 +148,29 @@ def write(
         **({"calibrated": True, "calibration": patch_config.calibration} if patch_config.fits else {}),
         "sites": [
             {"path": site.path, "original": site.original, "num_channels": site.num_channels, "kind": site.kind}
+            | ({"activation": several[site.path]} if several else {})
             for site in sites
         ],
         **({"kept": [{"path": site.path, "original": site.original} for site in kept]} if kept else {}),
     }
     for key in keys:
-        _set(config, key, patch_config.activation)
+        _set(config, key, _key_value(patch_config.activation))
+
+
+def _version(several: bool, kept: bool, calibrated: bool, fitted: bool) -> int:
+    return 5 if several else 4 if kept else 3 if calibrated else 2 if fitted else 1
+
+
+def _key_value(activation: str) -> str:
+    """What the family's own keys say: of several activations what no program knows without this package."""
+    return "crrelu" if mixture.is_mixture(activation) else activation
 
 
 def make_plain(config: Any) -> None:
     """Writes that the activations have no scale, shift, gain and offset any more: the weights took them."""
     section = {key: value for key, value in config.crrelu.items() if key not in ("calibrated", "calibration")}
-    version = 4 if section.get("kept") else 2 if is_fitted(section) else 1
+    several = mixture.is_mixture(section["activation"])
+    version = _version(several, bool(section.get("kept")), False, is_fitted(section))
     config.crrelu = section | {"weights_changed": True, "version": version}
 
 
@@ -152,7 +178,7 @@ def put_back(config: Any, section: dict[str, Any]) -> None:
     """Undoes `remove`."""
     config.crrelu = section
     for key in section["config_keys"]:
-        _set(config, key, section["activation"])
+        _set(config, key, _key_value(section["activation"]))
 
 
 def remove(config: Any) -> None:

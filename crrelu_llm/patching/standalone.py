@@ -10,7 +10,7 @@ import torch
 
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import writing
-from crrelu_llm.patching import loading, readme, section
+from crrelu_llm.patching import loading, mixture, readme, section
 from crrelu_llm.patching.sites import find_sites
 
 FILE = "modeling_crrelu.py"
@@ -48,7 +48,7 @@ def add_file(checkpoint: Path) -> dict[str, Any]:
     found = section.read(config)
     if found is None:
         raise InputError(f"{checkpoint}: not patched, so it loads everywhere as it is; run `crrelu patch` first")
-    _check(str(checkpoint), config, found["activation"], found["sites"], found["config_keys"])
+    _check(str(checkpoint), config, *_said(found))
     text = (resources.files("crrelu_llm.assets") / "standalone" / FILE).read_text(encoding="utf-8")
     for auto_class, cls in _family_classes(str(checkpoint), config).items():
         text = text.replace(_IMPORTS[auto_class], f"{cls} as {_IMPORTS[auto_class].rpartition(' ')[2]}")
@@ -67,22 +67,30 @@ def is_standalone(values: dict[str, Any]) -> bool:
     return str((values.get("auto_map") or {}).get("AutoModelForCausalLM", "")).startswith("modeling_crrelu.")
 
 
-def require(model: Any, activation: str, name: str) -> None:
+def require(model: Any, activation: str, calibrated: bool, name: str) -> None:
     """Raises InputError where `write_standalone` would refuse a model, called `name`, once it is patched."""
     found = section.read(model.config)
     if found is None:
         sites = find_sites(model)
         keys = section.mlp_config_keys(model, sites)
-        _check(name, model.config, activation, [{"path": site.path, "kind": site.kind} for site in sites], keys)
+        said = [{"path": site.path, "kind": site.kind} for site in sites]
+        _check(name, model.config, activation, calibrated, said, keys)
     else:
-        _check(name, model.config, activation, found["sites"], found["config_keys"])
+        _check(name, model.config, activation, calibrated, found["sites"], found["config_keys"])
     _family_classes(name, model.config)
 
 
-def _check(name: str, config: Any, activation: str, sites: list[dict[str, Any]], keys: dict[str, str]) -> None:
-    kind = config.model_type
-    if activation != "crrelu":
-        reason = f"it is for crrelu, and {activation} would silently be computed without its calibration elsewhere"
+def _said(found: dict[str, Any]) -> tuple[Any, ...]:
+    return found["activation"], section.is_calibrated(found), found["sites"], found["config_keys"]
+
+
+def _check(
+    name: str, config: Any, activation: str, calibrated: bool, sites: list[dict[str, Any]], keys: dict[str, str]
+) -> None:
+    kind, names = config.model_type, mixture.names_of(activation)
+    if "crrelu" not in names or (calibrated and len(names) > 1):
+        other = next(other for other in names if other != "crrelu")
+        reason = f"it is for crrelu, and {other} would silently be computed without its calibration elsewhere"
     elif loading.head_of(config) != loading.CAUSAL_LM:
         reason = "it is a sequence classifier, and the file is for language models"
     elif getattr(config, "auto_map", None) and not is_standalone({"auto_map": config.auto_map}):

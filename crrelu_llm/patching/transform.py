@@ -86,7 +86,7 @@ def patch_checkpoint(
         )
     loading.require_saving(loaded, model)
     if loads_alone and config is not None:
-        standalone.require(loaded, config.activation, model)
+        standalone.require(loaded, config.activation, config.fits and not fold, model)
     progress = None
     trusted = options.get("trust_remote_code", False)
     made_from = origin(model, config, dtype, options.get("revision"), trusted) | ({"fold": True} if fold else {})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching import loading
+from crrelu_llm.patching import loading, mixture
 
 if TYPE_CHECKING:
     from crrelu_llm.training.kinds.kind import Kind
@@ -53,7 +53,7 @@ class Job:
             raise InputError("load_in_4bit: 4-bit weights cannot be trained themselves; add --use_peft")
         if self.precompute_ref_log_probs and not self.may_precompute:
             raise InputError(f"precompute_ref_log_probs: {self.trainer} has no such option; add --trainer dpo, or kto")
-        if self.recompute_activation and self.activation not in ("crrelu", NATIVE):
+        if self.recompute_activation and not {"crrelu", NATIVE} & {*mixture.names_of(self.activation)}:
             raise InputError(f"recompute_activation is for CRReLU; it does nothing for {self.activation}")
 
     @property

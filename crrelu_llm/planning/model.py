@@ -12,6 +12,7 @@ from crrelu_llm.compat.transformers import checkpoint_activations
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.patching.config import PatchConfig
+from crrelu_llm.patching.patch import assigned
 from crrelu_llm.patching.sites import survey
 from crrelu_llm.planning.job import NATIVE, Job
 from crrelu_llm.training.optimizer import train_affine
@@ -81,7 +82,8 @@ def prepared_config(config: Any, job: Job) -> Any:
         recompute_activation=job.recompute_activation,
     )
     sites = survey(_from_config(config))[0]
-    section.write(config, patch, sites, {})
+    activations = assigned(sites, patch)
+    section.write(config, patch, [site for site in sites if site.path in activations], {}, activations=activations)
     return config
 
 
@@ -165,10 +167,9 @@ def _with_adapters(model: Any, job: Job) -> Any:
     from peft import LoraConfig, get_peft_model
 
     found = section.read(model.config)
-    learns = found and (
-        found["activation"] == "crrelu" or (job.affine_learning_rate > 0 and section.is_calibrated(found))
-    )
-    sites = [site["path"] for site in found["sites"]] if found and learns else None
+    affine = found is not None and job.affine_learning_rate > 0 and section.is_calibrated(found)
+    every = [site["path"] for site in found["sites"]] if found else []
+    sites = (every if affine else section.crrelu_paths(found) if found else []) or None
     adapters = LoraConfig(
         r=job.lora_r, target_modules="all-linear", lora_dropout=_DROPOUT, modules_to_save=sites, task_type="CAUSAL_LM"
     )

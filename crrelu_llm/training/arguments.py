@@ -15,6 +15,7 @@ from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.patching import PatchConfig, guard
 from crrelu_llm.patching.blend import SCHEDULES
 from crrelu_llm.patching.config import DENSITIES
+from crrelu_llm.patching.mixture import names_of, text_of
 from crrelu_llm.secrets import hidden_part, publishable
 from crrelu_llm.training.blending import check_blend_ends
 from crrelu_llm.training.kinds import kind_of
@@ -32,8 +33,9 @@ class ActivationArguments:
 
     Parameters:
         activation (`str`, *optional*):
-            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN. If not set, the model is
-            trained as it is.
+            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN; or one for some layers and
+            another for others, counted from 0: `{0-5: relu, 6-: crrelu}`, on the command line `0-5=relu,6-=crrelu`;
+            layers that are not named keep theirs. If not set, the model is trained as it is.
         epsilon_init (`float`, *optional*, defaults to `0.01`):
             Start value of ε where no calibration sets it.
         epsilon_per (`str`, *optional*, defaults to `"layer"`):
@@ -79,6 +81,10 @@ class ActivationArguments:
         distill_weight (`float`, *optional*, defaults to `0.0`):
             SFT: weight of an added term, the KL divergence from the original (unpatched) model's predictions, per
             trained token. Evaluation measures the cross-entropy alone.
+        activation_l1 (`float`, *optional*, defaults to `0.0`):
+            Weight of an added term, the mean absolute output of the swapped activations over sites, tokens and
+            channels, which draws them to 0: with `activation: relu` and `calibration: none`, more of them become
+            exactly 0. Logged as `activation_l1`, without the weight. Evaluation measures the task's loss alone.
     """
 
     activation: str | None = field(
@@ -130,11 +136,18 @@ class ActivationArguments:
     distill_weight: float = field(
         default=0.0, metadata={"help": "SFT: weight of the KL divergence from the original model's predictions."}
     )
+    activation_l1: float = field(
+        default=0.0, metadata={"help": "Weight of the mean absolute output of the activations, added to the loss."}
+    )
+
+    def __post_init__(self) -> None:
+        """Makes one text of an activation for each layer."""
+        self.activation = text_of(self.activation)
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The patch that this section asks for, checked; None where the model is trained as it is."""
         positive = ("epsilon_learning_rate", "epsilon_weight_decay", "affine_learning_rate", "blend_steps")
-        for key in (*positive, "distill_weight", "density_update_steps"):
+        for key in (*positive, "distill_weight", "density_update_steps", "activation_l1"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{where}{key} must be 0 or more, not {getattr(self, key)}")
         if not 0 <= self.density_momentum < 1:
@@ -144,9 +157,9 @@ class ActivationArguments:
             raise InputError(f'{where}blend_schedule must be {choices}, not "{self.blend_schedule}"')
         keys = [entry.name for entry in fields(PatchConfig) if entry.name != "activation"]
         options = {key: getattr(self, key) for key in keys}
-        if self.density in DENSITIES and self.activation not in (None, "crrelu"):
-            options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
         try:
+            if self.density in DENSITIES and "crrelu" not in names_of(self.activation or "crrelu"):
+                options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
             config = PatchConfig("crrelu" if self.activation is None else self.activation, **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
@@ -178,6 +191,8 @@ class ActivationArguments:
             raise InputError(
                 f"{where}distill_weight needs an activation; a model that is not patched would be its own teacher"
             )
+        if self.activation is None and self.activation_l1:
+            raise InputError(f"{where}activation_l1 is a mean over patched sites; set activation: relu")
 
 
 @dataclass
@@ -278,6 +293,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a list of `key: value` lines")
+    if isinstance(values.get("activation"), dict):  # one a layer
+        values["activation"] = text_of(values["activation"])
     return values
 
 
@@ -364,6 +381,11 @@ def _check(recipe: Recipe, where: str) -> None:
     if activation.recompute_activation and training.torch_compile:
         raise InputError(
             f"{where}recompute_activation does nothing in a compiled model, which decides by itself what it keeps; "
+            "leave it or torch_compile out"
+        )
+    if activation.activation_l1 and training.torch_compile:
+        raise InputError(
+            f"{where}activation_l1 watches every activation by a hook, which a compiled model does not allow; "
             "leave it or torch_compile out"
         )
     if activation.density_update_steps:

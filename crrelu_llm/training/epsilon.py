@@ -12,6 +12,7 @@ from crrelu_llm.patching import guard, section
 from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
 from crrelu_llm.secrets import hidden
+from crrelu_llm.training.activation_l1 import ActivationL1Mixin
 from crrelu_llm.training.arguments import ActivationArguments
 from crrelu_llm.training.blending import BlendCallback, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, EpsilonLearns, quieten
@@ -34,11 +35,11 @@ from crrelu_llm.training.processes import (
 )
 
 
-class EpsilonMixin:
+class EpsilonMixin(ActivationL1Mixin):
     """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs.
 
     The same, without logs, for scale, shift, gain and offset where these are trained. And what the activation section
-    asks for beside it: a gradual swap, and a density that is tracked.
+    asks for beside it: a gradual swap, a density that is tracked, and an L1 term.
     """
 
     args: Any
@@ -67,17 +68,19 @@ class EpsilonMixin:
             # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.
             refuse_16_bit_zero3(self.accelerator, self.model)
             train_affine(self.model)
-        if patched is not None and patched["activation"] == "crrelu" and activation_args.epsilon_learning_rate > 0:
-            check_learnable(self.model, [site["path"] for site in patched["sites"]])
+        ours = [] if patched is None else section.crrelu_paths(patched)
+        if ours and activation_args.epsilon_learning_rate > 0:
+            check_learnable(self.model, ours)
             self.add_callback(EpsilonLearns(self))  # type: ignore[attr-defined]
         quieten(self)
         self.install_blend()
         if self.blend is not None:
             callback = BlendCallback(self.blend, activation_args.blend_steps, activation_args.blend_schedule)
             self.add_callback(callback)  # type: ignore[attr-defined]
-        if activation_args.density_update_steps and patched is not None and patched["activation"] == "crrelu":
+        if activation_args.density_update_steps and ours:
             tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
             self.add_callback(tracking)  # type: ignore[attr-defined]
+        self.install_activation_l1()  # last: its hooks see what the others make of an output
 
     def install_blend(self) -> None:
         """Makes the model blend where the recipe asks for it and the model is patched; again is harmless."""
@@ -151,8 +154,8 @@ def recompute_activation(model: Any) -> None:
     """Makes every CRReLU of a patched model keep no output for the backward pass; other models stay as they are."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = section.read(base.config)
-    if found is not None and found["activation"] == "crrelu":
-        paths = [section.local_path(base, site["path"]) for site in found["sites"]]
+    if found is not None and (ours := section.crrelu_paths(found)):
+        paths = [section.local_path(base, path) for path in ours]
         fused.fuse(base, [path for path in paths if path is not None], recompute=True)
         found["recompute_activation"] = True
 

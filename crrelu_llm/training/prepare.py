@@ -131,7 +131,7 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
 def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:
     if found["activation"] != config.activation:
         raise InputError(f"{model} is already patched to {found['activation']}; start from the original checkpoint")
-    if config.activation == "crrelu" and found["epsilon_per"] != config.epsilon_per:
+    if config.uses_crrelu and found["epsilon_per"] != config.epsilon_per:
         raise InputError(
             f"{model} is already patched with one epsilon per {found['epsilon_per']}; set epsilon_per to that, or "
             "start from the original checkpoint"
@@ -142,7 +142,7 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
             "the original checkpoint"
         )
     density = found.get("density", "standard")
-    if config.activation == "crrelu" and density != config.density:
+    if config.uses_crrelu and density != config.density:
         raise InputError(
             f"{model} is already patched with density: {density}; set density to that, or start from the original "
             "checkpoint"

@@ -83,8 +83,8 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     asked = recipe.activation
     learns = asked.epsilon_learning_rate > 0 or asked.density_update_steps > 0
     trains_affine = asked.affine_learning_rate > 0 and section.is_calibrated(found)
-    if trains_affine or (learns and found["activation"] == "crrelu"):
-        paths = [site["path"] for site in found["sites"]]
+    paths = [site["path"] for site in found["sites"]] if trains_affine else section.crrelu_paths(found)
+    if trains_affine or (learns and paths):
         own = config.modules_to_save or []
         # A module that the user trains whole has its ε with it.
         paths = [

@@ -83,6 +83,7 @@ def test_arms_are_told_in_plain_words():
             arm("relu", "relu", calibration="fit"),
             arm("plain", "crrelu", calibration="none", epsilon_per="layer", epsilon_learning_rate="0"),
             arm("some", "crrelu", calibration="refit", epsilon_per="channel", layers="0-5"),
+            arm("mixed", "0-2,5=relu,3-=mish", calibration="fit", activation_l1="0.1"),
         ]
     }
     told = [row[1].text for row in arms(report).rows]
@@ -92,6 +93,8 @@ def test_arms_are_told_in_plain_words():
         "CRReLU, put in the place of the model's own activation as it is; ε is frozen, one a layer.",
         "CRReLU in some layers only, fitted to compute what the model's own activation computed; the layer after "
         "it was fitted too; ε is learned, one a channel.",
+        "ReLU in layers 0-2,5, Mish in layers 3-, fitted to compute what the model's own activation computed; an L1 "
+        "term draws its outputs to 0.",
     ]
     assert page_of({"trainer": "eval", "arms": report["arms"]}).arms(report).rows == []
 

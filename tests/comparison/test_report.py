@@ -459,3 +459,42 @@ def test_csv_has_a_line_for_every_metric_of_every_run():
         ['a,"b"', "crrelu", "beta=1", "0", "done", "after", "loss", "1.5"],
         ['a,"b"', "crrelu", "beta=1", "0", "done", "after", "x", ""],
     ]
+
+
+class TestSparsity:
+    """The zeros after each layer: a table, a picture, and words, where an arm is sparse."""
+
+    def sparse(self, **shares):
+        """A report whose runs have the share of zeros, and of what is at its offset, of each arm."""
+        report = synthetic.sft_report(("gelu", "relu", "crrelu", "crrelu:calibration=fit"), seeds=2, items=20)
+        for arm in report["arms"]:
+            zeros, offset = shares.get(arm["activation"], (0.0, None))
+            for run in arm["runs"]:
+                sites = [zeros * (1 + 0.1 * run["seed"]) for _ in synthetic.SITES]
+                at = {} if offset is None else dict.fromkeys(synthetic.SITES, offset)
+                run["sparsity"] = {
+                    "tokens": 99,
+                    "zeros": dict(zip(synthetic.SITES, sites, strict=True)),
+                    "at_offset": at,
+                }
+                run["sparsity_before"] = {"tokens": 99, "zeros": dict.fromkeys(synthetic.SITES, 0.5 * zeros)}
+        return report
+
+    def test_of_a_sparse_arm(self, tmp_path):
+        _, markdown, source, page = write(self.sparse(relu=(0.6, None), crrelu=(0.001, 0.123)), tmp_path)
+        table = page.tables["Zeros after the activations"]
+        assert table[0] == ["layer", "gelu", "relu", "crrelu", "crrelu:calibration=fit"]
+        assert table[1] == ["all, before", "0.0%", "30.0%", "0.1%", "0.1%"]
+        assert table[2] == ["all", "0.0%", "63.0%", "0.1% (12.3%)", "0.1% (12.3%)"]
+        assert [row[0] for row in table[3:]] == [str(layer) for layer in range(6)]
+        assert (
+            "on 99 tokens of the evaluation data" in markdown
+            and "CRReLU itself is not sparse (crrelu 0.1%" in markdown
+        )
+        assert "gives the offset of its channel" in markdown
+        assert "Zeros after the activation of each layer" in source and "at its offset" in source
+
+    def test_nothing_where_no_arm_is(self, tmp_path):
+        _, markdown, source, _ = write(self.sparse(), tmp_path)
+        _, old, older, _ = write(synthetic.sft_report(seeds=2, items=20), tmp_path / "old")
+        assert not any("Zeros after" in text for text in (markdown, source, old, older))

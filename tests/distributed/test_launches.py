@@ -152,6 +152,18 @@ def test_a_density_that_is_tracked(workshop, configuration):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("configuration", DISTRIBUTION)
+def test_an_l1_term_and_one_activation_a_layer(workshop, configuration):
+    """The mean of the processes' means is that of all, where they have as many tokens; resumed exactly too."""
+    values = {"activation": "0=relu,1=crrelu", "activation_l1": 0.5, "gradient_checkpointing": True}
+    run_both(workshop, configuration, ["sft-full"], **values)
+    check(workshop, configuration, "sft-full", 1e-5)
+    both = [record(workshop, name)["history"] for name in ("sft-full", "sft-full-one")]
+    ours, theirs = ([entry["activation_l1"] for entry in history if "loss" in entry] for history in both)
+    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == COMMON["max_steps"]
+
+
+@pytest.mark.slow
 def test_bfloat16_weights_without_autocast(workshop):
     """FSDP2 wants one dtype a unit: ε in float32 among bfloat16 weights becomes a unit of its own."""
     run_both(workshop, "fsdp2", CASES, dtype="bfloat16")

@@ -35,7 +35,7 @@ def logits(model):
     ],
 )
 def test_which_layers_are_selected(options, wanted):
-    assert PatchConfig(**options).selected(7) == wanted
+    assert PatchConfig(**options).by_layer(7) == dict.fromkeys(wanted, "crrelu")
 
 
 @pytest.mark.parametrize(

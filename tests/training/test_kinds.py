@@ -265,6 +265,10 @@ def test_a_comparison_has_a_report(kind, workshop):
     assert len(starts) == (2 if kind == "reward" else 0), "a new head is each seed's own"
     page = (out / "report.html").read_text()
     assert about.items in page and about.label in page
+    native, relu = (arm["runs"][0] for arm in report["arms"])
+    for when in ("sparsity_before", "sparsity"):
+        assert min(relu[when]["zeros"].values()) > 0.2 and max(native[when]["zeros"].values()) < 0.01
+    assert "Zeros after the activations" in page
     assert (out / directory_name("relu") / "patched").is_dir()
 
 

@@ -98,9 +98,10 @@ class Patched:
             path = self._local(site["path"])
             owner, _, attribute = path.rpartition(".")
             self.get_submodule(path)
-            module = CRReLU(section, site["num_channels"])
+            activation = site.get("activation", "crrelu")  # one a layer
+            module = CRReLU(section, site["num_channels"]) if activation == "crrelu" else ACT2FN[activation]
             setattr(self.get_submodule(owner), attribute, module)
-            names |= {f"{attribute}.{name}" for name in module.start}
+            names |= {f"{attribute}.{name}" for name in getattr(module, "start", ())}
         for site in section.get("kept", ()):  # layers that keep the activation they were trained with
             owner, _, attribute = self._local(site["path"]).rpartition(".")
             setattr(self.get_submodule(owner), attribute, ACT2FN[site["original"]])

@@ -1,5 +1,6 @@
 """What each arm is, in plain words."""
 
+import re
 from typing import Any
 
 from crrelu_llm.comparison.report.contents import Report
@@ -30,7 +31,7 @@ def _native(originals: list[str]) -> str:
 def _swapped(arm: dict[str, Any]) -> str:
     options = {**((arm.get("patch") or {}).get("options") or {}), **(arm.get("options") or {})}
     activation = str(arm.get("activation"))
-    words = _NAMES.get(activation, activation)
+    words = _name(activation)
     if options.get("layers") is not None or options.get("every"):
         words += " in some layers only"
     if options.get("calibration") == "none":
@@ -38,7 +39,17 @@ def _swapped(arm: dict[str, Any]) -> str:
     else:
         words += ", fitted to compute what the model's own activation computed"
         words += "; the layer after it was fitted too" if options.get("calibration") == "refit" else ""
-    if activation == "crrelu" and options.get("epsilon_per"):
+    if options.get("activation_l1"):
+        words += "; an L1 term draws its outputs to 0"
+    if "crrelu" in activation and options.get("epsilon_per"):
         learned = "frozen" if str(options.get("epsilon_learning_rate", "")) in ("0", "0.0") else "learned"
         words += f"; ε is {learned}, one a {options['epsilon_per']}"
     return words + "."
+
+
+def _name(activation: str) -> str:
+    """`ReLU`, or `ReLU in layers 0-5, CRReLU in layers 6-` where there is one a layer."""
+    parts = re.findall(r"([\d,-]+)=([^,=]+)", activation)
+    if not parts:
+        return _NAMES.get(activation, activation)
+    return ", ".join(f"{_NAMES.get(name, name)} in layers {layers.strip(',')}" for layers, name in parts)

@@ -1,4 +1,4 @@
-"""The report's figures: loss curves, paired differences, ε per site, and the learned shape."""
+"""The report's figures: loss curves, paired differences, ε per site, the learned shape, and sparsity."""
 
 import statistics
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from scipy.special import erf
 
-from crrelu_llm.comparison.report import over_training, text
+from crrelu_llm.comparison.report import over_training, sparsity, text
 from crrelu_llm.comparison.report.contents import (
     Grid,
     Report,
@@ -40,13 +40,13 @@ def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]
     Args:
         report: The report.
         candidate: The arm that the verdict speaks of: its shape is drawn.
-        grid: The grid value that the verdict speaks of: ε is shown at it.
+        grid: The grid value that the verdict speaks of: ε and zeros are shown at it.
     """
     with drawing_style():
         found = [forest(report), changes(report, candidate, grid)]
         found += over_training.pictures(report)
         found += [*(_loss_curves(report, value, i) for i, value in enumerate(grids(report)))]
-        found += [_epsilons(report, grid), _shape(report, candidate, grid)]
+        found += [_epsilons(report, grid), _shape(report, candidate, grid), sparsity.picture(report, grid)]
     return [picture for picture in found if picture]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import over_training, tables, text
+from crrelu_llm.comparison.report import over_training, sparsity, tables, text
 from crrelu_llm.comparison.report.contents import Report
 from crrelu_llm.comparison.report.drawing import arm_key
 from crrelu_llm.comparison.report.examples import examples
@@ -73,6 +73,8 @@ def _contents(report: Report) -> dict[str, Any]:
         "swaps": tables.swaps(report),
         "cost": page.cost(report),
         "cost_hint": page.cost_hint,
+        "sparsity": sparsity.table(report),
+        "sparsity_hint": sparsity.hint(report),
         "comparisons": tables.comparisons(report),
         "decisive": tables.comparisons(report, decisive=True),
         "over_training": over_training.table(report),

@@ -47,19 +47,20 @@ FUSED: dict[tuple[str, str], Callable[..., Tensor]] = {
 }
 
 
-def fuse(model: nn.Module, paths: Iterable[str], recompute: bool = False) -> None:
+def fuse(model: nn.Module, paths: Iterable[str], recompute: bool = False, product: bool = True) -> None:
     """Makes the modules that own CRReLU activations call the gated product where theirs is a known form, in place.
 
     Args:
         model: The model that `paths` start from.
         paths: The paths of its CRReLU activations. Modules that are fused already are left as they are.
         recompute: Also keep no output of the activation for the backward pass (see `kernels.recompute`).
+        product: False leaves the product to the MLP, also where it was fused: a hook then sees the activation alone.
     """
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
         original = owner.__dict__.get(_MARK, type(owner))
         recompute_too = recompute or getattr(type(owner), "recomputes", False)
-        cls = _class(original, recompute_too)
+        cls = _class(original, recompute_too, product)
         if cls is not type(owner):
             owner.__dict__[_MARK] = original
             set_class(owner, cls)
@@ -80,10 +81,10 @@ def unfuse(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 @functools.cache
-def _class(cls: type, recompute: bool) -> type:
+def _class(cls: type, recompute: bool, product: bool = True) -> type:
     """The class that an owner of this class gets: itself where there is nothing to gain."""
     changes: dict[str, Any] = {}
-    for method in ("forward", "_apply_gate"):
+    for method in ("forward", "_apply_gate") if product else ():
         fused = FUSED.get((method, _source(getattr(cls, method, None))))
         if fused is not None:
             changes[method] = fused
@@ -93,7 +94,7 @@ def _class(cls: type, recompute: bool) -> type:
         return cls
 
     def reduce(self: Any, protocol: Any) -> Any:  # a class that is made at run time cannot be found by its name
-        return _rebuild, (cls, recompute), self.__dict__
+        return _rebuild, (cls, recompute, product), self.__dict__
 
     return type(cls.__name__, (cls,), {**changes, "__module__": cls.__module__, "__reduce_ex__": reduce})
 
@@ -106,8 +107,8 @@ def _source(function: Any) -> str:
         return ""
 
 
-def _rebuild(cls: type, recompute: bool) -> Any:
-    made: Any = _class(cls, recompute)
+def _rebuild(cls: type, recompute: bool, product: bool) -> Any:
+    made: Any = _class(cls, recompute, product)
     return made.__new__(made)
 
 

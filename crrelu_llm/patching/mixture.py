@@ -1,0 +1,89 @@
+"""One activation a layer: the text `0-5=relu,6-=crrelu`, which may stand wherever an activation is named."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from crrelu_llm.errors import InputError
+from crrelu_llm.patching.activations import activation_names
+
+_RANGE = re.compile(r"\d+(-\d*)?")
+
+
+def is_mixture(activation: str) -> bool:
+    """Whether an activation is several, by layer."""
+    return "=" in activation
+
+
+def text_of(activation: Any) -> Any:
+    """A recipe's mapping of layers to names, as `{0-5: relu, 6-: crrelu}`, as the text; anything else as it is."""
+    if not isinstance(activation, Mapping):
+        return activation
+    return ",".join(f"{layers}={name}" for layers, name in activation.items())
+
+
+def names_of(activation: str) -> list[str]:
+    """The names in it, each once; of a plain name itself."""
+    return list(dict.fromkeys(name for _, name in _parts(activation))) if is_mixture(activation) else [activation]
+
+
+def check(activation: str) -> None:
+    """Raises InputError for an unknown name, and for layers that cannot be, or have two activations."""
+    known = activation_names()
+    for name in names_of(activation):
+        if name not in known:
+            raise InputError(f"unknown activation {name!r}; choose one of {', '.join(known)}")
+    if not is_mixture(activation):
+        return
+    ends: list[tuple[int, float, str]] = []
+    for layers, _ in _parts(activation):
+        first, last = _ends(layers, float("inf"))
+        if last < first:
+            raise InputError(f"activation: {layers} names no layer")
+        for other, end, text in ends:
+            if first <= end and other <= last:
+                raise InputError(f"activation: layer {max(first, other)} has two, by {text} and by {layers}")
+        ends.append((first, last, layers))
+
+
+def by_layer(activation: str, count: int) -> dict[int, str]:
+    """The activation of each layer that has one, of a model with so many.
+
+    Raises:
+        InputError: The model has no layer of a number that is named.
+    """
+    found: dict[int, str] = {}
+    for layers, name in _parts(activation):
+        first, last = _ends(layers, count - 1)
+        if max(first, last) >= count:
+            raise InputError(f"activation: {layers}={name}: the model has {count} layers, 0 to {count - 1}")
+        found |= dict.fromkeys(range(first, int(last) + 1), name)
+    return dict(sorted(found.items()))
+
+
+def in_words(activation: str) -> str:
+    """It as a reader would say it."""
+    if not is_mixture(activation):
+        return activation
+    return ", ".join(f"{name} in the layers {layers}" for layers, name in _parts(activation))
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    """Layers, each a number or a range, and the name that they get."""
+    found, waiting = [], []
+    for piece in text.split(","):
+        layers, equals, name = (part.strip() for part in piece.partition("="))
+        waiting.append(layers)
+        if not _RANGE.fullmatch(layers) or (equals and not name):
+            break
+        if equals:
+            found += [(entry, name) for entry in waiting]
+            waiting = []
+    if waiting:
+        raise InputError(f"activation: write layers and their activations as 0-5=relu,6-=crrelu, not {text!r}")
+    return found
+
+
+def _ends(layers: str, open_end: float) -> tuple[int, float]:
+    first, dash, last = layers.partition("-")
+    return int(first), int(last) if last else open_end if dash else int(first)
