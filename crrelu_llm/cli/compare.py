@@ -121,14 +121,15 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
 
 
 def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bool) -> str:
-    from crrelu_llm.comparison import evaluation, results, settings
-    from crrelu_llm.comparison.report import write_report
-    from crrelu_llm.comparison.report.headline import headline
-    from crrelu_llm.comparison.report.pages import page_of
+    from crrelu_llm.comparison import results, settings
+    from crrelu_llm.evaluation import report as evaluations
     from crrelu_llm.evaluation.results import SETTINGS
+    from crrelu_llm.report import write_report
+    from crrelu_llm.report.headline import headline
+    from crrelu_llm.report.pages import page_of
 
     if (output_dir / SETTINGS).is_file():
-        report = evaluation.build_report(output_dir, margins)
+        report = evaluations.build_report(output_dir, margins)
     elif not (output_dir / settings.SETTINGS).is_file():
         raise InputError(
             f"{output_dir} holds no comparison and no evaluation; give the output_dir of `crrelu compare` or "

@@ -77,11 +77,11 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _summary(report: dict[str, Any]) -> str:
     """The results as a small table, and the verdict."""
-    from crrelu_llm.comparison.report import text
-    from crrelu_llm.comparison.report.contents import by_seed, find_arm
-    from crrelu_llm.comparison.report.headline import headline
-    from crrelu_llm.comparison.report.pages import page_of
-    from crrelu_llm.comparison.report.tables import decisive_entries
+    from crrelu_llm.report import text
+    from crrelu_llm.report.contents import by_seed, find_arm
+    from crrelu_llm.report.headline import headline
+    from crrelu_llm.report.pages import page_of
+    from crrelu_llm.report.tables import decisive_entries
 
     entries = {entry["candidate"]: entry for entry in decisive_entries(report)}
     rows = [("", "loss before", "after", "difference from native", "95 % interval")]

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     directory = Path(args.directory)
     verdict = write(directory, dict(args.margin), not args.without_examples)
     if args.format == "csv":
-        from crrelu_llm.comparison.report.render import render_csv
+        from crrelu_llm.report.render import render_csv
 
         print(render_csv(json.loads((directory / "report.json").read_text(encoding="utf-8"))), end="")
     else:

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from crrelu_llm.comparison.report.contents import is_evaluation
-from crrelu_llm.comparison.report.render import escape_markdown
-from crrelu_llm.comparison.report.text import number
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading, mixture
 from crrelu_llm.patching.standalone import is_standalone
+from crrelu_llm.report.contents import is_evaluation
+from crrelu_llm.report.render import escape_markdown
+from crrelu_llm.report.text import number
 
 FILE = "README.md"
 PAPER = "arXiv 2405.12954"

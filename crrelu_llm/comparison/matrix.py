@@ -19,13 +19,13 @@ from crrelu_llm.comparison import tuning
 from crrelu_llm.comparison.arms import Arm, check_grid, grid_name
 from crrelu_llm.comparison.definition import BEFORE, Comparison, before_training
 from crrelu_llm.comparison.progress import Lines
-from crrelu_llm.comparison.report.text import number
 from crrelu_llm.comparison.settings import claim, record
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.evaluation.metrics import METRICS
 from crrelu_llm.evaluation.sparsity import sparsity_of_trainer
 from crrelu_llm.files import alone, remove, write_json
 from crrelu_llm.patching import find_sites, loading, section
+from crrelu_llm.report.text import number
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.kinds.kind import Kind
 from crrelu_llm.training.preflight import check_machine, check_model

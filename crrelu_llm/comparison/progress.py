@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from crrelu_llm.comparison.report.text import duration
+from crrelu_llm.report.text import duration
 from crrelu_llm.training.callbacks import QuietPrinterCallback, QuietProgressCallback
 
 _CELLS = 20

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.comparison import single_items, tuning
+from crrelu_llm.comparison import tuning
 from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_arm
 from crrelu_llm.comparison.definition import BEFORE, before_training, patched_copy
 from crrelu_llm.comparison.matrix import TEXTS
 from crrelu_llm.comparison.settings import SETTINGS, read_settings
-from crrelu_llm.comparison.statistics import Unit, adjust, compare_metric
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.transform import read_report
+from crrelu_llm.statistics import single_items
+from crrelu_llm.statistics.paired import Unit, adjust, compare_metric
 from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import RUN
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from crrelu_llm.comparison.statistics import compare_metric
+from crrelu_llm.statistics.paired import compare_metric
 
 
 def trajectories(

@@ -17,8 +17,8 @@ from run import BETAS, PLAIN, SETTINGS, tasks
 
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.matrix import is_done
-from crrelu_llm.comparison.statistics import adjust
 from crrelu_llm.comparison.tuning import TUNING
+from crrelu_llm.statistics.paired import adjust
 
 Entry = dict[str, Any]
 NAMES = {PLAIN: "crrelu, plain swap"}

@@ -21,7 +21,7 @@ def place(tmp_path, monkeypatch):
     """An empty folder with data for five tasks, and a data cache of its own; no pictures, which take seconds."""
     import datasets
 
-    from crrelu_llm.comparison.report import render
+    from crrelu_llm.report import render
 
     monkeypatch.setattr(render, "pictures", lambda *args: [])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -70,7 +70,7 @@ def refused(capsys, *argv):
 
 
 def test_two_models_side_by_side(place, tiny_checkpoint, patched, capsys, monkeypatch):
-    from crrelu_llm.comparison.report import plots, render
+    from crrelu_llm.report import plots, render
 
     monkeypatch.setattr(render, "pictures", plots.pictures)
     argv = options(place, f"native={tiny_checkpoint}", f"crrelu={patched}")

@@ -373,7 +373,7 @@ def test_importing_this_package_is_enough(imports, tmp_path):
         f"import sys; sys.path.insert(0, sys.argv[2]); import {imports}; from tiny import logits; "
         "print(logits(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).sum().item())"
     )
-    done = python(code, tmp_path, *[path for path in sys.path if path.endswith("tests")][:1])
+    done = python(code, tmp_path, *[path for path in sys.path if path.endswith("support")][:1])
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == expected
 

@@ -7,10 +7,10 @@ does, and over the linearised values, as it did before.
 
 import numpy as np
 
-from crrelu_llm.comparison import statistics
 from crrelu_llm.evaluation.measured import linearised, shares_of
+from crrelu_llm.statistics import paired
 
-statistics.RESAMPLES = 999
+paired.RESAMPLES = 999
 TRIALS = 400
 SPREADS = {"length": lambda size: size, "root of length": np.sqrt}
 
@@ -29,7 +29,7 @@ for documents in (8, 20, 60):
                 shares = (shares_of(nll, size), shares_of(other, size))
                 names = {"baseline_name": "a", "candidate_name": "b"}
                 new, old = (
-                    statistics.compare_metric("bits", False, *values, "item", **names, shares=given)
+                    paired.compare_metric("bits", False, *values, "item", **names, shares=given)
                     for given in (shares, None)
                 )
                 false += [new["p_value"] < 0.05, new["verdict"] != "undecided", old["p_value"] < 0.05]

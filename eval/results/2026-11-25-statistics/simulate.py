@@ -6,8 +6,8 @@ import numpy as np
 from scipy import stats
 from worlds import World, decided
 
-from crrelu_llm.comparison import statistics
-from crrelu_llm.comparison.intervals import attainable_level, smallest_detectable
+from crrelu_llm.statistics import paired
+from crrelu_llm.statistics.intervals import attainable_level, smallest_detectable
 
 SPREADS = {"none": 0.0, "small": 0.1, "large": 0.5}
 WORLDS = {
@@ -128,7 +128,7 @@ def main() -> None:
         "--trials", type=int, default=1000, help="comparisons in each world; twice as many of those without resampling"
     )
     trials = parser.parse_args().trials
-    statistics.RESAMPLES = 399  # the number of resamples moves an interval's ends, hardly its coverage
+    paired.RESAMPLES = 399  # the number of resamples moves an interval's ends, hardly its coverage
     columns = ("both", "both: false verdicts", "seeds", "items", "items and agreement: false verdicts")
     print(_head("runs", *columns, "not used: bootstrap of seeds", "not used: two-level bootstrap"))
     for name, world in WORLDS.items():

@@ -1,0 +1,71 @@
+"""The items on which the candidate differs most from the baseline, side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from crrelu_llm.report import text
+from crrelu_llm.report.contents import Grid, Report
+from crrelu_llm.report.tables import Cell, Table
+
+_EMPTY = "(empty)"
+
+
+@dataclass
+class Example:
+    """One item: what it is, whether it became better or worse and by what, its prompt, and what both gave."""
+
+    name: str
+    outcome: str
+    change: str
+    prompt: str
+    table: Table
+
+
+@dataclass
+class Task:
+    """The examples of one task."""
+
+    label: str
+    examples: list[Example]
+
+
+def examples(report: Report, candidate: str | None, grid: Grid) -> list[Task]:
+    """The examples of the arm that the verdict speaks of, by task, in the report's order."""
+    tasks: dict[str, Task] = {}
+    for entry in report.get("examples") or []:
+        if entry["candidate"] == candidate and (entry.get("grid") or {}) == grid:
+            task = tasks.setdefault(entry["metric"], Task(str(entry["label"]), []))
+            task.examples.append(_example(entry))
+    return list(tasks.values())
+
+
+def _example(entry: dict[str, Any]) -> Example:
+    before, after = (text.number(value, entry["format"]) for value in entry["values"])
+    group = f", {entry['group']}" if entry.get("group") else ""
+    return Example(
+        f"item {entry['item']}{group}",
+        entry["outcome"],
+        f"{before} → {after}",
+        str(entry["prompt"]),
+        _options(entry),
+    )
+
+
+def _options(entry: dict[str, Any]) -> Table:
+    """What both arms gave each option: a log-probability, or a text of their own."""
+    options = entry["options"]
+    known = any(option["right"] is not None for option in options)
+    given = any(option["baseline"] is not None for option in options)
+    columns = ["option", *(["which"] if known else []), *([entry["baseline"], entry["candidate"]] if given else [])]
+    texts = any(isinstance(option["baseline"], str) for option in options)
+    table = Table(columns, words=len(columns) if texts else 2 if known else 1)
+    for option in options:
+        row = [Cell(str(option["text"]) or _EMPTY)]
+        row += [Cell("right" if option["right"] else "wrong")] if known else []
+        row += [Cell(_given(option[side])) for side in ("baseline", "candidate")] if given else []
+        table.rows.append(row)
+    return table
+
+
+def _given(value: Any) -> str:
+    return value if isinstance(value, str) else text.number(value, "{:.3f}")

@@ -1,0 +1,85 @@
+"""What the report says of its statistics: few seeds, what is ruled out, how the table is read."""
+
+import re
+
+import numpy as np
+import pytest
+import synthetic
+
+from crrelu_llm.report import tables, verdict_sentence
+from crrelu_llm.report.trained import notes
+from crrelu_llm.statistics.paired import compare_metric
+
+
+def test_two_seeds_come_with_a_stronger_warning():
+    assert any("known from one difference" in note for note in notes(synthetic.sft_report(seeds=2, items=20)))
+    assert not any("known from one difference" in note for note in notes(synthetic.sft_report(seeds=3, items=20)))
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((-0.4, 0.3), "differences beyond 0.50 are ruled out"),
+        ((-0.9, 0.3), "worse by more than 0.50 is ruled out"),
+        ((-0.9, 0.8), None),
+    ],
+)
+def test_sentence_says_what_an_undecided_comparison_rules_out(ends, said):
+    report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20)
+    for entry in report["comparisons"]:
+        low, high = ends
+        entry |= {"difference": -0.1, "ci_low": low, "ci_high": high, "verdict": "undecided"}
+        entry |= {"equivalence_margin": 0.5, "equivalent": low > -0.5 and high < 0.5, "no_worse": high < 0.5}
+    sentence = verdict_sentence(report)
+    assert "undecided" in sentence
+    assert re.findall(r"; ([^;]* ruled out)", sentence) == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict", "said"),
+    [
+        ((-0.4, 0.3), "undecided", "equivalent (0.50)"),
+        ((-0.9, -0.2), "better", "yes (0.50)"),
+        ((0.2, 0.9), "worse", "not shown (0.50)"),
+        ((0.6, 0.9), "worse", "no (0.50)"),
+    ],
+)
+def test_the_table_says_whether_worse_is_ruled_out(ends, verdict, said):
+    report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20)
+    entry = next(c for c in report["comparisons"] if (c["metric"], c["unit"]) == ("perplexity", "both"))
+    low, high = ends
+    entry |= {"ci_low": low, "ci_high": high, "difference": (low + high) / 2, "verdict": verdict}
+    entry |= {"equivalence_margin": 0.5, "equivalent": low > -0.5 and high < 0.5, "no_worse": high < 0.5}
+    row = tables.comparisons(report | {"comparisons": [entry]}).rows[0]
+    assert row[-1].text == said
+    assert "equivalent, if better by more than that is ruled out too" in tables.reading(report)
+
+
+def test_the_table_is_explained_by_the_rows_it_has():
+    report = synthetic.sft_report(arms=("gelu", "crrelu"), seeds=1, items=20)
+    report["comparisons"] = [c | {"equivalence_margin": None} for c in report["comparisons"] if c["unit"] == "item"]
+    reading = tables.reading(report)
+    assert "Rows over documents alone" in reading
+    assert "× seeds" not in reading and "Rows over seeds" not in reading and "No worse" not in reading
+
+
+def test_seeds_that_are_copies_of_one_another_decide_nothing():
+    report = synthetic.sft_report(arms=("gelu", "crrelu"), items=20)
+    table = np.tile(np.linspace(3, 4, 20), (3, 1))
+    names = {"baseline_name": "gelu", "candidate_name": "crrelu"}
+    row = compare_metric("perplexity", False, table, table * 1.1, "both", **names)
+    report["comparisons"] = [row]
+    assert verdict_sentence(report).endswith(
+        "undecided, because all 3 seeds gave exactly the same differences, so they are not trainings anew."
+    )
+
+
+def test_accuracies_stand_beside_their_intervals():
+    report = synthetic.dpo_report(seeds=1, items=80)
+    (item,) = [c for c in report["comparisons"] if c["unit"] == "item"]
+    table = tables.results(report)
+    place = table.columns.index("reward accuracy [Wilson interval]")
+    low, high = (100 * end for end in item["baseline_interval"])
+    value = 100 * report["arms"][0]["runs"][0]["metrics"]["reward_accuracy"]
+    assert table.rows[0][place].text == f"{value:.1f}% [{low:.1f} to {high:.1f}%]"
+    assert low < value < high
