@@ -94,6 +94,14 @@ REWARDS = """
 def length(completions, **kwargs):
     return [float(len(text)) / 10 for text in completions]
 
+async def asks(completions, **kwargs):
+    from beside import weight
+
+    return [weight * len(text) for text in completions]
+
+async def asks_in_vain(completions, **kwargs):
+    raise KeyError("answer")
+
 def fails(completions, **kwargs):
     raise KeyError("answer")
 
@@ -153,6 +161,7 @@ class Workshop:
         values.setdefault("dataset_name", self.data(kind))
         if values.get("reward_funcs"):
             (self.folder / "rewards.py").write_text(REWARDS)
+            (self.folder / "beside.py").write_text("weight = 0.25")
             names = values["reward_funcs"]
             values["reward_funcs"] = [
                 str(self.folder / name) if name.startswith("rewards.py:") else name for name in names

@@ -68,13 +68,10 @@ def graph_of(folder, prefix):
 
 
 ROOMS = [file.parent.name for file in sorted(PACKAGE.glob("*/__init__.py"))]
-KNOWN = {"comparison": "report/evaluation.py and report/verdict.py import each other"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_imports_go_one_way(room, request):
-    if room in KNOWN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN[room], strict=True))
+def test_imports_go_one_way(room):
     found = circle(graph_of(PACKAGE / room, f"{PACKAGE.name}.{room}"))
     assert found is None, f"files that import each other: {' → '.join(found)}"
 

@@ -89,6 +89,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         tune=parse_tune(args.tune),
         patched_dir=Path(args.patched_dir) if args.patched_dir else None,
         after=Path(args.after) if args.after else None,
+        calm=getattr(args, "calm", False),
     )
     try:
         run_comparison(comparison)
@@ -122,6 +123,8 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
 def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bool) -> str:
     from crrelu_llm.comparison import evaluation, results, settings
     from crrelu_llm.comparison.report import write_report
+    from crrelu_llm.comparison.report.headline import headline
+    from crrelu_llm.comparison.report.pages import page_of
     from crrelu_llm.evaluation.results import SETTINGS
 
     if (output_dir / SETTINGS).is_file():
@@ -136,4 +139,6 @@ def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bo
     if not with_examples:
         report["examples"] = []
     write_report(report, output_dir)
-    return f"{report['verdict']}\nreport: {output_dir / 'report.html'}"
+    return (
+        f"{headline(report, page_of(report).draw(report))}\n{report['verdict']}\nreport: {output_dir / 'report.html'}"
+    )

@@ -1,12 +1,19 @@
 """`crrelu quickstart`: the main job on the embedded model and data, offline."""
 
 import argparse
+import json
+import os
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 
 ARMS = ["native", "relu", "crrelu:calibration=none", "crrelu"]
+# `--fast`: two seeds, some steps less.
+_FAST_SEEDS, _FAST_STEPS = [0, 1], 8
+_BARS = "TQDM_DISABLE"  # read when tqdm is imported
 
 
 def run(argv: list[str]) -> int:
@@ -19,19 +26,31 @@ def run(argv: list[str]) -> int:
         epilog="example: crrelu quickstart --output_dir my-first-comparison",
     )
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    parser.add_argument("--fast", action="store_true", help=f"seeds 0 and 1, {_FAST_STEPS} steps each")
     args = parser.parse_args(argv)
+    before = os.environ.get(_BARS)
+    os.environ.setdefault(_BARS, "1")
+    try:
+        return _run(args, argv)
+    finally:
+        if before is None:
+            os.environ.pop(_BARS, None)
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
     import shlex
 
-    from crrelu_llm.cli.compare import compare
+    from crrelu_llm.cli.compare import run_matrix, write
     from crrelu_llm.recipes_path import recipes_dir
 
     started = time.perf_counter()
-    recipe = recipes_dir() / "nano" / "sft.yaml"
-    arguments = argparse.Namespace(
+    recipe = ["--config", str(recipes_dir() / "nano" / "sft.yaml")]
+    recipe += ["--max_steps", str(_FAST_STEPS)] if args.fast else []
+    asked = argparse.Namespace(
         kind="sft",
         arms=ARMS,
-        seeds=args.seeds,
+        seeds=args.seeds or (_FAST_SEEDS if args.fast else [0, 1, 2]),
         output_dir=args.output_dir,
         baseline="native",
         grid=[],
@@ -39,7 +58,46 @@ def run(argv: list[str]) -> int:
         patched_dir=None,
         after=None,
         discard_models=True,
+        calm=True,
     )
-    status = compare(arguments, ["--config", str(recipe)], shlex.join(["crrelu", "quickstart", *argv]))
+    print(
+        "A nano GPT-2 (GELU) learns new text with four activations; the first start takes the longest.",
+        file=sys.stderr,
+    )
+    failed = run_matrix(asked, recipe, shlex.join(["crrelu", "quickstart", *argv]))
+    write(Path(args.output_dir))
+    report = json.loads((Path(args.output_dir) / "report.json").read_text())
+    print(_summary(report))
+    print(f"report: {Path(args.output_dir) / 'report.html'}")
     print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return status
+    if failed:
+        print(f"crrelu quickstart: {failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """The results as a small table, and the verdict."""
+    from crrelu_llm.comparison.report import text
+    from crrelu_llm.comparison.report.contents import by_seed, find_arm
+    from crrelu_llm.comparison.report.headline import headline
+    from crrelu_llm.comparison.report.pages import page_of
+    from crrelu_llm.comparison.report.tables import decisive_entries
+
+    entries = {entry["candidate"]: entry for entry in decisive_entries(report)}
+    rows = [("", "loss before", "after", "difference from native", "95 % interval")]
+    for name in ARMS:
+        arm = find_arm(report, name) or {}
+        entry = entries.get(name, {})
+        losses = list(by_seed(arm, {}, "loss").values())
+        rows.append(
+            (
+                name,
+                text.number((arm.get("before") or {}).get("loss"), "{:.4f}"),
+                text.spread(losses, "{:.4f}") if losses else text.MISSING,
+                text.signed(entry.get("difference"), "{:.4f}") if entry else "",
+                text.interval(entry.get("ci_low"), entry.get("ci_high"), "{:.4f}") if entry else "",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", headline(report, page_of(report).draw(report)) + "."])

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.comparison.report.contents import is_evaluation
 from crrelu_llm.comparison.report.render import escape_markdown
 from crrelu_llm.comparison.report.text import number
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching import loading
 from crrelu_llm.patching.standalone import is_standalone
 
 FILE = "README.md"
@@ -40,13 +42,13 @@ def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None
     base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
     data = ModelCardData(
         library_name="peft" if (checkpoint / "adapter_config.json").is_file() else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=loading.TASKS[_head(checkpoint)],
         # The Hub links base models by their names there; a path on somebody's disk is none.
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
         tags=["crrelu", section["activation"], *([run["kind"]] if run.get("kind") else [])],
         datasets=_hub_names(report, run) or None,
         model_name=checkpoint.resolve().name if entry is not None else None,
-        eval_results=None if report is None or entry is None else _results(report, entry),
+        eval_results=None if report is None or entry is None else _results(report, entry, _head(checkpoint)),
     )
     parts = [_introduction(checkpoint, section, base), _use(checkpoint), _table(section, sites, patch)]
     parts += [_calibration(patch)] if patch else []
@@ -107,6 +109,14 @@ def _are_sites(sites: Any) -> bool:
     return isinstance(sites, list) and all(isinstance(site, dict) and "path" in site for site in sites)
 
 
+def _head(checkpoint: Path) -> str:
+    """transformers' auto class that loads a checkpoint; of an adapter, the one of its task."""
+    adapter = _read(checkpoint / "adapter_config.json")
+    if adapter is not None:
+        return loading.CLASSIFIER if adapter.get("task_type") == "SEQ_CLS" else loading.CAUSAL_LM
+    return loading.head_of_architectures((_read(checkpoint / "config.json") or {}).get("architectures"))
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
@@ -143,7 +153,7 @@ def _hub_names(report: dict[str, Any] | None, run: dict[str, Any]) -> list[str]:
     return sorted({name for name in names if name.count("/") == 1 and _is_hub_name(name)})
 
 
-def _results(report: dict[str, Any], arm: dict[str, Any]) -> list[Any]:
+def _results(report: dict[str, Any], arm: dict[str, Any], head: str) -> list[Any]:
     """The arm's metrics as the Hub's metadata has them: means over the finished runs."""
     from huggingface_hub import EvalResult
 
@@ -152,7 +162,7 @@ def _results(report: dict[str, Any], arm: dict[str, Any]) -> list[Any]:
         data, metric = _data_of(report, name)
         found.append(
             EvalResult(
-                task_type="text-generation",
+                task_type=loading.TASKS[head],
                 dataset_type=data["name"],
                 dataset_name=" ".join(filter(None, (data["name"], data.get("split")))),
                 metric_type=metric,
@@ -166,7 +176,7 @@ def _results(report: dict[str, Any], arm: dict[str, Any]) -> list[Any]:
 def _data_of(report: dict[str, Any], metric: str) -> tuple[dict[str, Any], str]:
     """The data that a metric was measured on, and the metric's name there; an evaluation's are called task/metric."""
     data = report.get("data") or [{"name": "unknown"}]
-    if report.get("trainer") != "eval":
+    if not is_evaluation(report):
         return data[-1], metric
     task, _, name = metric.partition("/")
     by_task = dict(zip((report.get("recipe") or {}).get("tasks") or [], data, strict=False))
@@ -198,12 +208,13 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
 
 
 def _use(checkpoint: Path) -> str:
-    name = json.dumps(checkpoint.resolve().name, ensure_ascii=False)
+    name, head = json.dumps(checkpoint.resolve().name, ensure_ascii=False), _head(checkpoint)
     use = (
         "## Use\n\n```python\nimport crrelu_llm  # teaches transformers to load the patched activation\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({name})\n```"
+        f"from transformers import {head}\n\nmodel = {head}.from_pretrained({name})\n```"
     )
+    if head != loading.CAUSAL_LM:
+        return use
     if (checkpoint / "adapter_config.json").is_file():
         return use + "\n\nvLLM takes no adapter that trained ε: merge it into its model first (`merge_and_unload`)."
     if is_standalone(_read(checkpoint / "config.json") or {}):

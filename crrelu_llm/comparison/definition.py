@@ -29,6 +29,7 @@ class Comparison:
         tuned: The options that were taken, by arm and grid point.
         after: A comparison whose trained models the runs start from, each from that of its own arm and seed.
         after_seed: The seed of the model that every run starts from, where it is not its own.
+        calm: Whether each run is one line, without its logs.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Comparison:
     tuned: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     after: Path | None = None
     after_seed: int | None = None
+    calm: bool = False
 
     def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
         """The recipe of one run; arms differ in the activation section only."""

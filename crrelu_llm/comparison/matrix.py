@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 from crrelu_llm.comparison import tuning
 from crrelu_llm.comparison.arms import Arm, check_grid, grid_name
 from crrelu_llm.comparison.definition import BEFORE, Comparison, before_training
+from crrelu_llm.comparison.progress import Lines
+from crrelu_llm.comparison.report.text import number
 from crrelu_llm.comparison.settings import claim, record
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.evaluation.metrics import METRICS
@@ -90,19 +92,21 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
     """Trains what is missing."""
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
+    lines = Lines(len(todo)) if comparison.calm else None
     with _interrupts() as interrupted:
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
-            label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
+            name = str(directory.relative_to(comparison.output_dir))
+            label = f"[{index + 1}/{len(todo)}] {name}"
             if from_main(is_done(directory)):
                 _discard(comparison, directory)  # the call that made it may have been killed before
-                _say(f"{label}: kept")
+                lines.keep(name) if lines else _say(f"{label}: kept")
                 continue
-            _say(f"{label}: training")
+            lines.begin(name) if lines else _say(f"{label}: training")
             try:
                 if comparison.tune and (arm.name, grid_name(point)) not in comparison.tuned:
                     raise RuntimeError("no try of --tune ended with a finite number")
-                _one_run(comparison, arm, point, seed, train, test)
+                _one_run(comparison, arm, point, seed, train, test, lines)
                 if interrupted:
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
@@ -118,7 +122,7 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
                     print(f"{label}: process {rank}: {message}; {_how_to_go_on(comparison, todo)}", file=sys.stderr)
                     raise
                 failures.append(message)
-                _say(f"{label}: {message}")
+                lines.end(message) if lines else _say(f"{label}: {message}")
                 if PartialState().is_main_process:
                     write_json(directory / RUN, {"status": "failed", "seed": seed, "error": message})
             gc.collect()
@@ -159,13 +163,19 @@ def is_done(directory: Path) -> bool:
     return path.is_file() and json.loads(path.read_text()).get("status") == "done"
 
 
-def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any) -> None:
+def _one_run(
+    comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any, lines: Lines | None
+) -> None:
     recipe = comparison.recipe(arm, point, seed)
     model = _start(comparison, recipe, arm, point, seed)
     trainer = build_trainer(recipe, model, recipe.kind.drawn(train, seed), test)
+    if lines:
+        lines.watch(trainer)
     _keep_texts(comparison, recipe.kind, trainer)
     before_path = before_training(comparison.output_dir, arm.name, point)
-    if comparison.after is not None:  # each seed starts from a model of its own
+    if (
+        comparison.after is not None or recipe.kind.auto_class != loading.CAUSAL_LM
+    ):  # a model, or a head, of each seed's own
         before_path = Path(trainer.args.output_dir) / BEFORE
     before = BeforeTraining(recipe.kind, trainer, before_path)
     trainer.add_callback(before)
@@ -177,7 +187,10 @@ def _one_run(comparison: Comparison, arm: Arm, point: dict[str, str], seed: int,
         metrics, items = recipe.kind.evaluate(trained)
         return {"metrics": metrics, "items": items, "grid": point}
 
-    train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
+    record = train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
+    if lines:
+        value = record["metrics"].get(recipe.kind.headline)
+        lines.end(f"{recipe.kind.headline} {number(value)}")
     for tracker in trainer.accelerator.trackers:  # not end_training(): the next run needs the other processes
         tracker.finish()
     _discard(comparison, Path(trainer.args.output_dir))

@@ -23,6 +23,7 @@ _CONFIG = "vllm.config.model"
 _BACKEND = "vllm.model_executor.models.transformers.base"
 _ADAPTER = "vllm.lora.peft_helper"
 _ATTENTION = "vllm"  # vLLM's name for its attention in transformers
+_COMPILED, _SKIPPED = "TorchCompileWithNoGuardsWrapper", "do_not_compile"  # a class, and what its models are asked
 _INSTALLED, _SHARED = "_crrelu_installed", "_crrelu_shared"
 RELIES_ON = (
     Private(f"{_CONFIG}:ModelConfig.verify_with_parallel_config", "refusals", takes=("parallel_config",)),
@@ -143,6 +144,17 @@ def _load_part(channels: int, start: int, part: Tensor, loaded: Tensor) -> None:
     if loaded.shape != (channels,):
         raise InputError(f"CRReLU: the checkpoint has numbers of shape {tuple(loaded.shape)}, not ({channels},)")
     part.data.copy_(loaded.narrow(0, start, len(part)))
+
+
+def leave_alone(model: nn.Module) -> None:
+    """Keeps vLLM's compilation off a model that was built before vLLM started in the same process.
+
+    vLLM's transformers backend changes the class of the decoder itself, so that every model of that class asks whether
+    it is compiled, also one that is being trained (TRL's `vllm_mode: colocate`).
+    """
+    for module in model.modules():
+        if _COMPILED in [base.__name__ for base in type(module).__mro__] and not hasattr(module, _SKIPPED):
+            module.__dict__[_SKIPPED] = True
 
 
 def _install_checks() -> None:

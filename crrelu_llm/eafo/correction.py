@@ -15,13 +15,11 @@ import numpy as np
 from crrelu_llm.eafo.activations import Activation
 from crrelu_llm.eafo.density import Array, Density
 from crrelu_llm.eafo.entropy import branches_of, integral, inverse_on, probe, range_on
+from crrelu_llm.eafo.formulas import Formula, Shorthand, formula, latex_or_none
 from crrelu_llm.errors import InputError
 
 # Below this share of its largest slope an activation counts as flat: f″/f′ would be rounding error.
 _FLAT = 1e-12
-# Formulas of more operations stay as they come: sympy's simplifier takes minutes for GELU × Student's t.
-_SMALL = 30
-_LONG = 1000
 _UNBOUNDED = 1e6
 # What lies beyond is left out of integrals; one that changes much when more is left out does not exist.
 _TAIL, _INNER_TAIL = 1e-12, 1e-5
@@ -36,24 +34,6 @@ class Excluded:
     low: float
     high: float
     reason: str
-
-
-@dataclass(frozen=True)
-class Formula:
-    """The correction between two kinks, as sympy expressions of the real symbol `t` (forward) or `x` (inverse).
-
-    Attributes:
-        low, high: The stretch of pre-activations t.
-        forward: c(t), simplified; None where f′ = 0.
-        direction: `forward` without its positive constant factor, which a learnable ε absorbs.
-        inverse: η(x), x the output; None where sympy is not given the inverse.
-    """
-
-    low: Any
-    high: Any
-    forward: Any
-    direction: Any
-    inverse: Any
 
 
 @dataclass(frozen=True)
@@ -154,8 +134,8 @@ class Correction:
         p = self.density.expression(t)
         if p is None or self.activation.pieces is None:
             return ()
-        short = _Shorthand()
-        return tuple(_formula(low, high, f, p, t, short) for low, high, f in self.activation.pieces(t))
+        short = Shorthand()
+        return tuple(formula(low, high, f, p, t, short) for low, high, f in self.activation.pieces(t))
 
     @property
     def latex(self) -> str:
@@ -163,117 +143,12 @@ class Correction:
         import sympy
 
         lines = [
-            rf"{_latex_or_none(sympy, found.forward)} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
+            rf"{latex_or_none(found.forward)} & {sympy.latex(found.low)} < t < {sympy.latex(found.high)}"
             for found in self.formulas
         ]
         if not lines:
             return ""
         return r"c(t) = \begin{cases} " + r" \\ ".join(lines) + r" \end{cases}"
-
-
-def shown(formula: Any) -> Any:
-    """A formula to be read: its floats with six digits; None stays None."""
-    import sympy
-
-    if formula is None:
-        return None
-    return formula.xreplace({number: sympy.Float(number, 6) for number in formula.atoms(sympy.Float)})
-
-
-def _latex_or_none(sympy: Any, formula: Any) -> str:
-    return r"\text{none, } f' = 0" if formula is None else sympy.latex(shown(formula))
-
-
-class _Shorthand:
-    """Letters for numbers of many digits, with which sympy's simplifier takes minutes."""
-
-    def __init__(self) -> None:
-        self.letters: dict[Any, Any] = {}
-
-    def shorten(self, expression: Any) -> Any:
-        """The expression with a positive letter for the size of each long number."""
-        import sympy
-
-        long = {number for number in expression.atoms(sympy.Rational) if max(abs(number.p), number.q) > _LONG}
-        for number in long:
-            self.letters.setdefault(abs(number), sympy.Dummy(positive=True))
-        return expression.xreplace({number: sympy.sign(number) * self.letters[abs(number)] for number in long})
-
-    def restore(self, expression: Any) -> Any:
-        """The expression with its numbers, as floats."""
-        import sympy
-
-        return expression.subs({letter: sympy.Float(number, 17) for number, letter in self.letters.items()})
-
-
-def _formula(low: Any, high: Any, f: Any, p: Any, t: Any, short: _Shorthand) -> Formula:
-    import sympy
-
-    f, p = short.shorten(f), short.shorten(p)
-    # On one side of 0, |t| and sign(t) are known.
-    sign = {"positive": True} if low == 0 else {"negative": True} if high == 0 else {}
-    known = sympy.Symbol("t", real=True, **sign)
-    f, p, t = f.subs(t, known), p.subs(t, known), known
-    slope = sympy.diff(f, t)
-    if slope == 0:
-        return Formula(low, high, None, None, None)
-    ratio = sympy.diff(f, t, 2) / slope
-    # Both, because the simplifier sees tanh in sigmoid's ratio, and then not that all of it is 0 for a logistic p.
-    forward = _shorter(*(_shortest(sympy.diff(p, t) - p * form) for form in (ratio, _shortest(ratio))))
-    factor, direction = forward.as_independent(t, as_Add=False)
-    if factor.could_extract_minus_sign():
-        direction = -direction
-    plain = {known: sympy.Symbol("t", real=True)}
-    inverse = _inverse_form(f, p, t)
-    found = (forward.subs(plain), direction.subs(plain), inverse)
-    return Formula(low, high, *(None if entry is None else short.restore(entry) for entry in found))
-
-
-def _shortest(expression: Any) -> Any:
-    import sympy
-
-    candidates = [sympy.factor_terms(expression)]
-    if sympy.count_ops(expression) < _SMALL:
-        candidates += [sympy.factor(expression), sympy.factor(sympy.simplify(expression))]
-    return _shorter(*candidates)
-
-
-def _shorter(*candidates: Any) -> Any:
-    import sympy
-
-    return min(candidates, key=sympy.count_ops)
-
-
-def _inverse_form(f: Any, p: Any, t: Any) -> Any:
-    """η(x) for those f whose inverse is elementary; the others' is computed numerically."""
-    import sympy
-
-    x = sympy.Symbol("x", real=True)
-    y = _inverse_of(f, t, x)
-    if y is None:
-        return None
-    slope = sympy.diff(y, x)
-    return _shortest(-(p.subs(t, y) * sympy.diff(y, x, 2) / slope + sympy.diff(p, t).subs(t, y) * slope))
-
-
-def _inverse_of(f: Any, t: Any, x: Any) -> Any:
-    import sympy
-
-    log, exp = sympy.log, sympy.exp
-    for candidate, inverse in (
-        (log(1 + exp(t)), log(exp(x) - 1)),
-        (sympy.tanh(t), sympy.atanh(x)),
-        (1 / (1 + exp(-t)), log(x / (1 - x))),
-        (t**2, sympy.sqrt(x)),
-    ):
-        if f == candidate:
-            return inverse
-    if f.is_polynomial(t) and sympy.degree(f, t) == 1:
-        return x / sympy.diff(f, t)
-    scale = sympy.expand(sympy.diff(f, t) * exp(-t))
-    if not scale.free_symbols:  # α·(eᵗ − 1)
-        return log(1 + x / scale)
-    return None
 
 
 @dataclass(frozen=True)

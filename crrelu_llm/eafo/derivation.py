@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.eafo.correction import Correction, Formula, corrected, shown
+from crrelu_llm.eafo.correction import Correction, corrected
+from crrelu_llm.eafo.formulas import Formula, shown
 from crrelu_llm.errors import InputError
 
 # Where the correction is tabulated, in standard deviations from the mean.

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from crrelu_llm.eafo.density import MIN_SAMPLES, Array, Density, numbers
+from crrelu_llm.eafo.density import Array, Density
+from crrelu_llm.eafo.estimates import MIN_SAMPLES, numbers
 from crrelu_llm.errors import InputError
 
 OF_A_NORMAL = float(0.5 * np.log(2 * np.pi * np.e))

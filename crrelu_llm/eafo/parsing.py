@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from crrelu_llm.eafo import density as densities
+from crrelu_llm.eafo import estimates
 from crrelu_llm.eafo.density import Density
 from crrelu_llm.errors import InputError
 
@@ -25,7 +26,7 @@ def density(text: str) -> Density:
         InputError: It cannot be read, or is not a density.
     """
     if text.startswith("samples:"):
-        return densities.from_samples(_samples(Path(text.removeprefix("samples:"))), name=text)
+        return estimates.from_samples(_samples(Path(text.removeprefix("samples:"))), name=text)
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:

@@ -145,14 +145,15 @@ def evaluating(trainer: Any) -> Iterator[Any]:
 
 def batches(trainer: Any) -> Iterator[Any]:
     """The evaluation batches in the order of the data, with a progress bar."""
-    quiet, args = not trainer.accelerator.is_main_process, trainer.args
+    # Not `disable=False` elsewhere: it would go before the user's TQDM_DISABLE.
+    quiet, args = {} if trainer.accelerator.is_main_process else {"disable": True}, trainer.args
     strategy = args.train_sampling_strategy  # transformers would draw the evaluation rows by it too
     args.train_sampling_strategy = "sequential"
     try:
         loader = trainer.get_eval_dataloader()
     finally:
         args.train_sampling_strategy = strategy
-    for batch in tqdm(loader, desc="Evaluating", disable=quiet):
+    for batch in tqdm(loader, desc="Evaluating", **quiet):
         yield trainer._prepare_inputs(batch)
 
 

@@ -13,6 +13,7 @@ from crrelu_llm.errors import InputError, reading
 from crrelu_llm.files import remove, remove_leftovers, sync, writing
 
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+TASKS = {CAUSAL_LM: "text-generation", CLASSIFIER: "text-classification"}  # the Hub's names of what they do
 
 
 def resolve(model: str) -> str:
@@ -92,7 +93,12 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
 
 def head_of(config: Any) -> str:
     """The auto class of a config: a sequence classifier's own, a reward model's for one, else the causal LM's."""
-    names = getattr(config, "architectures", None) or ()
+    return head_of_architectures(getattr(config, "architectures", None))
+
+
+def head_of_architectures(names: list[str] | None) -> str:
+    """The same from `architectures`, as a config.json has them."""
+    names = names or []
     return CLASSIFIER if any(name.endswith("ForSequenceClassification") for name in names) else CAUSAL_LM
 
 

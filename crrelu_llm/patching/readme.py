@@ -1,5 +1,6 @@
 """The README.md of a patched checkpoint: in three lines, what it is and how to load it."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,24 @@ def is_ours(text: str) -> bool:
     return MARK in text
 
 
-def how_to_load(name: str, standalone: bool) -> list[str]:
-    """Two lines of Markdown.
+def how_to_load(name: str, standalone: bool, head: str) -> list[str]:
+    """Two lines of Markdown, or one for a model that is not for serving text.
 
     Args:
         name: What the checkpoint is called there.
         standalone: Whether it also loads without this package.
+        head: transformers' auto class that loads it.
     """
     without = " without it `from_pretrained(…, trust_remote_code=True)`, which runs modeling_crrelu.py from here"
     first = (
-        f'Load it: `import crrelu_llm`, then `AutoModelForCausalLM.from_pretrained("{name}")`;'
+        f'Load it: `import crrelu_llm`, then `{head}.from_pretrained("{name}")`;'
         f"{without if standalone else ' without the import it cannot be loaded'}."
     )
     second = (
         f"Serve it: `vllm serve {name} --model-impl transformers{' --trust-remote-code' if standalone else ''}`"
         f"{'.' if standalone else ', with crrelu_llm installed beside vLLM.'}"
     )
-    return [first, second]
+    return [first, second] if head == loading.CAUSAL_LM else [first]
 
 
 def write(directory: Path, name: str, section: dict[str, Any], header: str = "", standalone: bool = False) -> None:
@@ -55,14 +57,14 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     what = (
         f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
     )
-    lines = [what, *how_to_load(name, standalone)]
+    head = loading.head_of_architectures(json.loads((directory / "config.json").read_text()).get("architectures"))
+    lines = [what, *how_to_load(name, standalone, head)]
     if goes_without_us:
         lines = [
             f"The activation of its {len(section['sites'])} MLPs is {activation}, the original one, put back by "
             "`crrelu patch`; no other number is around it.",
-            f'Load it like every model of its family: `AutoModelForCausalLM.from_pretrained("{name}")`; crrelu_llm is '
-            "not needed.",
-            f"Serve it: `vllm serve {name}`.",
+            f'Load it like every model of its family: `{head}.from_pretrained("{name}")`; crrelu_llm is not needed.',
+            *([f"Serve it: `vllm serve {name}`."] if head == loading.CAUSAL_LM else []),
         ]
     text = f"{header}{MARK}\n# {name}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")

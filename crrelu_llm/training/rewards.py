@@ -1,5 +1,7 @@
 """Reward functions of GRPO and RLOO: by TRL's names, by import path or from a file; tried before any training."""
 
+import asyncio
+import contextlib
 import copy
 import functools
 import importlib
@@ -8,7 +10,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import trl.rewards
 from transformers import TrainerCallback
 from trl.data_utils import is_conversational
 
+from crrelu_llm.compat.vllm import leave_alone
 from crrelu_llm.data.pairs import holds_pairs
 from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.training.kinds.kind import refuse_moving_references
@@ -78,18 +81,24 @@ def load_function(name: str, where: str) -> Callable[..., Any]:
             spec = importlib.util.spec_from_file_location(Path(file).stem, file)
             if spec is None or spec.loader is None or not Path(file).is_file():
                 raise InputError(f"no such file: {file}")
+            _search(str(Path(file).resolve().parent))  # for what lies beside it
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             place, dot, attribute = name.rpartition(".")
             if not dot:
                 raise InputError("no such function")
-            if "" not in sys.path:
-                sys.path.insert(0, "")
+            _search("")
             module = importlib.import_module(place)
         if not callable(getattr(module, attribute, None)):
             raise InputError(f"{module.__name__} has no function {attribute}")
     return getattr(module, attribute)
+
+
+def _search(folder: str) -> None:
+    """Lets imports find what is in a folder."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,27 +106,45 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     each answer."""
     name = getattr(function, "__name__", type(function).__name__)
     if inspect.iscoroutinefunction(function):
-        return function
+
+        @functools.wraps(function)
+        async def wait(*args: Any, **kwargs: Any) -> Any:
+            with _named(name):
+                rewards = await function(*args, **kwargs)
+            return _judged(name, rewards, kwargs["completions"])
+
+        return wait
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _named(name):
             rewards = function(*args, **kwargs)
-        except Exception as error:
-            raise InputError(f"the reward function {name} failed: {reason_of(error)}") from error
-        answers = kwargs["completions"]
-        if not hasattr(rewards, "__len__") or len(rewards) != len(answers):
-            many = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"{rewards!r:.40}"
-            raise InputError(f"the reward function {name} gave {many} for {len(answers)} answers; give one for each")
-        for number, reward in enumerate(rewards, 1):
-            if reward is not None and not _finite(reward):
-                raise InputError(
-                    f"the reward function {name} gave {reward!r:.40} for answer {number}; give a finite number, or "
-                    "None for what it does not judge"
-                )
-        return rewards
+        return _judged(name, rewards, kwargs["completions"])
 
     return call
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Failures of a reward function as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"the reward function {name} failed: {reason_of(error)}") from error
+
+
+def _judged(name: str, rewards: Any, answers: list[Any]) -> Any:
+    """What a reward function gave, where it can be used."""
+    if not hasattr(rewards, "__len__") or len(rewards) != len(answers):
+        many = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"{rewards!r:.40}"
+        raise InputError(f"the reward function {name} gave {many} for {len(answers)} answers; give one for each")
+    for number, reward in enumerate(rewards, 1):
+        if reward is not None and not _finite(reward):
+            raise InputError(
+                f"the reward function {name} gave {reward!r:.40} for answer {number}; give a finite number, or None "
+                "for what it does not judge"
+            )
+    return rewards
 
 
 def _finite(value: Any) -> bool:
@@ -132,12 +159,17 @@ class SampledMixin:
     that are counted on after a resume."""
 
     args: Any
+    model: Any
+    ref_model: Any
     state: Any
     train_dataset: Any
     reward_funcs: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        for model in (self.model, self.ref_model):
+            if model is not None and getattr(self.args, "use_vllm", False):
+                leave_alone(model)
         self._try_rewards()
         self.add_callback(_CountOn(self))  # type: ignore[attr-defined]
 
@@ -158,7 +190,9 @@ class SampledMixin:
         for function in self.reward_funcs:
             if hasattr(function, "__wrapped__"):
                 given = copy.deepcopy({"prompts": prompts, "completions": [answer for _ in rows]})
-                function(**given, completion_ids=[[0] for _ in rows], **columns)
+                rewards = function(**given, completion_ids=[[0] for _ in rows], **columns)
+                if inspect.iscoroutine(rewards):
+                    asyncio.run(rewards)
 
 
 class _CountOn(TrainerCallback):

@@ -11,6 +11,7 @@ from crrelu_llm.environment import environment
 from crrelu_llm.errors import DiskError
 from crrelu_llm.files import alone, write_json
 from crrelu_llm.memory import PeakMemory
+from crrelu_llm.patching import section
 from crrelu_llm.patching.transform import require_space
 from crrelu_llm.training.arguments import Recipe, parse
 from crrelu_llm.training.curves import curves
@@ -105,7 +106,7 @@ def train_and_save(
     seconds = None if resumed else result.metrics["train_runtime"] - not_training()
     record = {
         "kind": recipe.kind.name,
-        "activation": recipe.activation.activation or "native",
+        "activation": (section.read(trainer.model.config) or {}).get("activation", "native"),
         "seed": args.seed,
         "status": "done",
         "resumed": resumed,

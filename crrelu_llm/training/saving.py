@@ -52,6 +52,7 @@ class SavingMixin:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, in a directory without the leftovers of killed writers."""
+        self.accelerator.wait_for_everyone()  # another process may still be trying what it is to save, there
         if self.accelerator.is_local_main_process:
             tidy(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()

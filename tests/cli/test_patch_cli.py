@@ -79,7 +79,7 @@ def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
     found = report["perplexity"]
     assert set(found) == {"before", "after_naive", "after", "tokens", "data"}
     assert found["after"] == pytest.approx(found["before"], rel=0.01)
-    assert found["after_naive"] > 1.05 * found["before"]
+    assert found["after_naive"] > 1.02 * found["before"]
     assert set(report["calibration"]) == {"seconds", "forward_seconds"}
     assert (found["tokens"], found["data"]) == (2048, str(text_file))  # whole blocks of 128
     model = AutoModelForCausalLM.from_pretrained(out)

@@ -7,7 +7,7 @@ import pytest
 import synthetic
 
 from crrelu_llm.comparison.report import tables, verdict_sentence
-from crrelu_llm.comparison.report.verdict import notes
+from crrelu_llm.comparison.report.trained import notes
 from crrelu_llm.comparison.statistics import compare_metric
 
 

@@ -6,7 +6,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crrelu_llm.eafo import activations, derivation, parsing
+from crrelu_llm.eafo import activations, derivation, estimates, parsing
 from crrelu_llm.eafo import density as densities
 from crrelu_llm.eafo.correction import correct, corrected
 from crrelu_llm.eafo.entropy import of_output
@@ -136,7 +136,7 @@ def test_a_rate_that_does_not_exist_is_infinite(name, text):
 
 
 def test_at_the_end_of_a_support_the_derivative_is_that_inside():
-    exponential = densities.from_function(lambda x: np.exp(-x), 0, np.inf)
+    exponential = estimates.from_function(lambda x: np.exp(-x), 0, np.inf)
     np.testing.assert_allclose(exponential.derivative([-1.0, 0.0, 1.0]), [0, -1, -np.exp(-1)], atol=1e-3)
     assert correct(activations.named("relu"), exponential).rate() == pytest.approx(-0.5, rel=1e-4)
 
@@ -179,8 +179,8 @@ class TestExcluded:
             corrected(correction, 0.1)
 
     def test_no_mass(self):
-        density = densities.from_function(lambda x: 15 / 4 * (x * (1 - np.abs(x))) ** 2 * 4, -1, 1)
-        beside = densities.from_function(lambda x: np.where(np.abs(x) > 0.5, 1.0, 0.0), -1, 1)
+        density = estimates.from_function(lambda x: 15 / 4 * (x * (1 - np.abs(x))) ** 2 * 4, -1, 1)
+        beside = estimates.from_function(lambda x: np.where(np.abs(x) > 0.5, 1.0, 0.0), -1, 1)
         assert not any("p = 0" in entry.reason for entry in correct(activations.named("tanh"), density).excluded)
         gap = [entry for entry in correct(activations.named("tanh"), beside).excluded if "p = 0" in entry.reason]
         assert (gap[0].low, gap[0].high) == (pytest.approx(-0.5, abs=0.01), pytest.approx(0.5, abs=0.01))

@@ -5,7 +5,7 @@ import pytest
 from scipy.integrate import quad
 
 from crrelu_llm.eafo import density as densities
-from crrelu_llm.eafo import parsing
+from crrelu_llm.eafo import estimates, parsing
 from crrelu_llm.errors import InputError
 
 TEXTS = (
@@ -55,7 +55,7 @@ def test_a_mixture_without_a_mean():
 
 def test_a_smooth_density_from_samples_nears_the_true_one():
     samples = np.random.default_rng(0).normal(0.7, 1.5, 50_000)
-    smooth, true = densities.from_samples(samples), densities.normal(0.7, 1.5)
+    smooth, true = estimates.from_samples(samples), densities.normal(0.7, 1.5)
     x = np.linspace(-4, 5, 50)
     np.testing.assert_allclose(smooth.pdf(x), true.pdf(x), atol=0.01)
     np.testing.assert_allclose(smooth.derivative(x), true.derivative(x), atol=0.04)
@@ -70,15 +70,15 @@ def test_binning_the_samples_changes_next_to_nothing():
     samples = np.random.default_rng(1).standard_t(5, 300)
     exact = gaussian_kde(samples, bw_method=0.3 / samples.std(ddof=1))
     x = np.linspace(-4, 4, 40)
-    np.testing.assert_allclose(densities.from_samples(samples, bandwidth=0.3).pdf(x), exact(x), rtol=0.01, atol=1e-4)
+    np.testing.assert_allclose(estimates.from_samples(samples, bandwidth=0.3).pdf(x), exact(x), rtol=0.01, atol=1e-4)
 
 
 def test_any_function_that_is_a_density():
-    triangle = densities.from_function(lambda x: 1 - np.abs(x), -1, 1)
+    triangle = estimates.from_function(lambda x: 1 - np.abs(x), -1, 1)
     assert (triangle.mean, triangle.std) == (pytest.approx(0, abs=1e-9), pytest.approx(6**-0.5))
     np.testing.assert_allclose(triangle.cdf([-1, -0.5, 0, 0.5, 1, 3]), [0, 0.125, 0.5, 0.875, 1, 1], atol=1e-7)
     np.testing.assert_allclose(triangle.derivative([-0.5, 0.3]), [1, -1], atol=1e-8)
-    quartic = densities.from_function(lambda x: np.exp(-(x**4)) / 1.8128049541109541, -np.inf, np.inf)
+    quartic = estimates.from_function(lambda x: np.exp(-(x**4)) / 1.8128049541109541, -np.inf, np.inf)
     assert float(quartic.cdf(0.0)) == pytest.approx(0.5, abs=1e-8)
 
 
@@ -96,16 +96,16 @@ def test_any_function_that_is_a_density():
         (lambda: parsing.density("normal(1,2,3)"), "normal takes from 0 to 2"),
         (lambda: parsing.density("samples:/nowhere/x.npy"), "cannot be read"),
         (lambda: densities.normal(1e200, 1), "does not resolve"),
-        (lambda: densities.from_samples(["a"] * 200), "give real numbers"),
-        (lambda: densities.from_function(lambda x: 1 / np.pi / (1 + x * x), -np.inf, np.inf), "does not exist; E"),
-        (lambda: densities.from_samples(np.zeros(5)), "5 samples are too few; give at least 100"),
-        (lambda: densities.from_samples(np.full(500, 2.0)), "all 500 samples are 2, a constant"),
-        (lambda: densities.from_samples([*range(200), np.nan]), "1 of 201 samples are NaN"),
-        (lambda: densities.from_samples(np.arange(200), bandwidth=-1), "bandwidth of -1"),
-        (lambda: densities.from_function(np.sin, -3, 3), "is -1 at .* nowhere negative"),
-        (lambda: densities.from_function(lambda x: 0 * x + 1, 0, 3), "integrates to 3; divide it by that"),
-        (lambda: densities.from_function(lambda x: 1 / (1 + np.abs(x)), -np.inf, np.inf), "does not exist"),
-        (lambda: densities.from_function(lambda x: x, 1, 0), "is empty"),
+        (lambda: estimates.from_samples(["a"] * 200), "give real numbers"),
+        (lambda: estimates.from_function(lambda x: 1 / np.pi / (1 + x * x), -np.inf, np.inf), "does not exist; E"),
+        (lambda: estimates.from_samples(np.zeros(5)), "5 samples are too few; give at least 100"),
+        (lambda: estimates.from_samples(np.full(500, 2.0)), "all 500 samples are 2, a constant"),
+        (lambda: estimates.from_samples([*range(200), np.nan]), "1 of 201 samples are NaN"),
+        (lambda: estimates.from_samples(np.arange(200), bandwidth=-1), "bandwidth of -1"),
+        (lambda: estimates.from_function(np.sin, -3, 3), "is -1 at .* nowhere negative"),
+        (lambda: estimates.from_function(lambda x: 0 * x + 1, 0, 3), "integrates to 3; divide it by that"),
+        (lambda: estimates.from_function(lambda x: 1 / (1 + np.abs(x)), -np.inf, np.inf), "does not exist"),
+        (lambda: estimates.from_function(lambda x: x, 1, 0), "is empty"),
     ],
 )  # fmt: skip
 def test_what_is_no_density_is_one_line(make, message):

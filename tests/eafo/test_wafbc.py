@@ -5,7 +5,7 @@ import pytest
 import sympy
 
 from crrelu_llm.eafo import density as densities
-from crrelu_llm.eafo import parsing, wafbc
+from crrelu_llm.eafo import estimates, parsing, wafbc
 from crrelu_llm.eafo.correction import correct
 from crrelu_llm.eafo.entropy import of_output
 from crrelu_llm.errors import InputError
@@ -45,7 +45,7 @@ def test_the_formula():
     t = sympy.Symbol("t", real=True)
     found = wafbc.wafbc(densities.normal(), -1, 1).expression(t)
     assert sympy.simplify(found - sympy.erf(t / sympy.sqrt(2))) == 0
-    assert wafbc.wafbc(densities.from_samples(np.random.default_rng(0).normal(size=200))).expression(t) is None
+    assert wafbc.wafbc(estimates.from_samples(np.random.default_rng(0).normal(size=200))).expression(t) is None
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 1), (2, 0), (0, np.inf)])

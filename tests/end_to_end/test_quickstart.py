@@ -23,7 +23,10 @@ OPTIONS = ["quickstart", "--seeds", "0", "--output_dir"]
 def check_report(directory, printed):
     """Asserts that the report says what the project is about."""
     report = json.loads((directory / "report.json").read_text())
-    assert report["verdict"] in printed and "only one seed" in report["verdict"]
+    assert "only one seed" in report["verdict"]
+    *table, _, headline, path = printed.splitlines()
+    assert [line.split()[0] for line in table[1:]] == [arm["arm"] for arm in report["arms"]]
+    assert headline == "Undecided: one seed cannot tell crrelu from native." and path.endswith("report.html")
     runs = {arm["arm"]: arm["runs"][0]["metrics"]["perplexity"] for arm in report["arms"]}
     assert set(runs) == {"native", "relu", "crrelu:calibration=none", "crrelu"}
     before = {arm["arm"]: arm["before"]["perplexity"] for arm in report["arms"]}
@@ -58,6 +61,7 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monk
         patched.setattr(matrix, "build_trainer", interrupted)
         assert main([*OPTIONS, str(directory)]) == 130
     error = capsys.readouterr().err
+    assert "\n[1/4] native/seed-0: loss " in error and "'loss'" not in error
     assert "Traceback" not in error and "1 of 4 runs are finished and kept; run the same command again" in error
     first = directory / "native" / "seed-0" / "run.json"
     stamp = first.stat().st_mtime_ns

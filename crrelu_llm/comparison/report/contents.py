@@ -1,9 +1,42 @@
 """Reads the report's dict: plain values, the arms, their runs and grid values, and what the headline is."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 Report = dict[str, Any]
 Grid = dict[str, Any]
+_CONTROLS = ("native", "relu")
+
+
+@dataclass
+class Verdict:
+    """The sentence, its outcome (`"better"`, `"worse"`, `"undecided"`), and the arm and grid value it speaks of; the
+    comparison that it rests on, where it is one, and the seeds in it."""
+
+    sentence: str
+    outcome: str = "undecided"
+    candidate: str | None = None
+    grid: Grid = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
+    seeds: int = 0
+
+
+def is_evaluation(report: Report) -> bool:
+    """Whether the report is that of `crrelu eval`: checkpoints as they are, no training runs."""
+    return report.get("trainer") == "eval"
+
+
+def candidates(report: Report) -> list[str]:
+    """The arms that the verdict is about: those with CRReLU, or else those that are neither baseline nor control."""
+    others = [arm for arm in report.get("arms", []) if arm.get("arm") != report.get("baseline")]
+    for wanted in (
+        [arm for arm in others if arm.get("activation") == "crrelu"],
+        [arm for arm in others if arm["arm"] not in _CONTROLS],
+        others,
+    ):
+        if wanted:
+            return [arm["arm"] for arm in wanted]
+    return []
 
 
 def grids(report: Report) -> list[Grid]:

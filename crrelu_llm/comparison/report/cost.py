@@ -8,13 +8,9 @@ from crrelu_llm.comparison.report.contents import Report, find_arm, grids, runs
 from crrelu_llm.comparison.report.tables import Cell, Table
 
 
-def cost(report: Report) -> Table:
-    """Arms (and grid values) by what they cost; no rows where no run has finished.
-
-    Of trainings the time of the patch, of training, and peak memory; of evaluations the time of all tasks.
-    """
-    if report.get("trainer") == "eval":
-        return _of_evaluation(report)
+def of_training(report: Report) -> Table:
+    """Arms (and grid values) by the time of the patch and of training, and peak memory; no rows where no run has
+    finished."""
     gridded = grids(report) != [{}]
     columns = ["arm", *(["grid"] if gridded else []), "patch and calibration"]
     columns += ["training time", "ratio", "tokens/s", "ratio", "peak memory", "ratio"]
@@ -34,7 +30,8 @@ def cost(report: Report) -> Table:
     return table
 
 
-def _of_evaluation(report: Report) -> Table:
+def of_evaluation(report: Report) -> Table:
+    """Models by the time of all tasks, and peak memory."""
     table = Table(["model", "parameters", "items", "time of the evaluation", "ratio", "peak memory", "ratio"])
     base = find_arm(report, report.get("baseline"))
     ours = _evaluation(base) if base else (None, None, None)

@@ -3,14 +3,8 @@
 from typing import Any
 
 from crrelu_llm.comparison.report import text
-from crrelu_llm.comparison.report.contents import Report, describe, find_arm
+from crrelu_llm.comparison.report.contents import Report, Verdict, candidates, describe, find_arm
 from crrelu_llm.comparison.report.tables import Cell, Table
-from crrelu_llm.comparison.report.verdict import Verdict, candidates
-
-
-def is_evaluation(report: Report) -> bool:
-    """Whether the report is that of `crrelu eval`: checkpoints as they are, no training runs."""
-    return report.get("trainer") == "eval"
 
 
 def draw(report: Report) -> Verdict:
@@ -66,7 +60,7 @@ def _statement(report: Report, name: str, entries: list[dict[str, Any]], models:
     if len(entries) == 1:
         (entry,) = entries
         said = f"{_difference(report, entry)}, paired over {entry['n']} items"
-        return Verdict(f"{who} against {baseline}: {said}: {outcome}{reason}.", outcome, name)
+        return Verdict(f"{who} against {baseline}: {said}: {outcome}{reason}.", outcome, name, comparison=entry)
     parts = [
         f"{verdict} on {len(found)}" + (f" ({'; '.join(_difference(report, e) for e in found)})" if found else "")
         for verdict, found in sides.items()

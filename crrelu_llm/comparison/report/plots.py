@@ -131,7 +131,7 @@ def _epsilons(report: Report, grid: Grid) -> Picture | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color=MUTED, linewidth=0.8)
     keys = [arm_key(report, name) for name in drawn]
-    if report.get("trainer") == "eval":
+    if not any(_site_values(find_arm(report, name) or {}, grid, "epsilon_start") for name in drawn):  # nothing trained
         words = ("ε of each site", "", f"ε by site for {', '.join(drawn)}.")
     else:
         keys += [Key("before training", "--muted", mark="ring"), Key("after", "--muted", mark="disc")]

@@ -9,27 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crrelu_llm.comparison.report import evaluation, over_training, tables, text
+from crrelu_llm.comparison.report import over_training, tables, text
 from crrelu_llm.comparison.report.contents import Report
-from crrelu_llm.comparison.report.cost import cost
 from crrelu_llm.comparison.report.drawing import arm_key
 from crrelu_llm.comparison.report.examples import examples
+from crrelu_llm.comparison.report.headline import headline, interval
+from crrelu_llm.comparison.report.pages import page_of
 from crrelu_llm.comparison.report.plots import pictures
-from crrelu_llm.comparison.report.verdict import draw_verdict, notes
-
-_OVER_SEEDS = "Mean ± standard deviation over the seeds that finished; peak memory is the largest of them."
-_OVER_ITEMS = (
-    "In brackets, the 95 % interval over the items of the task, of a metric that is a mean of them: Wilson's of what "
-    "is right or wrong, else the bootstrap's."
-)
-_THIS_MACHINE = "They are those of this machine and of what else it did meanwhile"
-_COST_OF_TRAINING = (
-    "Time and tokens/s are means over the seeds that finished, peak memory is the largest of them; the ratio is to "
-    f"the baseline's. {_THIS_MACHINE}; `crrelu bench` measures speed itself."
-)
-_COST_OF_EVALUATION = (
-    f"Of the tasks that are there; the ratio is to the baseline's, of the same number of items. {_THIS_MACHINE}."
-)
 
 
 def render_html(report: Report) -> str:
@@ -71,20 +57,24 @@ def render_csv(report: Report) -> str:
 def _contents(report: Report) -> dict[str, Any]:
     environment = dict(report.get("environment") or {})
     versions = environment.pop("versions", None)
-    evaluated = evaluation.is_evaluation(report)
-    verdict = draw_verdict(report)
+    page = page_of(report)
+    verdict = page.draw(report)
     return {
         "title": text.one_line(report.get("title") or "Comparison"),
         "created": str(report.get("created") or ""),
         "verdict": verdict,
-        "notes": (evaluation.notes if evaluated else notes)(report),
-        "overview": (evaluation if evaluated else tables).overview(report),
-        "results": (evaluation if evaluated else tables).results(report),
-        "results_hint": _OVER_ITEMS if evaluated else _OVER_SEEDS,
+        "headline": headline(report, verdict),
+        "interval": interval(report, verdict),
+        "arms": page.arms(report),
+        "notes": page.notes(report),
+        "overview": page.overview(report),
+        "results": page.results(report),
+        "results_hint": page.results_hint,
         "swaps": tables.swaps(report),
-        "cost": cost(report),
-        "cost_hint": _COST_OF_EVALUATION if evaluated else _COST_OF_TRAINING,
+        "cost": page.cost(report),
+        "cost_hint": page.cost_hint,
         "comparisons": tables.comparisons(report),
+        "decisive": tables.comparisons(report, decisive=True),
         "over_training": over_training.table(report),
         "over_training_metric": over_training.metric(report),
         "tuning": tables.tuning(report),

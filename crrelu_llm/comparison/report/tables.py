@@ -49,7 +49,6 @@ def overview(report: Report) -> list[tuple[str, str]]:
         ("Trainer", report.get("trainer_label") or report.get("trainer")),
         ("Data", ", ".join(data) or recipe.get("dataset_name")),
         ("Baseline", report.get("baseline")),
-        ("Arms", ", ".join(arm["arm"] for arm in report.get("arms", []))),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Steps", max(steps) if steps else recipe.get("max_steps")),
         ("Grid", "; ".join(text.grid_label(grid) for grid in grids(report) if grid)),
@@ -105,15 +104,30 @@ def _accuracy_intervals(report: Report) -> dict[tuple[str, str, str], str]:
     return found
 
 
-def comparisons(report: Report) -> Table:
-    """The paired differences; the headline metric first, references without a verdict."""
+def decisive_entries(report: Report) -> list[dict[str, Any]]:
+    """The comparisons of the headline metrics, over seeds and items where there is such a one."""
+    about = report.get("headline") or {}
+    wanted = {about.get("metric"), *(about.get("metrics") or {}).values()}
+    entries = [entry for entry in report.get("comparisons", []) if entry["metric"] in wanted]
+    units = {entry["unit"] for entry in entries}
+    unit = next((unit for unit in ("both", "item", "seed") if unit in units), None)
+    return [entry for entry in entries if entry["unit"] == unit]
+
+
+def comparisons(report: Report, decisive: bool = False) -> Table:
+    """The paired differences; the headline metric first, references without a verdict.
+
+    Args:
+        report: The report's dict.
+        decisive: Only those of the headline metrics, over seeds and items where there is such a one.
+    """
     gridded = grids(report) != [{}]
     columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
     table = Table(
         [*columns, "difference", "interval", "p", "adjusted p", "detectable", "no worse"], words=5 if gridded else 4
     )
     headline = (report.get("headline") or {}).get("metric")
-    for entry in in_order(report.get("comparisons", []), headline):
+    for entry in in_order(decisive_entries(report) if decisive else report.get("comparisons", []), headline):
         description = describe(report, entry["metric"])
         pattern = description["format"]
         verdict = "reference" if description["reference"] else entry["verdict"]

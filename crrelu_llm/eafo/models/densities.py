@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from crrelu_llm.eafo import density
+from crrelu_llm.eafo import estimates
 from crrelu_llm.eafo.density import Array, Density
 from crrelu_llm.eafo.models.preactivations import Preactivations
 
@@ -26,7 +26,7 @@ def smooth(site: Preactivations, for_derivative: bool = False) -> Density:
     """
     from scipy.interpolate import CubicHermiteSpline
 
-    found = density.from_samples(site.samples, _bandwidth(site.samples) if for_derivative else None, site.path)
+    found = estimates.from_samples(site.samples, _bandwidth(site.samples) if for_derivative else None, site.path)
     low, high = found.within()
     body = (max(low, found.mean - _BODY * found.std), min(high, found.mean + _BODY * found.std))
     points = np.unique(np.concatenate([np.linspace(low, high, _TAIL_POINTS), np.linspace(*body, _BODY_POINTS)]))

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crrelu_llm.eafo.density import MIN_SAMPLES, Array
+from crrelu_llm.eafo.density import Array
+from crrelu_llm.eafo.estimates import MIN_SAMPLES
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
 from crrelu_llm.patching.calibration.taps import tapped

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from crrelu_llm.eafo import activations, density, entropy
+from crrelu_llm.eafo import activations, density, entropy, estimates
 from crrelu_llm.eafo.models import fit, rank
 from crrelu_llm.eafo.models.densities import smooth
 from crrelu_llm.eafo.models.preactivations import Preactivations
@@ -27,7 +27,7 @@ def normal():
 
 
 def test_the_table_is_the_kernel_estimate(normal):
-    table, exact = smooth(normal), density.from_samples(normal.samples)
+    table, exact = smooth(normal), estimates.from_samples(normal.samples)
     x = np.linspace(-9, 8, 997)
     assert np.allclose(table.pdf(x), exact.pdf(x), atol=1e-6)
     assert np.allclose(table.derivative(x), exact.derivative(x), atol=1e-5)

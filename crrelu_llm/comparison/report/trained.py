@@ -1,14 +1,15 @@
-"""The verdict in one sentence, and the notes a sceptical reader needs beside it."""
+"""Trained arms: the verdict in one sentence, and the notes a sceptical reader needs beside it."""
 
 import statistics
-from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.comparison.report import text
 from crrelu_llm.comparison.report.contents import (
     Grid,
     Report,
+    Verdict,
     by_seed,
+    candidates,
     describe,
     find_arm,
     grids,
@@ -19,35 +20,15 @@ from crrelu_llm.comparison.statistics import smallest_possible_p
 
 # Perplexity is no mean over documents; where it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
-_CONTROLS = ("native", "relu")
 
 
-@dataclass
-class Verdict:
-    """The sentence, its outcome (`"better"`, `"worse"`, `"undecided"`), and the arm and grid value it speaks of."""
-
-    sentence: str
-    outcome: str = "undecided"
-    candidate: str | None = None
-    grid: Grid = field(default_factory=dict)
-
-
-def verdict_sentence(report: Report) -> str:
-    """The verdict of a report in one plain sentence, with its numbers.
+def draw(report: Report) -> Verdict:
+    """The verdict on trained arms.
 
     It speaks of the best-placed CRReLU arm, at the grid value where the *baseline* does best (the choice that
     flatters the candidate least), and says "better" or "worse" only if the corrected test over seeds and evaluation
     items says so and every seed agrees.
     """
-    return draw_verdict(report).sentence
-
-
-def draw_verdict(report: Report) -> Verdict:
-    """The verdict with what it is about; see `verdict_sentence`."""
-    if report.get("trainer") == "eval":
-        from crrelu_llm.comparison.report.evaluation import draw
-
-        return draw(report)
     baseline = str(report.get("baseline"))
     metric = (report.get("headline") or {}).get("metric", "loss")
     label = describe(report, metric)["label"]
@@ -72,20 +53,7 @@ def draw_verdict(report: Report) -> Verdict:
         note = comparison.get("note", "there is no difference of two numbers")
         return Verdict(doubt + f"{note}.", candidate=name, grid=grid)
     statement, outcome = _statement(report, base, name, grid, metric, comparison, names)
-    return Verdict(statement, outcome, name, grid)
-
-
-def candidates(report: Report) -> list[str]:
-    """The arms that the verdict is about: those with CRReLU, or else those that are neither baseline nor control."""
-    others = [arm for arm in report.get("arms", []) if arm.get("arm") != report.get("baseline")]
-    for wanted in (
-        [arm for arm in others if arm.get("activation") == "crrelu"],
-        [arm for arm in others if arm["arm"] not in _CONTROLS],
-        others,
-    ):
-        if wanted:
-            return [arm["arm"] for arm in wanted]
-    return []
+    return Verdict(statement, outcome, name, grid, comparison, len(paired_seeds(report, base, name, grid, metric)))
 
 
 def paired_seeds(report: Report, base: dict[str, Any], name: str, grid: Grid, metric: str) -> list[float]:
