@@ -97,7 +97,8 @@ def from_function(pdf: Function, low: float, high: float, name: str = "function"
 
     Args:
         pdf: Takes and gives float64 arrays; 0 outside the interval.
-        low, high: The interval where it is not 0; may be infinite.
+        low: Start of the interval where it is not 0; may be infinite.
+        high: End of that interval; may be infinite.
         name: For messages and pictures.
 
     Raises:
