@@ -10,7 +10,7 @@ from crrelu_llm.cli import main as command_line
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.training.kinds import KINDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PARSED = [*PAGES, "CONTRIBUTING.md"]
 _BLOCK = re.compile(
