@@ -25,6 +25,20 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
+# What `-m quick` runs, and all that it reads: files of less than a few seconds, one or more of every room.
+_QUICK = {
+    *("test_activation.py", "test_rooms.py"),
+    *(f"cli/test_{name}.py" for name in ("main", "env_cli", "recipes_cli")),
+    *(f"comparison/test_{name}.py" for name in ("arms", "results")),
+    *(f"data/test_{name}.py" for name in ("pairs", "beginning")),
+    *(f"eafo/test_{name}.py" for name in ("activations", "density", "entropy", "wafbc")),
+    *(f"evaluation/test_{name}.py" for name in ("contrast", "eval_results", "metrics", "rows")),
+    *(f"patching/test_{name}.py" for name in ("activation_names", "config", "guard", "section", "sites", "mixture")),
+    *(f"report/test_{name}.py" for name in ("headline", "report")),
+    *(f"statistics/test_{name}.py" for name in ("intervals",)),
+    *(f"training/test_{name}.py" for name in ("arguments", "optimizer", "processes", "prepare")),
+}
+
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())[:50_000]
 _CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}"
@@ -109,6 +123,23 @@ def text_file(tmp_path_factory):
 def no_power_failure():
     """What tests write need not survive one: files are not forced onto the disk."""
     os.fsync = lambda number: None
+
+
+def _is_quick(path):
+    return path.relative_to(Path(__file__).parent).as_posix() in _QUICK
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m quick` nothing else is read."""
+    if config.option.markexpr == "quick" and collection_path.name.startswith("test_") and collection_path.is_file():
+        return True if not _is_quick(collection_path) else None
+    return None
+
+
+def pytest_itemcollected(item):
+    """Marks the quick tests."""
+    if _is_quick(item.path) and not item.get_closest_marker("slow"):
+        item.add_marker("quick")
 
 
 _frozen_for = []
