@@ -17,26 +17,34 @@ def is_ours(text: str) -> bool:
     return MARK in text
 
 
-def how_to_load(name: str, standalone: bool) -> list[str]:
-    """Two lines of Markdown.
+def how_to_load(name: str, standalone: bool, head: str = loading.CAUSAL_LM) -> list[str]:
+    """Two lines of Markdown; of a model that is no language model one.
 
     Args:
         name: What the checkpoint is called there.
         standalone: Whether it also loads without this package.
+        head: transformers' class that loads it.
     """
     without = " without it `from_pretrained(…, trust_remote_code=True)`, which runs modeling_crrelu.py from here"
     first = (
-        f'Load it: `import crrelu_llm`, then `AutoModelForCausalLM.from_pretrained("{name}")`;'
+        f'Load it: `import crrelu_llm`, then `{head}.from_pretrained("{name}")`;'
         f"{without if standalone else ' without the import it cannot be loaded'}."
     )
     second = (
         f"Serve it: `vllm serve {name} --model-impl transformers{' --trust-remote-code' if standalone else ''}`"
         f"{'.' if standalone else ', with crrelu_llm installed beside vLLM.'}"
     )
-    return [first, second]
+    return [first, second] if head == loading.CAUSAL_LM else [first]
 
 
-def write(directory: Path, name: str, section: dict[str, Any], header: str = "", standalone: bool = False) -> None:
+def write(
+    directory: Path,
+    name: str,
+    section: dict[str, Any],
+    header: str = "",
+    standalone: bool = False,
+    head: str = loading.CAUSAL_LM,
+) -> None:
     """Writes the README of a checkpoint.
 
     Args:
@@ -45,6 +53,7 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
         section: The crrelu section of its config.
         header: Metadata in YAML, between lines of `---`; kept as it is.
         standalone: Whether it also loads without this package.
+        head: transformers' class that loads it.
     """
     originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
     activation = section["activation"]
@@ -55,14 +64,13 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     what = (
         f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
     )
-    lines = [what, *how_to_load(name, standalone)]
+    lines = [what, *how_to_load(name, standalone, head)]
     if goes_without_us:
         lines = [
             f"The activation of its {len(section['sites'])} MLPs is {activation}, the original one, put back by "
             "`crrelu patch`; no other number is around it.",
-            f'Load it like every model of its family: `AutoModelForCausalLM.from_pretrained("{name}")`; crrelu_llm is '
-            "not needed.",
-            f"Serve it: `vllm serve {name}`.",
+            f'Load it like every model of its family: `{head}.from_pretrained("{name}")`; crrelu_llm is not needed.',
+            *([f"Serve it: `vllm serve {name}`."] if head == loading.CAUSAL_LM else []),
         ]
     text = f"{header}{MARK}\n# {name}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
     (directory / FILE).write_text(text, encoding="utf-8")

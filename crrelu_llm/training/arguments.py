@@ -70,6 +70,10 @@ class ActivationArguments:
             Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`.
         every (`int`, *optional*, defaults to `1`):
             Of these, the first and every so many after it.
+        parts (`str`, *optional*, defaults to `"main"`):
+            Which part of a model to patch: `"main"`, the `"vision"` tower of a multimodal model, or `"all"`.
+        calibration_images (`int`, *optional*, defaults to `256`):
+            Number of calibration images, of an image model.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
             and everything that is saved have the new activation alone. DPO's reference is then the model that training
@@ -119,6 +123,8 @@ class ActivationArguments:
     )
     layers: str = field(default="all", metadata={"help": "Layers to patch: `all`, or numbers and ranges (0-5,8)."})
     every: int = field(default=1, metadata={"help": "Of these layers, the first and every so many after it."})
+    parts: str = field(default="main", metadata={"help": "`main`, the `vision` tower, or `all`."})
+    calibration_images: int = field(default=256, metadata={"help": "Number of calibration images."})
     blend_steps: int = field(
         default=0,
         metadata={
