@@ -122,7 +122,7 @@ def label_numbers(split: Any, column: str, known: dict[str, int], name: str) -> 
         place = None if label is None else known.get(str(label))
         if place is None:
             some = ", ".join(itertools.islice(known, _SHOWN)) + (", …" if len(known) > _SHOWN else "")
-            what = "no label" if value in (None, -1) else f"the label {label if label is not None else value!r}"
+            what = "no label" if value in (None, -1) else f"the label {value if label is None else label}"
             raise InputError(f"{name}: row {number} has {what}, which is none of the model's: {some}")
         found.append(place)
     return found

@@ -15,7 +15,7 @@ from crrelu_llm.files import remove, remove_leftovers, sync, writing
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 IMAGE_CLASSIFIER = "AutoModelForImageClassification"
 # What a class of models is called
-HEADS = {CAUSAL_LM: "causal language model", CLASSIFIER: "sequence classifier", IMAGE_CLASSIFIER: "image classifier"}
+HEADS = {CAUSAL_LM: "a language model", CLASSIFIER: "a sequence classifier", IMAGE_CLASSIFIER: "an image classifier"}
 
 
 def resolve(model: str) -> str:
@@ -146,7 +146,7 @@ def skeleton(model: str, revision: str | None = None, auto_class: str | None = N
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            what = HEADS[auto_class or head_of(config)]
+            what = HEADS[auto_class or head_of(config)].partition(" ")[2].replace("language", "causal language")
             raise InputError(f"{model}: {config.model_type} has no {what} in transformers") from error
 
 

@@ -84,7 +84,7 @@ def _check(name: str, config: Any, activation: str, sites: list[dict[str, Any]],
     if activation != "crrelu":
         reason = f"it is for crrelu, and {activation} would silently be computed without its calibration elsewhere"
     elif loading.head_of(config) != loading.CAUSAL_LM:
-        reason = f"it is a {loading.HEADS[loading.head_of(config)]}, and the file is for language models"
+        reason = f"it is {loading.HEADS[loading.head_of(config)]}, and the file is for language models"
     elif getattr(config, "auto_map", None) and not is_standalone({"auto_map": config.auto_map}):
         reason = "the model has code of its own"
     elif hidden := [site["path"] for site in sites if site.get("kind") == "functional"]:

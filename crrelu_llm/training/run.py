@@ -51,8 +51,11 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     train, test = datasets_of(recipe)
     check_model(recipe)
     use_safetensors = (recipe.training.model_init_kwargs or {}).get("use_safetensors")
+    source = str(recipe.model.model_name_or_path)
+    if recipe.kind.start is not None:
+        source = recipe.kind.start(recipe, train, output_dir / "start")
     model = starting_checkpoint(
-        str(recipe.model.model_name_or_path),
+        source,
         recipe.activation.patch_config(f"{recipe.source}: "),
         output_dir / "patched",
         recipe.model.dtype or "float32",
