@@ -19,7 +19,8 @@ class PatchConfig:
     """How to patch a model.
 
     Attributes:
-        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...).
+        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...),
+            or `"elu"`, `"celu"` or `"selu"`.
         epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
         epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
         calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`: not at all, the
