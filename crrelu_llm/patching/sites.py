@@ -136,8 +136,10 @@ def survey(model: nn.Module, parts: str = "main") -> tuple[list[Site], list[Left
         sites.append(Site(path, attribute, name, shape[0], "functional" if functional else shape[1]))
     _refuse_mlps_without_a_site(model, model_type, sites, reasons)
     if not sites:
-        where = " in its vision tower" if parts == "vision" else ""
-        raise InputError(f"model type {model_type} has no MLP{where}: there is no activation to swap")
+        what = "no MLP in its vision tower" if parts == "vision" else "no MLP"
+        if parts == "main" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            what = "no MLP of linear layers, but convolutions"
+        raise InputError(f"model type {model_type} has {what}: there is no activation to swap")
     return sites, left_alone
 
 

@@ -118,7 +118,7 @@ def train_and_save(
             if isinstance(value, (int, float)) and not (resumed and key in _SPEEDS)
         },
         "train_seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if seconds and tokens else None,
         "peak_memory_bytes": memory.bytes,
         "epsilon": epsilon_means(trainer.model),
         "epsilon_start": start,
