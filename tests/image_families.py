@@ -78,7 +78,9 @@ def image_model(family: str, device: str = "cpu") -> Any:
     if device == "cpu":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() > 1 and "embed" not in name:
+                if "layer_scale" in name or "lambda" in name:  # of a layer's share, next to nothing at the start
+                    parameter.fill_(1.0)
+                elif parameter.dim() > 1 and "embed" not in name:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.eval()
 

@@ -76,6 +76,11 @@ class PatchConfig:
             raise InputError(f'layers must be "all", or numbers and ranges as "0-5,8", not "{self.layers}"')
         if self.every < 1:
             raise InputError(f"every must be 1 or more, not {self.every}")
+        if self.parts != "main" and self.calibrates:
+            raise InputError(
+                f"parts: {self.parts} goes with calibration: none (and density: standard): no calibration text reaches "
+                "a vision tower"
+            )
         if self.fits_density and self.activation != "crrelu":
             raise InputError(
                 f"density: fitted gives crrelu a centre and a width, and {self.activation} has none; leave "

@@ -125,6 +125,7 @@ def test_what_a_calibration_on_images_cannot_read(checkpoint, data, tmp_path, ca
         ([], "an image model is calibrated on images, and calibration_data is builtin:docstrings"),
         (["--calibration_data", data], "24 images, fewer than the 256 asked for"),
         (["--calibration_data", "builtin:nothing"], "no such built-in data set"),
+        (["--parts", "vision"], "parts: vision goes with calibration: none"),
         (["--calibration", "none", "--parts", "audio"], 'parts must be "main", "vision" or "all", not "audio"'),
     ):
         assert main([*argv, *more]) == 2

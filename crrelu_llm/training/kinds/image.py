@@ -22,7 +22,7 @@ from crrelu_llm.training.kinds.kind import Kind
 from crrelu_llm.training.pictures import Epochs, Pictures, collate
 from crrelu_llm.training.saving import SavingMixin
 
-_CHECKED = 10_000  # images of a split that are opened before the training
+_CHECKED = 20_000  # images of a split that are opened before the training
 
 
 @dataclass
