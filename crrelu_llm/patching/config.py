@@ -78,8 +78,8 @@ class PatchConfig:
             raise InputError(f"every must be 1 or more, not {self.every}")
         if self.parts != "main" and self.calibrates:
             raise InputError(
-                f"parts: {self.parts} goes with calibration: none (and density: standard): no calibration text reaches "
-                "a vision tower"
+                f"parts: {self.parts} goes with calibration: none (and density: standard): no calibration text "
+                "reaches a vision tower"
             )
         if self.fits_density and self.activation != "crrelu":
             raise InputError(
