@@ -240,7 +240,11 @@ def test_a_comparison_has_a_report(place):
     ]
     assert recipe and main([*words, "--arms", "gelu", "crrelu"]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["title"].startswith("vit from scratch") and report["items"] == "images"
+    assert (
+        report["verdict"].startswith("After training, ")
+        and report["title"].startswith("vit from scratch")
+        and report["items"] == "images"
+    )
     units = {(entry["metric"], entry["unit"]) for entry in report["comparisons"] if entry["candidate"] == "crrelu"}
     assert {("accuracy", unit) for unit in ("seed", "item", "both")} <= units
     assert report["headline"]["metric"] == "accuracy" and "top-1 accuracy" in (out / "report.html").read_text()
@@ -351,3 +355,18 @@ def test_images_are_not_for_sft_nor_texts_for_image(place, tmp_path):
         check_model(parse("sft", ["--config", str(tmp_path / "sft.yaml")]))
     with pytest.raises(InputError, match="image needs a column of images"):
         run(place, "texts", dataset_name=write_rows(tmp_path / "texts.jsonl", [{"text": "a"}]))
+
+
+def test_images_of_other_sizes_and_modes_become_the_models(place, tmp_path):
+    folder(tmp_path / "data", train=6, test=3)
+    for size, mode, number in ((12, "L", 1), (30, "RGBA", 4), (8, "P", 7), (9, "CMYK", 10)):
+        made = picture("dark", number, size, "RGB").convert(mode)
+        made.save(tmp_path / "data" / "train" / "dark" / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}")
+    record = run(place, "sizes", dataset_name=str(tmp_path / "data"), max_steps=2)
+    grey = VIT | {"num_channels": 1}
+    thin = run(place, "grey", dataset_name=str(tmp_path / "data"), max_steps=2, model_config=grey, **ALL)
+    assert record["status"] == thin["status"] == "done"
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(place / "grey")
+    assert model.vit.embeddings.patch_embeddings.projection.weight.shape[1] == 1
