@@ -70,7 +70,8 @@ def load_tokenizer(model: str, **kwargs: Any) -> Any:
 
 def load_processor(model: str, **kwargs: Any) -> Any:
     """The image processor of a MODEL: what makes pixels of an image, of the size that the model takes."""
-    from transformers import AutoImageProcessor
+    # By its module: without torchvision, older releases have a placeholder in its place, though they need none.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return _load(AutoImageProcessor, model, **kwargs)
 
