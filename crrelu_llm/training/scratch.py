@@ -47,8 +47,10 @@ def image_config(recipe: Recipe) -> Any:
             f"{name}: {config.model_type} is no image classifier but {what}; give crrelu image an image model, or "
             "train it with crrelu sft"
         )
-    if not config.architectures and given is not None:  # some families have several heads for images
-        config.architectures = [kind if isinstance(kind, str) else kind[0]]
+    # Some families have several heads for images, of which the config names one, or the first is taken.
+    config.architectures = config.architectures or (
+        [] if given is None else [kind if isinstance(kind, str) else kind[0]]
+    )
     return config
 
 
@@ -62,7 +64,6 @@ def skeleton(recipe: Recipe) -> Any:
 
     config, attention = image_config(recipe), recipe.model.attn_implementation
     where = str(recipe.model.model_name_or_path or f"{recipe.source}: model_config")
-    config.architectures = config.architectures if _has_head(config) else None
     options = {"attn_implementation": attention} if attention else {}
     with torch.device("meta"), reading(f"{where}: no model can be built of its config", "check the options"):
         try:
@@ -149,11 +150,9 @@ def _draw(recipe: Recipe, config: Any, names: list[str]) -> Any:
     import transformers
 
     auto = getattr(transformers, loading.IMAGE_CLASSIFIER)
-    model, had_head, before = recipe.model.model_name_or_path, _has_head(config), config.num_labels
+    model, before = recipe.model.model_name_or_path, config.num_labels
     config.id2label = dict(enumerate(names))
     config.label2id = {label: number for number, label in config.id2label.items()}
-    if not had_head:
-        config.architectures = None
     with reading(f"{recipe.source}: no model can be built of its config", "check the options"):
         torch.manual_seed(recipe.training.seed)
         drawn = auto.from_config(config)
