@@ -41,8 +41,8 @@ _OF_STAGES = {"stage_names", "out_features", "out_indices", "_out_features", "_o
 _ALL = json.loads((Path(__file__).parent / "patching" / "image_families.json").read_text())
 FACTS = {family: facts for family, facts in _ALL.items() if family in CLASSES}
 PATCHED = [family for family, facts in FACTS.items() if "sites" in facts]
-# Those that are not slow tests: a plain ViT, one made of stages, one with convolutions in it, and one of CLIP's kind.
-QUICK = {"vit", "swin", "convnext", "clip", "resnet"}
+# Those that are not slow tests: a plain ViT, one with convolutions in it, and one that is refused.
+QUICK = {"vit", "convnext", "resnet"}
 
 
 def quick_ones(names: list[str]) -> list[Any]:

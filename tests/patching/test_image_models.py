@@ -82,7 +82,7 @@ def test_patched_reloaded_and_put_back(tmp_path):
     assert torch.equal(logits(again), native)
 
 
-@pytest.mark.parametrize("level", ["fit", "refit"])
+@pytest.mark.parametrize("level", ["fit", pytest.param("refit", marks=pytest.mark.slow)])
 def test_a_calibration_on_images_keeps_the_function(level, checkpoint, data, tmp_path):
     from transformers import AutoModelForImageClassification
 
@@ -107,6 +107,7 @@ def test_a_calibration_on_images_keeps_the_function(level, checkpoint, data, tmp
     assert "AutoModelForImageClassification" in readme and "vllm" not in readme
 
 
+@pytest.mark.slow
 def test_a_calibration_on_images_is_the_same_again(data):
     from transformers import ViTImageProcessorPil
 
