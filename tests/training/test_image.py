@@ -1,5 +1,6 @@
 """`crrelu image`: from a config and from a checkpoint, augmentation, resume, evaluation, and what it refuses."""
 
+import importlib.util
 import json
 import shutil
 
@@ -377,3 +378,19 @@ def test_images_of_other_sizes_and_modes_become_the_models(place, tmp_path):
 
     model = AutoModelForImageClassification.from_pretrained(place / "grey")
     assert model.vit.embeddings.patch_embeddings.projection.weight.shape[1] == 1
+
+
+_TNT = {"model_type": "timm_wrapper", "architecture": "tnt_s_patch16_224"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_a_model_of_timm_says_what_to_install(place):
+    with pytest.raises(InputError, match=r"a model of timm needs timm and the torchvision that belongs .*pip install"):
+        run(place, "timm", model_config=_TNT)
+
+
+@pytest.mark.slow
+def test_tnt_is_trained(place):
+    pytest.importorskip("timm", reason="an optional extra, which needs torchvision")
+    record = run(place, "tnt", model_config=_TNT, image_size=224, max_steps=1)
+    assert record["status"] == "done" and len(record["epsilon"]) == 24
