@@ -16,6 +16,7 @@ _SHOWN = frozenset(
     (
         *("dtype", "torch_dtype", "attn_implementation", "revision", "device_map", "use_safetensors"),
         *("path", "name", "data_dir", "data_files", "split", "columns"),
+        *("model_type", "architecture", "hidden_act"),
         *("auto_wrap_policy", "backward_prefetch", "state_dict_type", "transformer_layer_cls_to_wrap"),
     )
 )

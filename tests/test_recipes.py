@@ -19,7 +19,7 @@ RECIPES = recipes_dir()
 ALL = sorted(RECIPES.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 TRAINING = [path for path in ALL if path not in ACCELERATE]
-SECTION = {"activation", "calibration", "calibration_data", "calibration_tokens", "density"}
+SECTION = {"activation", "calibration", "calibration_data", "calibration_tokens", "calibration_images", "density"}
 
 
 def name(path: Path) -> str:
@@ -27,7 +27,8 @@ def name(path: Path) -> str:
 
 
 def kind(path: Path) -> str:
-    return next((part for part in (*path.relative_to(RECIPES).parts, path.stem) if part in KINDS), "sft")
+    parts = path.relative_to(RECIPES).parts
+    return "image" if parts[0] == "paper-vision" else next((p for p in (*parts, path.stem) if p in KINDS), "sft")
 
 
 def parse(path: Path, *overrides: str):
@@ -51,6 +52,9 @@ def test_the_promised_recipes_are_there():
     promised = {*models, *accelerate, "gpt2/sft/config_full", "gpt2/dpo/config_full"}
     promised |= {f"smollm2-135m/{kind}/config_full" for kind in ("kto", "reward", "grpo")}
     promised |= {f"gemma-3-270m/{kind}/config_full" for kind in ("sft", "dpo")}
+    promised |= {f"paper-vision/{model}_{data}" for model in ("vit", "deit", "tnt")
+                 for data in ("cifar10", "cifar100", "imagenet")}  # fmt: skip
+    promised |= {"paper-vision/small_cifar10", "paper-vision/finetune_cifar10"}
     promised |= {"nano/pretrain", "nano/sft", "eafo/fit", "eafo/dynamic"}
     assert promised <= {name(path) for path in ALL}
 
@@ -81,7 +85,7 @@ def test_without_its_activation_section_a_recipe_is_trls_own(path, tmp_path):
     parser = TrlParser((about.script, about.config, ModelConfig, DatasetMixtureConfig))
     _, training, model, _ = parser.parse_args_and_config(["--config", str(copy), "--use_cpu", "true"])
     assert training.output_dir == values["output_dir"]
-    assert model.model_name_or_path == values["model_name_or_path"]
+    assert model.model_name_or_path == values.get("model_name_or_path")
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=name)

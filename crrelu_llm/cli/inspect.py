@@ -3,6 +3,7 @@
 import json
 
 from crrelu_llm.cli.parser import Parser
+from crrelu_llm.errors import InputError
 
 
 def run(argv: list[str]) -> int:
@@ -13,16 +14,19 @@ def run(argv: list[str]) -> int:
         epilog="example: crrelu inspect HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     parser.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    parser.add_argument("--parts", default="main", help="main, the vision tower of a multimodal model, or all")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow the model's own code to run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     from crrelu_llm.patching import loading
     from crrelu_llm.patching.section import is_calibrated, is_fitted, mlp_config_keys, read
-    from crrelu_llm.patching.sites import survey
+    from crrelu_llm.patching.sites import PARTS, survey
 
+    if args.parts not in PARTS:
+        raise InputError(f"--parts must be one of {', '.join(PARTS)}, not {args.parts}")
     model = loading.skeleton(args.model, trust_remote_code=args.trust_remote_code)
     patched = read(model.config)
-    sites, left_alone = survey(model)
+    sites, left_alone = survey(model, args.parts)
     keys = list(patched["config_keys"] if patched else mlp_config_keys(model, sites))
     if args.json:
         fields = ("path", "attribute", "original", "num_channels", "kind")

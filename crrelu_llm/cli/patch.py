@@ -13,6 +13,8 @@ from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import alone, remove
 
+_IMAGES = 1000  # labelled images that accuracy is measured on
+
 
 def _parser() -> Parser:
     parser = Parser(
@@ -31,12 +33,15 @@ def _parser() -> Parser:
     add("--calibration", default="fit", help="none, fit or refit (default: fit)")
     add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
     add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
+    add("--calibration_images", type=int, default=256, help="of an image model: images of it to use (default: 256)")
     add("--density", default="standard", help="standard, or fitted to each site's pre-activations (default: standard)")
     add("--layers", default="all", help="layers to patch: all, or numbers and ranges from 0, as 0-5,8 (default: all)")
     add("--every", type=int, default=1, help="of these layers, the first and every so many after it (default: 1)")
+    add("--parts", default="main", help="main, the vision tower of a multimodal model, or all (default: main)")
     add("--fold", action="store_true", help="move scale, shift, gain and offset into the weights, where biases allow")
     add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
-    add("--perplexity_data", default="builtin:docstrings", help="text for perplexity before and after, or none")
+    text = "text for perplexity (of an image model: images for accuracy) before and after, or none"
+    add("--perplexity_data", help=f"{text} (default: builtin:docstrings, or the calibration data)")
     add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
     add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
     add("--standalone", action="store_true", help="also make it load without crrelu_llm, by trust_remote_code=True")
@@ -56,9 +61,9 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.patching.transform import patch_checkpoint
 
     config = PatchConfig(**{entry.name: getattr(args, entry.name) for entry in fields(PatchConfig)})
-    measured_on = {"tokens": args.perplexity_tokens, "data": args.perplexity_data}
-    perplexity = _perplexity(args, measured_on)
-    dtype = args.dtype or _dtype(args)
+    about = _about(args)
+    perplexity, measured_on = _measurement(args, about)
+    dtype = args.dtype or _dtype(about)
     with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
         check_writable(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
@@ -83,14 +88,18 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _dtype(args: argparse.Namespace) -> str:
+def _about(args: argparse.Namespace) -> Any:
+    from crrelu_llm.patching import loading
+
+    return loading.load_config(args.model, trust_remote_code=args.trust_remote_code)
+
+
+def _dtype(about: Any) -> str:
     import torch
 
-    from crrelu_llm.patching import loading
     from crrelu_llm.precision import choose_dtype
 
-    config = loading.load_config(args.model, trust_remote_code=args.trust_remote_code)
-    name, why = choose_dtype([config], "cuda" if torch.cuda.is_available() else "cpu")
+    name, why = choose_dtype([about], "cuda" if torch.cuda.is_available() else "cpu")
     if why:
         print(why, file=sys.stderr)
     return name
@@ -107,23 +116,31 @@ def check_writable(output_dir: Path) -> None:
         raise InputError(f"{output_dir}: cannot write below {parent}; choose another --output_dir")
 
 
-def _perplexity(args: argparse.Namespace, measured_on: dict[str, Any]) -> Callable[[Any, Any], float] | None:
-    """What measures the perplexity, its text read; `tokens` becomes how many there are, or as many as asked for."""
-    data, tokens = measured_on["data"], measured_on["tokens"]
+def _measurement(args: argparse.Namespace, about: Any) -> tuple[Callable[[Any, Any], Any] | None, dict[str, Any]]:
+    """What measures the model before and after, its data read, and what it is measured on."""
+    from crrelu_llm.patching import loading
+
+    data, tokens = args.perplexity_data or "builtin:docstrings", args.perplexity_tokens
     if data == "none":
-        return None
+        return None, {}
     if tokens <= 1:
         raise InputError(f"--perplexity_tokens must be 2 or more, not {tokens}")
+    code = {"trust_remote_code": args.trust_remote_code}
+    if loading.head_of(about) == loading.IMAGE_CLASSIFIER:
+        from crrelu_llm.patching.calibration.pixels import TEXT, measure_images
+
+        data = args.perplexity_data or args.calibration_data
+        if data == TEXT:
+            return None, {}
+        found = measure_images(data, loading.load_processor(args.model, **code), about, _IMAGES)
+        return (None, {}) if found is None else (lambda model, _: found[0](model), {"images": found[1], "data": data})
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
-    from crrelu_llm.patching import loading
     from crrelu_llm.patching.calibration.text import block_size
 
-    code = {"trust_remote_code": args.trust_remote_code}
-    tokenizer, config = loading.load_tokenizer(args.model, **code), loading.load_config(args.model, **code)
-    blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(config), split="test")
-    measured_on["tokens"] = blocks.numel()
-    return lambda model, _: perplexity(model, blocks)
+    tokenizer = loading.load_tokenizer(args.model, **code)
+    blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(about), split="test")
+    return (lambda model, _: perplexity(model, blocks)), {"tokens": blocks.numel(), "data": data}
 
 
 def _print(report: dict[str, Any], output_dir: Path) -> None:
@@ -148,12 +165,13 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
         needed = spent["forward_seconds"]
         ratio = f", {spent['seconds'] / needed:.1f} times the two forward passes that it needs" if needed else ""
         print(f"calibrated in {spent['seconds']:.0f} s{ratio}")
-    found = report["perplexity"]
-    if found:
-        naive = "" if found["after_naive"] is None else f", {found['after_naive']:.2f} with the plain swap"
-        as_it_was = f"{found['patched']:.2f} as it was patched, " if "patched" in found else ""
-        print(
-            f"perplexity on {found['tokens']} tokens of {found['data']}: {as_it_was}{found['before']:.2f} before, "
-            f"{found['after']:.2f} after{naive}"
-        )
+    for name, form in (("perplexity", ".2f"), ("accuracy", ".4f"), ("loss", ".4f")):
+        if found := report.get(name):
+            naive = "" if found["after_naive"] is None else f", {found['after_naive']:{form}} with the plain swap"
+            as_it_was = f"{found['patched']:{form}} as it was patched, " if "patched" in found else ""
+            count = f"{found['tokens']} tokens" if "tokens" in found else f"{found['images']} images"
+            print(
+                f"{name} on {count} of {found['data']}: {as_it_was}{found['before']:{form}} before, "
+                f"{found['after']:{form}} after{naive}"
+            )
     print(f"saved to {output_dir} in {report['seconds']:.0f} s", file=sys.stderr)

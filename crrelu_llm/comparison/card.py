@@ -114,7 +114,7 @@ def _head(checkpoint: Path) -> str:
     adapter = _read(checkpoint / "adapter_config.json")
     if adapter is not None:
         return loading.CLASSIFIER if adapter.get("task_type") == "SEQ_CLS" else loading.CAUSAL_LM
-    return loading.head_of_architectures((_read(checkpoint / "config.json") or {}).get("architectures"))
+    return loading.head_of(_read(checkpoint / "config.json") or {})
 
 
 def _read(path: Path) -> dict[str, Any] | None:

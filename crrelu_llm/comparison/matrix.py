@@ -168,15 +168,13 @@ def _one_run(
     comparison: Comparison, arm: Arm, point: dict[str, str], seed: int, train: Any, test: Any, lines: Lines | None
 ) -> None:
     recipe = comparison.recipe(arm, point, seed)
-    model = _start(comparison, recipe, arm, point, seed)
+    model, own = _start(comparison, recipe, arm, point, seed, train)
     trainer = build_trainer(recipe, model, recipe.kind.drawn(train, seed), test)
     if lines:
         lines.watch(trainer)
     _keep_texts(comparison, recipe.kind, trainer)
     before_path = before_training(comparison.output_dir, arm.name, point)
-    if (
-        comparison.after is not None or recipe.kind.auto_class != loading.CAUSAL_LM
-    ):  # a model, or a head, of each seed's own
+    if own or recipe.kind.auto_class == loading.CLASSIFIER:  # a model, or a head, of each seed's own
         before_path = Path(trainer.args.output_dir) / BEFORE
     before = BeforeTraining(recipe.kind, trainer, before_path)
     trainer.add_callback(before)
@@ -198,22 +196,33 @@ def _one_run(
     trainer.accelerator.free_memory()
 
 
-def _start(comparison: Comparison, recipe: Recipe, arm: Arm, point: dict[str, str], seed: int) -> str:
-    """The checkpoint that a run starts from."""
+def _start(
+    comparison: Comparison, recipe: Recipe, arm: Arm, point: dict[str, str], seed: int, train: Any
+) -> tuple[str, bool]:
+    """The checkpoint that a run starts from, and whether that is one of its seed's own."""
     trained = comparison.trained_before(arm.name, seed)
     if trained is not None:
-        return str(trained.resolve())
+        return str(trained.resolve()), True
     config = recipe.activation.patch_config()
-    return starting_checkpoint(
-        _source(comparison, recipe),
+    patched, drawn = comparison.patched(arm.name, point), False
+    if recipe.kind.start is None:
+        source = _source(comparison, recipe)
+    else:
+        place = comparison.output_dir / "start" / f"seed-{seed}"
+        source = recipe.kind.start(recipe, train, place)
+        drawn = source == str(place.resolve())
+        patched = comparison.run_dir(arm.name, point, seed) / "patched" if drawn else patched
+    model = starting_checkpoint(
+        source,
         config,
-        comparison.patched(arm.name, point),
+        patched,
         recipe.model.dtype or "float32",
         # The arm of the model as it is shares the recipe with the others.
         trains_affine=recipe.activation.affine_learning_rate > 0 and config is not None,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
+    return model, drawn
 
 
 def _keep_texts(comparison: Comparison, kind: Kind, trainer: Any) -> None:
@@ -289,16 +298,18 @@ def _check_everything(comparison: Comparison) -> Recipe:
             _check_trained(comparison.trained_before(arm.name, seed))
     check_machine(base)
     check_model(base)
-    skeleton = loading.skeleton(model, trust_remote_code=base.training.trust_remote_code)
+    if base.kind.skeleton is not None:
+        skeleton = base.kind.skeleton(base)
+    else:
+        skeleton = loading.skeleton(model, trust_remote_code=base.training.trust_remote_code)
     found = section.read(skeleton.config)
     if found is not None:
         raise InputError(f"{model} is already patched to {found['activation']}; compare from the original checkpoint")
-    layers = len({site.layer for site in find_sites(skeleton)})
     for arm in comparison.arms:
         config = comparison.recipe(arm, points[0], comparison.seeds[0]).activation.patch_config()
         if config is not None:
             with reading(f"the arm {arm.name}", ours=True):
-                config.by_layer(layers)
+                config.by_layer(len({site.layer for site in find_sites(skeleton, config.parts)}))
     return base
 
 

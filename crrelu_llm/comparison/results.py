@@ -23,11 +23,11 @@ from crrelu_llm.training.run import RUN
 
 NOT_RUN = "not run yet"
 UNITS: tuple[Unit, ...] = ("seed", "item", "both")
+# Metrics of which an item is right or wrong.
+_RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accuracy")
 # What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
 # point of an accuracy. A reward margin has no scale of its own.
-MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(
-    ("reward_accuracy", "answer_accuracy"), 0.01
-)
+MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(_RIGHT_OR_WRONG, 0.01)
 
 
 def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
@@ -124,7 +124,13 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, A
     )
     own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
     copies = Path(settings.get("patched_dir", directory))
-    patches = [read_report(patched_copy(copies, name, point)) for point in settings["points"]]
+    places = [patched_copy(copies, name, point) for point in settings["points"]]
+    places += [
+        arm_dir(directory, name, point) / f"seed-{seed}" / "patched"  # where each seed starts from a model of its own
+        for point in settings["points"]
+        for seed in settings["seeds"]
+    ]
+    patches = map(read_report, places)
     return {
         "arm": name,
         "activation": arm.activation or "native",
@@ -232,7 +238,7 @@ def _compare(
         columns[0],
         columns[1],
         unit,
-        metric in ("reward_accuracy", "answer_accuracy"),
+        metric in _RIGHT_OR_WRONG,
         baseline_name=names[0],
         candidate_name=names[1],
         margin=margins.get(metric, _margin(metric, pairs)),
@@ -259,4 +265,8 @@ def _margin(metric: str, pairs: list[Any]) -> float | None:
 
 
 def _model_name(settings: dict[str, Any]) -> str:
-    return Path(str(settings["recipe"].get("model_name_or_path"))).name
+    recipe = settings["recipe"]
+    drawn = recipe.get("model_config")
+    if recipe.get("model_name_or_path") is None and isinstance(drawn, dict):
+        return f"{drawn.get('model_type')} from scratch"
+    return Path(str(recipe.get("model_name_or_path") or drawn)).name

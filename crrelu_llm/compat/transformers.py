@@ -46,6 +46,8 @@ RELIES_ON = (
     ),
     Private(f"{_TRAINER}._push_from_checkpoint", "a half-written checkpoint would be pushed to the hub"),
     Private(f"{_TRAINER}._load_from_checkpoint", "the error of a resume", takes=("resume_from_checkpoint", "model")),
+    Private(f"{_TRAINER}._load_best_model", "the best of checkpoints whose weights have other names"),
+    Private(f"{_TRAINER}._get_train_sampler", "what is drawn for an image in an epoch", takes=("train_dataset",)),
     Private(f"{_TRAINER}._run_epoch", "a resume after the last step would train one more"),
     Private(f"{_TRAINER}._prepare_for_training", "FSDP2: the units of ε"),
     Private(f"{_TRAINER}._prepare_inputs", "losses by item", takes=("inputs",)),

@@ -150,10 +150,21 @@ def sha256(split: Iterable[Mapping[str, Any]]) -> str:
     """
     digest = hashlib.sha256()
     for row in split:
-        line = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        content = {key: _content(value) for key, value in row.items()}
+        line = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
         # Text from the web may hold lone surrogates, which plain UTF-8 refuses.
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """A value; of an image that is not decoded the hash of its file, wherever that is."""
+    if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
+        return value
+    content = value["bytes"]
+    if content is None and value["path"]:
+        content = Path(value["path"]).read_bytes()
+    return None if content is None else hashlib.sha256(content).hexdigest()
 
 
 def token_blocks(

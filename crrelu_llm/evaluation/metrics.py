@@ -13,6 +13,8 @@ from crrelu_llm.evaluation.measured import wins
 METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "loss": ("loss", False, "{:.4f}", False),
     "perplexity": ("perplexity", False, "{:.2f}", False),
+    "accuracy": ("top-1 accuracy", True, "{:.4f}", False),
+    "top5_accuracy": ("top-5 accuracy", True, "{:.4f}", False),
     "token_accuracy": ("token accuracy", True, "{:.4f}", False),
     "reward_accuracy": ("reward accuracy", True, "{:.3f}", False),
     "reward_margin": ("reward margin", True, "{:.4f}", False),

@@ -11,13 +11,15 @@ from crrelu_llm.errors import InputError
 
 # What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
 PEFT_WRAPPER = "ModulesToSaveWrapper"
+# torch's own that transformers has no name for; the hook gives it these.
+OF_TORCH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU}
 
 
 def activation_names() -> list[str]:
-    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN."""
+    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN, then what only torch has."""
     from transformers.activations import ACT2CLS
 
-    return ["crrelu", *ACT2CLS]
+    return ["crrelu", *ACT2CLS, *(name for name in OF_TORCH if name not in ACT2CLS)]
 
 
 def build_activation(
@@ -36,9 +38,9 @@ def build_activation(
         made = FittedCRReLU if fitted else CRReLU
         width = num_channels if epsilon_per == "channel" else None
         return made(width, epsilon_init, calibrated=num_channels if calibrated else None)
-    if name not in ACT2CLS:
+    if name not in ACT2CLS and name not in OF_TORCH:
         raise InputError(f"unknown activation {name!r}; choose one of {', '.join(activation_names())}")
-    module: nn.Module = ACT2FN[name]
+    module: nn.Module = ACT2FN[name] if name in ACT2CLS else OF_TORCH[name]()
     if calibrated:
         assert num_channels is not None
         module = Calibrated(module, num_channels)
@@ -77,7 +79,7 @@ def activation_name(module: nn.Module) -> str:
     remembered = module.__dict__.get("activation_name")
     if remembered:
         return remembered
-    for name, entry in ACT2CLS.items():
+    for name, entry in {**ACT2CLS, **OF_TORCH}.items():
         if type(module) is (entry[0] if isinstance(entry, tuple) else entry):
             return name
     return type(module).__name__

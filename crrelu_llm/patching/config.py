@@ -6,6 +6,7 @@ from typing import Any
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import mixture
+from crrelu_llm.patching.sites import PARTS
 
 CALIBRATIONS = ("none", "fit", "refit")
 EPSILON_PER = ("layer", "channel")
@@ -18,9 +19,10 @@ class PatchConfig:
     """How to patch a model.
 
     Attributes:
-        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...). Or
-            one for some layers and another for others, counted from 0: `"0-5=relu,6-=crrelu"`, or as a mapping
-            `{"0-5": "relu", "6-": "crrelu"}`; layers that are not named keep theirs.
+        activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...),
+            or `"elu"`, `"celu"` or `"selu"`. Or one for some layers and another for others, counted from 0:
+            `"0-5=relu,6-=crrelu"`, or as a mapping `{"0-5": "relu", "6-": "crrelu"}`; layers that are not named keep
+            theirs.
         epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
         epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
         calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`: not at all, the
@@ -37,6 +39,9 @@ class PatchConfig:
         layers: Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`. The others keep
             their activation.
         every: Of these, the first and every so many after it.
+        parts: Which part of a model: `"main"` (the decoder of a language model, the encoder of an image model),
+            `"vision"` (the vision tower of a multimodal model) or `"all"`.
+        calibration_images: How many images to use, of an image model.
     """
 
     activation: str = "crrelu"
@@ -49,19 +54,22 @@ class PatchConfig:
     recompute_activation: bool = False
     layers: str = "all"
     every: int = 1
+    parts: str = "main"
+    calibration_images: int = 256
 
     def __post_init__(self) -> None:
         """Raises InputError for the first field that holds an impossible value."""
         self.activation = mixture.text_of(self.activation)
         mixture.check(self.activation)
-        choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES}
+        choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES, "parts": PARTS}
         for key, allowed in choices_of.items():
             if getattr(self, key) not in allowed:
                 quoted = [f'"{value}"' for value in allowed]
                 choices = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
                 raise InputError(f'{key} must be {choices}, not "{getattr(self, key)}"')
-        if self.calibration_tokens <= 0:
-            raise InputError(f"calibration_tokens must be positive, not {self.calibration_tokens}")
+        for key in ("calibration_tokens", "calibration_images"):
+            if getattr(self, key) <= 0:
+                raise InputError(f"{key} must be positive, not {getattr(self, key)}")
         if not abs(self.epsilon_init) < float("inf"):
             raise InputError(f"epsilon_init must be a finite number, not {self.epsilon_init}")
         self.layers = str(self.layers)  # a recipe may give a number
@@ -71,6 +79,11 @@ class PatchConfig:
             raise InputError(f"every must be 1 or more, not {self.every}")
         if self.is_mixture and self.selects:
             raise InputError("one activation a layer says which layers are patched; leave layers and every out")
+        if self.parts != "main" and self.calibrates:
+            raise InputError(
+                f"parts: {self.parts} goes with calibration: none (and density: standard): no calibration text "
+                "reaches a vision tower"
+            )
         if self.fits_density and self.activation != "crrelu":
             none = "has none in every layer" if self.is_mixture else "has none"
             raise InputError(
@@ -117,9 +130,10 @@ class PatchConfig:
         return self.layers != "all" or self.every > 1
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, but for `layers` and `every` where they select nothing, as earlier versions had none."""
+        """All fields, but for those that earlier versions had not, where they say what these versions did."""
         values = asdict(self)
-        return values if self.selects else {key: values[key] for key in values if key not in ("layers", "every")}
+        new = {"parts": "main", "calibration_images": 256} | ({} if self.selects else {"layers": "all", "every": 1})
+        return {key: value for key, value in values.items() if key not in new or value != new[key]}
 
     @property
     def calibrates(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching.feeding import run_on
 
 logger = logging.getLogger("crrelu_llm")
 
@@ -26,13 +27,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def require_finite(model: nn.Module, input_ids: Tensor, outcome: str = "nothing has been written") -> None:
-    """Runs a model on a few tokens and names the innermost module whose output is NaN.
+    """Runs a model on a few tokens or an image and names the innermost module whose output is NaN.
 
-    A model that takes more than token ids is not checked.
+    A model that takes more than token ids, or pixels, is not checked.
 
     Args:
-        model: A causal LM.
-        input_ids: `(batch, tokens)`, int64.
+        model: A causal LM, or an image classifier.
+        input_ids: `(batch, tokens)`, int64; or pixels, see `run_on`.
         outcome: What it means for the caller's work, for the message.
 
     Raises:
@@ -42,11 +43,11 @@ def require_finite(model: nn.Module, input_ids: Tensor, outcome: str = "nothing 
     hooks = [module.register_forward_hook(lambda m, _, output: _check(names[m], output, outcome)) for module in names]
     try:
         with evaluating(model), torch.no_grad():
-            model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+            run_on(model, input_ids.to(next(model.parameters()).device))
     except InputError:
         raise
     except Exception as error:
-        logger.debug("the model's numbers are not checked: it does not run on token ids alone: %s", error)
+        logger.debug("the model's numbers are not checked: it does not run on this input alone: %s", error)
     finally:
         for hook in hooks:
             hook.remove()
@@ -56,6 +57,6 @@ def _check(name: str, output: Any, outcome: str) -> None:
     first = output[0] if isinstance(output, tuple) and output else output
     if isinstance(first, Tensor) and first.is_floating_point() and first.isnan().any():
         raise InputError(
-            f"{name}: its output on ordinary text is not a number: the checkpoint is broken there or needs a wider "
+            f"{name}: its output on ordinary input is not a number: the checkpoint is broken there or needs a wider "
             f"dtype; {outcome}"
         )

@@ -9,7 +9,7 @@ from crrelu_llm.activation import AFFINE, AffineModule, CRReLU
 from crrelu_llm.compat.transformers import extend
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import guard, section, standalone
-from crrelu_llm.patching.activations import build_activation, is_ours, reset_activation
+from crrelu_llm.patching.activations import OF_TORCH, build_activation, is_ours, reset_activation
 from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in
 
@@ -26,6 +26,8 @@ def install_hook() -> None:
         return
     setattr(PreTrainedModel, _INSTALLED, True)
     ACT2FN["crrelu"] = CRReLU
+    for name, activation in OF_TORCH.items():
+        ACT2FN.setdefault(name, activation)
     guard.install()
     extend(_swap_from_section, _initialise, _check_what_is_missing, _refuse_unexpected, _complete_saved)
 

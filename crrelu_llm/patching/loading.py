@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from crrelu_llm.compat.transformers import dequantising, loading_whole, saving_here
-from crrelu_llm.errors import InputError, reading
+from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.files import remove, remove_leftovers, sync, writing
 
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-TASKS = {CAUSAL_LM: "text-generation", CLASSIFIER: "text-classification"}  # the Hub's names of what they do
+IMAGE_CLASSIFIER = "AutoModelForImageClassification"
+# What a class of models is called, and what the Hub calls its task.
+HEADS = {CAUSAL_LM: "a language model", CLASSIFIER: "a sequence classifier", IMAGE_CLASSIFIER: "an image classifier"}
+TASKS = {CAUSAL_LM: "text-generation", CLASSIFIER: "text-classification", IMAGE_CLASSIFIER: "image-classification"}
 
 
 def resolve(model: str) -> str:
@@ -66,6 +69,14 @@ def load_tokenizer(model: str, **kwargs: Any) -> Any:
     return tokenizer
 
 
+def load_processor(model: str, **kwargs: Any) -> Any:
+    """The image processor of a MODEL: what makes pixels of an image, of the size that the model takes."""
+    # By its module: without torchvision, older releases have a placeholder in its place, though they need none.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return _load(AutoImageProcessor, model, **kwargs)
+
+
 def require_tokens(tokenizer: Any, name: str) -> None:
     """Raises InputError where a tokenizer makes no tokens: of a directory without one transformers makes such."""
     with reading(f"{name}: its tokenizer cannot be used", "put the model's tokenizer files there"):
@@ -92,14 +103,19 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
 
 
 def head_of(config: Any) -> str:
-    """The auto class of a config: a sequence classifier's own, a reward model's for one, else the causal LM's."""
-    return head_of_architectures(getattr(config, "architectures", None))
+    """The auto class of a config, also as a dict: a classifier's own, of sequences (a reward model's, for one) or
+    images, else the causal LM's. A model of images alone is an image classifier, whose head it may lack."""
+    from transformers.models.auto import modeling_auto as auto
 
-
-def head_of_architectures(names: list[str] | None) -> str:
-    """The same from `architectures`, as a config.json has them."""
-    names = names or []
-    return CLASSIFIER if any(name.endswith("ForSequenceClassification") for name in names) else CAUSAL_LM
+    values = config if isinstance(config, dict) else vars(config) | {"model_type": getattr(config, "model_type", "")}
+    names = values.get("architectures") or ()
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return CLASSIFIER
+    kind = values.get("model_type", "")
+    only_images = kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    only_images = only_images and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = any("ForImageClassification" in name for name in names)
+    return IMAGE_CLASSIFIER if named or only_images else CAUSAL_LM
 
 
 def needs_safetensors(model: str) -> bool | None:
@@ -128,10 +144,12 @@ def skeleton(model: str, revision: str | None = None, auto_class: str | None = N
     with torch.device("meta"), loading_whole(), reading(f"{model}: no model can be built of its config", remedy):
         try:
             return getattr(transformers, auto_class or head_of(config)).from_config(config, **kwargs)
+        except ImportError as error:
+            raise InputError(f"{model}: {without_timm(error)}") from error
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            what = "sequence classifier" if auto_class == CLASSIFIER else "causal language model"
+            what = HEADS[auto_class or head_of(config)].partition(" ")[2].replace("language", "causal language")
             raise InputError(f"{model}: {config.model_type} has no {what} in transformers") from error
 
 
@@ -187,6 +205,8 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
     with reading(f"{model}: cannot be loaded", "check its files and its config.json"):
         try:
             return auto_class.from_pretrained(source, **kwargs)
+        except ImportError as error:
+            raise InputError(f"{model}: {without_timm(error)}") from error
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -194,6 +214,17 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
                 f"{model}: cannot be loaded: its weights have other shapes than its config.json says; its files do "
                 "not belong together"
             ) from error
+
+
+def without_timm(error: ImportError) -> str:
+    """What an ImportError says, in one line; where timm's own models want timm or torchvision, what to install."""
+    said = f"{error} {error.name or ''}"
+    if "timm" in said or "torchvision" in said:
+        return (
+            "a model of timm needs timm and the torchvision that belongs to the installed torch: "
+            "pip install 'crrelu_llm[timm]'"
+        )
+    return reason_of(error)
 
 
 def require_saving(model: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import calibration, guard, section
 from crrelu_llm.patching.activations import activation_name, build_activation
+from crrelu_llm.patching.calibration.pixels import calibration_pixels
 from crrelu_llm.patching.calibration.progress import Progress
 from crrelu_llm.patching.calibration.records import Record
 from crrelu_llm.patching.calibration.text import calibration_blocks
@@ -66,15 +67,16 @@ def patch(
 ) -> PatchReport:
     """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
 
-    `model.save_pretrained(...)` then gives a checkpoint that plain `AutoModelForCausalLM.from_pretrained` reloads in
-    any process that has imported `crrelu_llm`. A patched model is unpatched first, if its original activations can be
-    had: the report then names these as the originals.
+    `model.save_pretrained(...)` then gives a checkpoint that plain `AutoModelForCausalLM.from_pretrained` (of an image
+    model `AutoModelForImageClassification`) reloads in any process that has imported `crrelu_llm`. A patched model is
+    unpatched first, if its original activations can be had: the report then names these as the originals.
 
     Args:
         model: A Hugging Face causal LM, or another head on the same backbone (before any adapter is added).
         activation: The target's name, `0-5=relu,6-=crrelu` for one a layer, or a whole `PatchConfig`.
-        tokenizer: Needed to calibrate, where no `blocks` are given.
-        blocks: Calibration text as token ids, `(blocks, tokens)`, int64; `calibration_data` is then not read.
+        tokenizer: Needed to calibrate, where no `blocks` are given; of an image model its image processor.
+        blocks: Calibration text as token ids, `(blocks, tokens)`, int64, or the pixels of images; `calibration_data`
+            is then not read.
         progress: Where a calibration keeps its finished layers (`patch_checkpoint` gives it).
         compared: By the path of the site, what a calibration compares with in place of the original activation (see
             `trained_activations`; `patch_checkpoint` gives it).
@@ -126,7 +128,7 @@ def _patch(
     progress: Progress | None,
     compared: dict[str, nn.Module],
 ) -> PatchReport:
-    every_site, left_alone = survey(model)
+    every_site, left_alone = survey(model, config.parts)
     activations = assigned(every_site, config)
     sites = [site for site in every_site if site.path in activations]
     kept = [site for site in every_site if site.path not in activations]
@@ -270,10 +272,14 @@ def _calibration_text(
 ) -> torch.Tensor:
     if blocks is not None:
         return blocks
+    images = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     if tokenizer is None:
         what = f'calibration="{config.calibration}"' if config.fits else f'density="{config.density}"'
         plain = '; or swap plainly: calibration="none"' if config.fits else ""
-        raise InputError(f"{what} needs the tokenizer: patch(model, ..., tokenizer=...){plain}")
+        needed = "image processor" if images else "tokenizer"
+        raise InputError(f"{what} needs the {needed}: patch(model, ..., tokenizer=...){plain}")
+    if images:
+        return calibration_pixels(config.calibration_data, tokenizer, config.calibration_images, model.config)
     return calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, model.config)
 
 

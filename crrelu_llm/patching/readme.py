@@ -18,8 +18,8 @@ def is_ours(text: str) -> bool:
     return MARK in text
 
 
-def how_to_load(name: str, standalone: bool, head: str) -> list[str]:
-    """Two lines of Markdown, or one for a model that is not for serving text.
+def how_to_load(name: str, standalone: bool, head: str = loading.CAUSAL_LM) -> list[str]:
+    """Two lines of Markdown; of a model that is no language model one.
 
     Args:
         name: What the checkpoint is called there.
@@ -59,7 +59,7 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     what = (
         f"The activation of its {len(section['sites'])} MLPs ({originals}) was swapped for {activation}{calibrated}."
     )
-    head = loading.head_of_architectures(json.loads((directory / "config.json").read_text()).get("architectures"))
+    head = loading.head_of(json.loads((directory / "config.json").read_text()))
     lines = [what, *how_to_load(name, standalone, head)]
     if goes_without_us:
         lines = [

@@ -12,9 +12,13 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching.activations import PEFT_WRAPPER, activation_name
 from crrelu_llm.patching.modules.hidden import SigmoidGate, SoftcappedSiLU, hidden_activation, is_exposed
 
+# Parts of a model: the layers that it mainly is (the decoder of a language model, the encoder of an image model), or
+# the vision tower beside them.
+PARTS = ("main", "vision", "all")
+_VISION = "vision tower"
 # A path component that says: what is below is not the MLP of a decoder layer.
 _ELSEWHERE = {
-    "vision tower": re.compile(r"vision|visual|image|vit\b|vq"),
+    _VISION: re.compile(r"vision|visual|image|vit\b|vq"),
     "audio tower": re.compile(r"audio|speech|wav"),
     "projector": re.compile(r"projector|connector|resampler|merger"),
     "head": re.compile(r"^(predictions|lm_head|cls|classifier|score|pooler|generator_predictions)$"),
@@ -38,6 +42,7 @@ _DOWN_NAMES = (
     "lin2",
     "output_linear",
     "out_proj",
+    "weights_out",
 )
 
 
@@ -85,37 +90,43 @@ class UnknownStructureError(InputError):
     """A part of the model looks like an MLP, but its activation or its width cannot be told."""
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """Returns the MLP activations of a causal language model, in the order of its modules.
+def find_sites(model: nn.Module, parts: str = "main") -> list[Site]:
+    """Returns the MLP activations of a model, in the order of its modules.
 
     Args:
-        model: A Hugging Face causal LM, also on the meta device, quantised, or wrapped by PEFT.
+        model: A Hugging Face causal LM or image classifier, also on the meta device, quantised, or wrapped by PEFT.
+        parts: `"main"`: the decoder of a language model, the encoder of an image model; `"vision"`: the vision tower
+            of a multimodal model; `"all"`: both.
 
     Raises:
-        InputError: The model has no MLP activation, or its family is not supported.
+        InputError: The model has no MLP activation there, or its family is not supported.
     """
-    return survey(model)[0]
+    return survey(model, parts)[0]
 
 
-def survey(model: nn.Module) -> tuple[list[Site], list[LeftAlone]]:
+def survey(model: nn.Module, parts: str = "main") -> tuple[list[Site], list[LeftAlone]]:
     """Returns the sites of a model and the activations that are left alone, with the reason for each.
 
+    Args:
+        model: As for `find_sites`.
+        parts: As for `find_sites`.
+
     Raises:
-        InputError: The model has no MLP activation, or an MLP whose activation or width cannot be told: a patch would
-            be a partial one.
+        InputError: The model has no MLP activation there, or an MLP whose activation or width cannot be told: a patch
+            would be a partial one.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    reasons = _Reasons(model, parts)
     sites: list[Site] = []
     left_alone: list[LeftAlone] = []
-    for path, name in _activations(model):
+    for path, name in reasons.activations:
         owner_path, _, attribute = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        reason = _reason_to_leave_alone(owner_path, owner)
+        reason = reasons.of(owner_path, owner)
         if reason:
             left_alone.append(LeftAlone(path, name, reason))
             continue
-        # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
-        shape = mlp_shape(owner) or mlp_shape(model.get_submodule(owner_path.rpartition(".")[0]))
+        shape = _shape_at(model, owner_path)
         if shape is None:
             raise UnknownStructureError(
                 f"model type {model_type} is not supported yet: cannot tell the width of {path} ({name}) "
@@ -123,16 +134,19 @@ def survey(model: nn.Module) -> tuple[list[Site], list[LeftAlone]]:
             )
         functional = hidden_activation(owner) or is_exposed(owner)
         sites.append(Site(path, attribute, name, shape[0], "functional" if functional else shape[1]))
-    _refuse_mlps_without_a_site(model, model_type, sites)
+    _refuse_mlps_without_a_site(model, model_type, sites, reasons)
     if not sites:
-        raise InputError(f"model type {model_type} has no MLP: there is no activation to swap")
+        what = "no MLP in its vision tower" if parts == "vision" else "no MLP"
+        if parts == "main" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            what = "no MLP of linear layers, but convolutions"
+        raise InputError(f"model type {model_type} has {what}: there is no activation to swap")
     return sites, left_alone
 
 
-def _refuse_mlps_without_a_site(model: nn.Module, model_type: str, sites: list[Site]) -> None:
+def _refuse_mlps_without_a_site(model: nn.Module, model_type: str, sites: list[Site], reasons: "_Reasons") -> None:
     above = {site.path[:end] for site in sites for end, letter in enumerate(site.path) if letter == "."}
     for path, module in model.named_modules():
-        if path not in above and _computes_an_mlp(module) and not _reason_to_leave_alone(path, module):
+        if path not in above and _computes_an_mlp(module) and not reasons.of(path, module):
             raise UnknownStructureError(
                 f"model type {model_type} is not supported yet: {type(module).__name__} ({path}) computes its "
                 "activation inside a method, so there is no module to swap"
@@ -170,20 +184,67 @@ def _named_like_one(module: nn.Module) -> bool:
     return leaf and bool(re.search(r"(gelu|relu|silu|swish|mish|activation)\d*$", name))
 
 
-def _reason_to_leave_alone(owner_path: str, owner: nn.Module) -> str | None:
-    components = owner_path.split(".")
-    for component in components:
-        for what, pattern in _ELSEWHERE.items():
-            if pattern.search(component.lower()):
-                return f"inside {component}: {what}"
-    if not any(component.isdigit() for component in components):
-        return "outside the stack of layers"
-    for name, child in owner.named_children():
-        if isinstance(child, nn.Conv1d):
-            return f"beside a convolution ({name})"
-        if name in _FOREIGN_SIBLINGS:
-            return _FOREIGN_SIBLINGS[name]
-    return None
+class _Reasons:
+    """Says why an activation of a model is no site.
+
+    An image model has no MLP but in its tower, which then is the model; a language model beside one keeps the tower
+    as it is, unless `parts` asks for it.
+    """
+
+    def __init__(self, model: nn.Module, parts: str):
+        self.model, self.parts = model, parts
+        self.prefix = getattr(model, "base_model_prefix", "")  # the model's own name says nothing: convnext, vit
+        self.activations = list(_activations(model))
+        owners = [path.rpartition(".")[0] for path, _ in self.activations]
+        mlps = [path for path in owners if not self._elsewhere(path, model.get_submodule(path))]
+        self.is_tower = all(self._place(path) == _VISION for path in mlps)
+
+    def of(self, owner_path: str, owner: nn.Module) -> str | None:
+        """The reason, or None of a site."""
+        in_tower = not self.is_tower and self._place(owner_path) == _VISION
+        if in_tower and self.parts == "main":
+            return f"inside {self._component(owner_path, _VISION)}: {_VISION}"
+        reason = self._elsewhere(owner_path, owner)
+        if reason is None and self.parts == "vision" and not in_tower and not self.is_tower:
+            return "not in the vision tower"
+        return reason
+
+    def _place(self, owner_path: str) -> str | None:
+        return _VISION if self._component(owner_path, _VISION) else None
+
+    def _component(self, owner_path: str, what: str) -> str | None:
+        return next((part for part in self._parts(owner_path) if _ELSEWHERE[what].search(part.lower())), None)
+
+    def _parts(self, owner_path: str) -> list[str]:
+        components = owner_path.split(".")
+        return components[1:] if components[0] == self.prefix else components
+
+    def _elsewhere(self, owner_path: str, owner: nn.Module) -> str | None:
+        """The reason, whatever the tower is."""
+        for component in self._parts(owner_path):
+            for what, pattern in _ELSEWHERE.items():
+                if what != _VISION and pattern.search(component.lower()):
+                    return f"inside {component}: {what}"
+        if not any(component.isdigit() for component in owner_path.split(".")):
+            return "outside the stack of layers"
+        if isinstance(owner, nn.GroupNorm | nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
+            return "in a normalisation"
+        for name, child in owner.named_children():
+            if isinstance(child, nn.Conv1d):
+                return f"beside a convolution ({name})"
+            if name in _FOREIGN_SIBLINGS:
+                return _FOREIGN_SIBLINGS[name]
+        if _shape_at(self.model, owner_path) is not None:  # also ConvNeXt's and PVT's, with a convolution beside it
+            return None
+        if "attention" in type(owner).__name__.lower():
+            return f"in an attention ({type(owner).__name__})"
+        convolution = next((name for name, part in owner.named_modules() if isinstance(part, nn.Conv2d)), None)
+        return None if convolution is None else f"beside a convolution ({convolution})"
+
+
+def _shape_at(model: nn.Module, owner_path: str) -> tuple[int, str] | None:
+    # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
+    return mlp_shape(model.get_submodule(owner_path)) or mlp_shape(model.get_submodule(owner_path.rpartition(".")[0]))
 
 
 def mlp_shape(owner: nn.Module) -> tuple[int, str] | None:
@@ -245,4 +306,7 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
         return module.nx, module.nf
     if hasattr(module, "input_size") and hasattr(module, "output_size"):  # JetMoE's experts
         return module.input_size, module.output_size
+    children = list(module.children()) if isinstance(module, nn.Module) else []
+    if [type(child) for child in children] == [nn.Linear, nn.BatchNorm1d]:  # LeViT's
+        return _linear_size(children[0])
     return None

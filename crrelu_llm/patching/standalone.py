@@ -92,7 +92,7 @@ def _check(
         other = next(other for other in names if other != "crrelu")
         reason = f"it is for crrelu, and {other} would silently be computed without its calibration elsewhere"
     elif loading.head_of(config) != loading.CAUSAL_LM:
-        reason = "it is a sequence classifier, and the file is for language models"
+        reason = f"it is {loading.HEADS[loading.head_of(config)]}, and the file is for language models"
     elif getattr(config, "auto_map", None) and not is_standalone({"auto_map": config.auto_map}):
         reason = "the model has code of its own"
     elif hidden := [site["path"] for site in sites if site.get("kind") == "functional"]:

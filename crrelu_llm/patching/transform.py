@@ -16,6 +16,7 @@ from crrelu_llm.compat.transformers import loading_whole
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.patching import fingerprint, loading, readme, section, standalone
+from crrelu_llm.patching.calibration.pixels import calibration_pixels, probe_pixels
 from crrelu_llm.patching.calibration.progress import Progress, identity
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
@@ -38,7 +39,7 @@ def patch_checkpoint(
     output_dir: str | Path,
     dtype: str = "float32",
     fold: bool = False,
-    perplexity: Callable[[Any, Any], float] | None = None,
+    perplexity: Callable[[Any, Any], Any] | None = None,
     perplexity_of: dict[str, Any] | None = None,
     loads_alone: bool = False,
     **options: Any,
@@ -55,8 +56,8 @@ def patch_checkpoint(
         dtype: Name of the torch dtype to load and save in; `"auto"` keeps the checkpoint's.
         fold: Move what a calibration found into the weights around each activation, and save a plain network.
         perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
-            after the plain swap.
-        perplexity_of: What it was measured on (`tokens`, `data`), for the report.
+            after the plain swap. Of an image model it gives `{accuracy, loss}`.
+        perplexity_of: What it was measured on (`tokens` or `images`, `data`), for the report.
         loads_alone: Also write the file with which the checkpoint loads without this package (see `standalone`).
         **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
@@ -74,12 +75,8 @@ def patch_checkpoint(
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     weights = {key: value for key in ("use_safetensors",) if (value := options.pop(key, None)) is not None}
     options = {key: value for key, value in options.items() if value}
-    tokenizer = loading.load_tokenizer(model, **options)
     about = loading.load_config(model, **options)
-    loading.require_embeddings(tokenizer, getattr(about.get_text_config(), "vocab_size", None), model)
-    blocks = None
-    if config is not None and config.calibrates:  # read first: a wrong name must not cost the loading of the model
-        blocks = calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
+    tokenizer, probe, blocks = _input(model, about, config, options)
     with loading_whole():
         loaded = loading.load_model(
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options, **weights
@@ -95,7 +92,7 @@ def patch_checkpoint(
         progress = Progress(progress_dir(output_dir), identity(made_from, blocks, computing_device(loaded)))
     changes_weights = progress is not None and config is not None and config.calibration == "refit"
     require_space(loaded, output_dir, copies=2 if changes_weights else 1)
-    if loading.head_of(about) != loading.CAUSAL_LM:
+    if loading.head_of(about) == loading.CLASSIFIER:
         perplexity = None  # nothing in it predicts tokens
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     with _keeping(progress):
@@ -105,10 +102,9 @@ def patch_checkpoint(
         else:
             linears = None
             if fold:
-                probe = _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size
-                linears = find_linears(loaded, find_sites(loaded), probe)
+                linears = find_linears(loaded, find_sites(loaded, config.parts), probe)
             report |= _patch(
-                model, loaded, tokenizer, config, blocks, progress, linears, perplexity, perplexity_of or {}
+                model, loaded, tokenizer, config, probe, blocks, progress, linears, perplexity, perplexity_of or {}
             )
         report |= {"seconds": time.perf_counter() - started, "versions": versions()}
 
@@ -153,23 +149,24 @@ def _patch(
     model: Any,
     tokenizer: Any,
     config: PatchConfig,
+    probe: torch.Tensor,
     blocks: torch.Tensor | None,
     progress: Progress | None,
     linears: Linears | None,
-    perplexity: Callable[[Any, Any], float] | None,
+    perplexity: Callable[[Any, Any], Any] | None,
     perplexity_of: dict[str, Any],
 ) -> dict[str, Any]:
     """Patches a loaded model; what the report says of it."""
     found = section.read(model.config)
     compared = trained_activations(model, config)
-    as_it_was: dict[str, float] = {}
+    as_it_was: dict[str, Any] = {}
     if found is not None:
         section.check_may_be_patched_again(found, config, name)
         if perplexity is not None:  # what its weights were trained with: the way back may cost something
             as_it_was = {"patched": perplexity(model, tokenizer)}
         unpatch(model)
     with reading(name, ours=True):
-        require_finite(model, _A_FEW_TOKENS % model.config.get_text_config().vocab_size)
+        require_finite(model, probe)
     measured: dict[str, Any] | None = None
     if perplexity is not None:
         measured = {**as_it_was, "before": perplexity(model, tokenizer), "after_naive": None}
@@ -183,9 +180,10 @@ def _patch(
         fold_into(model, {path: around for path, around in linears.items() if path in patched})
         section.make_plain(model.config)
     if perplexity is not None and measured is not None:
-        measured |= {"after": perplexity(model, tokenizer), **perplexity_of}
-        if math.isnan(measured["after"]):
-            raise InputError(f"{name}: the patched model computes no numbers on this text; nothing was written")
+        measured["after"] = perplexity(model, tokenizer)
+        loss = measured["after"]["loss"] if isinstance(measured["after"], dict) else measured["after"]
+        if math.isnan(loss):
+            raise InputError(f"{name}: the patched model computes no numbers on this data; nothing was written")
     return {
         "activation": config.activation,
         "epsilon_per": config.epsilon_per,
@@ -193,8 +191,43 @@ def _patch(
         "sites": done.sites,
         "skipped": done.skipped,
         "calibration": done.calibration,
-        "perplexity": measured,
+        **_measured(measured, perplexity_of),
     }
+
+
+def _input(
+    model: str, about: Any, config: PatchConfig | None, options: dict[str, Any]
+) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+    """A MODEL's tokenizer or image processor, a little input for it, and what it is calibrated on.
+
+    Read before the model: a wrong name must not cost the loading.
+    """
+    calibrates = config is not None and config.calibrates
+    if loading.head_of(about) == loading.IMAGE_CLASSIFIER:
+        processor = loading.load_processor(model, **options)
+        with reading(f"{model}: its image processor cannot be used", "mend its preprocessor_config.json"):
+            probe = probe_pixels(processor, about)
+        if config is None or not calibrates:
+            return processor, probe, None
+        pixels = calibration_pixels(config.calibration_data, processor, config.calibration_images, about)
+        return processor, probe, pixels
+    tokenizer = loading.load_tokenizer(model, **options)
+    size = getattr(about.get_text_config(), "vocab_size", None)
+    loading.require_embeddings(tokenizer, size, model)
+    probe = _A_FEW_TOKENS % (size or 1)
+    if config is None or not calibrates:
+        return tokenizer, probe, None
+    return tokenizer, probe, calibration_blocks(config.calibration_data, tokenizer, config.calibration_tokens, about)
+
+
+def _measured(values: dict[str, Any] | None, on: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, for the report: perplexity, or of an image model accuracy and loss instead."""
+    if values is None or not isinstance(values["after"], dict):
+        return {"perplexity": None if values is None else {**values, **on}}
+    found: dict[str, Any] = {"perplexity": None}
+    for name in values["after"]:
+        found[name] = {when: value if value is None else value[name] for when, value in values.items()} | on
+    return found
 
 
 def _device_for(model: Any) -> torch.device:

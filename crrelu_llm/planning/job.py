@@ -46,6 +46,8 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises InputError for options that do not go together."""
+        if self.trainer == "image":
+            raise InputError("crrelu plan counts tokens; it does not know image models yet: leave --trainer image out")
         for key in ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps", "lora_r"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key} must be 1 or more, not {getattr(self, key)}")

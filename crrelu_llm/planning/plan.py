@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.patching import loading
 from crrelu_llm.planning.job import Job
 from crrelu_llm.planning.model import prepared_config, weight_bytes
 from crrelu_llm.planning.spread import Share, Steps, shares
@@ -38,6 +39,8 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
     Raises:
         InputError: The model cannot be planned, or the options contradict it.
     """
+    if loading.head_of(config) == loading.IMAGE_CLASSIFIER:
+        raise InputError(f"crrelu plan counts tokens, and {config.model_type} takes images; give a language model")
     if min(gpus, gpus_per_node) < 1:
         raise InputError(f"gpus and gpus_per_node must be 1 or more, not {gpus} and {gpus_per_node}")
     if gpus > gpus_per_node and gpus % gpus_per_node:

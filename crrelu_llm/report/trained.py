@@ -120,7 +120,8 @@ def _statement(
         )
     outcome, reason = _outcome(comparison, agree, len(seeds))
     agreement = f"{agree} of {len(seeds)} seeds agree"
-    return f"After fine-tuning{where}, {who} ({evidence}; {agreement}): {outcome}{reason}.", outcome
+    after = "training" if (report.get("recipe") or {}).get("model_config") is not None else "fine-tuning"
+    return f"After {after}{where}, {who} ({evidence}; {agreement}): {outcome}{reason}.", outcome
 
 
 def _outcome(comparison: dict[str, Any], agree: int, seeds: int) -> tuple[str, str]:

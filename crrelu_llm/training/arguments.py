@@ -24,8 +24,6 @@ from crrelu_llm.training.launch import launch_keys
 if TYPE_CHECKING:
     from crrelu_llm.training.kinds.kind import Kind
 
-_NO_MODEL = "model_name_or_path is missing: a hub name, a directory or a .gguf file"
-
 
 @dataclass
 class ActivationArguments:
@@ -72,6 +70,10 @@ class ActivationArguments:
             Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`.
         every (`int`, *optional*, defaults to `1`):
             Of these, the first and every so many after it.
+        parts (`str`, *optional*, defaults to `"main"`):
+            Which part of a model to patch: `"main"`, the `"vision"` tower of a multimodal model, or `"all"`.
+        calibration_images (`int`, *optional*, defaults to `256`):
+            Number of calibration images, of an image model.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
             and everything that is saved have the new activation alone. DPO's reference is then the model that training
@@ -125,6 +127,8 @@ class ActivationArguments:
     )
     layers: str = field(default="all", metadata={"help": "Layers to patch: `all`, or numbers and ranges (0-5,8)."})
     every: int = field(default=1, metadata={"help": "Of these layers, the first and every so many after it."})
+    parts: str = field(default="main", metadata={"help": "`main`, the `vision` tower, or `all`."})
+    calibration_images: int = field(default=256, metadata={"help": "Number of calibration images."})
     blend_steps: int = field(
         default=0,
         metadata={
@@ -247,9 +251,10 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     where = f"{path}: " if path else ""
     if path:
         _check_keys(parser, values, where)
-    if not values.get("model_name_or_path") and not any(a.startswith("--model_name_or_path") for a in argv):
+    sources = ["model_name_or_path", *(["model_config"] if hasattr(kind_of(kind).config, "model_config") else [])]
+    if not any(values.get(key) or any(a.startswith(f"--{key}") for a in argv) for key in sources):
         _check_options(parser, argv)
-        raise InputError(f"{where}{_NO_MODEL}")
+        raise InputError(f"{where}{_no_model(kind)}")
     try:
         # Every key has been checked: what the parser does not know are options of `accelerate launch`.
         script, training, model, mixture, activation = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
@@ -265,6 +270,12 @@ def parse(kind: str, argv: list[str]) -> Recipe:
     with reading(source):
         _check(recipe, where)
     return recipe
+
+
+def _no_model(kind: str) -> str:
+    if hasattr(kind_of(kind).config, "model_config"):
+        return "model_name_or_path is missing (a hub name or a directory), or model_config, for a model from scratch"
+    return "model_name_or_path is missing: a hub name, a directory or a .gguf file"
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -361,8 +372,8 @@ def _name_the_option(error: InputError) -> str:
 def _check(recipe: Recipe, where: str) -> None:
     script, training, model, mixture = recipe.script, recipe.training, recipe.model, recipe.mixture
     activation = recipe.activation
-    if not model.model_name_or_path:
-        raise InputError(f"{where}{_NO_MODEL}")
+    if not model.model_name_or_path and getattr(training, "model_config", None) is None:
+        raise InputError(f"{where}{_no_model(recipe.kind.name)}")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, key) < 1:
             raise InputError(f"{where}{key} must be 1 or more, not {getattr(training, key)}")

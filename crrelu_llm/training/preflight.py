@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,21 @@ def check_model(recipe: Recipe) -> None:
     Raises:
         InputError: It cannot be built, or lacks the head that is trained.
     """
+    if recipe.kind.skeleton is not None:
+        recipe.kind.skeleton(recipe)
+        return
     model, attention = str(recipe.model.model_name_or_path), recipe.model.attn_implementation
     if loading.is_gguf(model):
         return
     chosen, wanted = {"attn_implementation": attention} if attention else {}, recipe.kind.auto_class
     with reading(f"{recipe.source}: {model}", "choose other options, or another model"):
         config = loading.load_config(model, **recipe.loading)
-        if wanted == loading.CAUSAL_LM and loading.head_of(config) != wanted:
+        found = loading.head_of(config)
+        if found != wanted and (wanted == loading.CAUSAL_LM or found == loading.IMAGE_CLASSIFIER):
+            instead = "image trains it" if found == loading.IMAGE_CLASSIFIER else "reward trains classifiers"
             raise InputError(
-                f"{model} is a sequence classifier, without a head that predicts tokens, which {recipe.kind.name} "
-                "trains; give a language model (crrelu reward trains classifiers)"
+                f"{model} is {loading.HEADS[found]}, without a head that predicts tokens, which {recipe.kind.name} "
+                f"trains; give a language model (crrelu {instead})"
             )
         loading.skeleton(model, auto_class=wanted, **recipe.loading, **chosen)
 
@@ -103,6 +109,12 @@ def tokenizer_of(recipe: Recipe) -> Any:
         with reading(f"{recipe.source}: chat_template_path {source}", "check the path"):
             tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenizer
+
+
+def text_check(recipe: Recipe) -> Callable[[Recipe, Any, str], None]:
+    """What looks at every row of text, as the recipe's tokenizer reads it (see `check_rows`)."""
+    tokenizer = tokenizer_of(recipe)
+    return lambda recipe, rows, name: check_rows(recipe, rows, name, tokenizer)
 
 
 def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:

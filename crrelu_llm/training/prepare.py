@@ -121,10 +121,10 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
             _check_columns(recipe, split, name)
         train, test = (None if split is None else recipe.kind.prepare(split, recipe) for split in (train, test))
         if PartialState().is_local_main_process:
-            tokenizer = preflight.tokenizer_of(recipe)
-            preflight.check_rows(recipe, train, name, tokenizer)
+            check = recipe.kind.check_rows or preflight.text_check(recipe)
+            check(recipe, train, name)
             if test is not None:
-                preflight.check_rows(recipe, test, f"{name} ({script.dataset_test_split})", tokenizer)
+                check(recipe, test, f"{name} ({script.dataset_test_split})")
     return train, test
 
 

@@ -52,8 +52,11 @@ def _run(recipe: Recipe, output_dir: Path) -> dict[str, Any]:
     train, test = datasets_of(recipe)
     check_model(recipe)
     use_safetensors = (recipe.training.model_init_kwargs or {}).get("use_safetensors")
+    source = str(recipe.model.model_name_or_path)
+    if recipe.kind.start is not None:
+        source = recipe.kind.start(recipe, train, output_dir / "start")
     model = starting_checkpoint(
-        str(recipe.model.model_name_or_path),
+        source,
         recipe.activation.patch_config(f"{recipe.source}: "),
         output_dir / "patched",
         recipe.model.dtype or "float32",
@@ -116,7 +119,7 @@ def train_and_save(
             if isinstance(value, (int, float)) and not (resumed and key in _SPEEDS)
         },
         "train_seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if seconds and tokens else None,
         "peak_memory_bytes": memory.bytes,
         "epsilon": epsilon_means(trainer.model),
         "epsilon_start": start,

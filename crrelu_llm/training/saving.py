@@ -93,7 +93,34 @@ class SavingMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         """The trainer's own; a checkpoint of another model or adapter is the user's to mend."""
         with reading(f"resume_from_checkpoint: {resume_from_checkpoint} is of another model or adapter"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            if not self._load_renamed(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _load_renamed(self, checkpoint: Path) -> bool:
+        """Loads a checkpoint whose weights have other names in files than in the model; whether it is one.
+
+        transformers saves some families (ViT, Mixtral) under the names of earlier releases, and its Trainer would look
+        for the model's, find nothing, and go on with the weights that it has.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        if sharded or hasattr(self.model, "peft_config"):
+            return False
+        own = self.model.state_dict()
+        files = list(checkpoint.glob("model*.safetensors"))
+        names: set[str] = set()
+        for file in files:
+            with safe_open(file, "pt") as saved:
+                names |= set(saved.keys())
+        if names <= own.keys():
+            return False
+        dtype = next(value.dtype for value in own.values() if value.is_floating_point())
+        saved = type(self.model).from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        self.model.load_state_dict(saved.state_dict())
+        return True
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)  # type: ignore[misc]

@@ -51,7 +51,8 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
             trainer.learn_from(teacher, recipe.activation.distill_weight)
     # All models are loaded: access tokens are needed no more, and trackers write the arguments down.
     args.model_init_kwargs = publishable_map(args.model_init_kwargs)
-    preflight.check_prepared(trainer, recipe, given)
+    if recipe.kind.check_rows is None:
+        preflight.check_prepared(trainer, recipe, given)
     preflight.try_saving(trainer, recipe)
     if recipe.script.ignore_bias_buffers:  # the workaround for DDP that TRL's own scripts have
         trainer.model._ddp_params_and_buffers_to_ignore = [

@@ -89,3 +89,22 @@ def test_help_has_a_real_example(command, capsys):
     with pytest.raises(SystemExit):
         eafo(command, "--help")
     assert f"example: crrelu eafo {command} " in capsys.readouterr().out
+
+
+def test_fit_and_rank_on_images(tmp_path, capsys):
+    from pictures import folder, save, vit
+
+    model, data = save(vit(), tmp_path / "vit"), folder(tmp_path / "data", test=3)
+    few = ("--data", data, "--images", "24", "--samples", "500")
+    assert eafo("fit", model, *few, "--output_dir", tmp_path / "out", "--plot") == 0
+    printed = capsys.readouterr()
+    document = json.loads((tmp_path / "out" / "eafo_fit.json").read_text())
+    assert document["images"] == 24 and "tokens" not in document and "on 24 images of" in printed.out
+    # a class token and four patches an image, 24 channels
+    assert [site["count"] for site in document["sites"]] == [24 * 5 * 24] * 2
+    assert "--calibration_images 24" in printed.err
+    assert eafo("rank", model, *few, "--untrained", "--activations", "relu", "gelu", "--json") == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert ranked["images"] == 24 and [found["state"] for found in ranked["models"]] == ["pretrained", "untrained"]
+    assert eafo("fit", model, "--output_dir", tmp_path / "none") == 2
+    assert "an image model is calibrated on images" in capsys.readouterr().err

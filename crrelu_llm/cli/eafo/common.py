@@ -13,8 +13,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL and the text that it runs over."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
-    add("--data", default="builtin:docstrings", help="text: hub name, local file or directory, builtin:docstrings")
+    add("--data", default="builtin:docstrings", help="text or images: hub name, local file or directory, or built in")
     add("--tokens", type=int, default=8192, help="tokens of it to run over (default: 8192)")
+    add("--images", type=int, default=256, help="images of it, of an image model (default: 256)")
     add("--samples", type=int, default=20_000, help="pre-activations of a site to keep (default: 20000)")
     add("--seed", type=int, default=0, help="of the sampling and of the untrained model (default: 0)")
     add("--trust_remote_code", action="store_true", help="allow the model's own code to run")
@@ -30,8 +31,9 @@ def check(args: argparse.Namespace) -> Path | None:
     """
     if args.samples < MIN_SAMPLES:
         raise InputError(f"--samples must be {MIN_SAMPLES} or more, not {args.samples}")
-    if args.tokens < 1:
-        raise InputError(f"--tokens must be 1 or more, not {args.tokens}")
+    for name in ("tokens", "images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be 1 or more, not {getattr(args, name)}")
     if args.seed < 0:
         raise InputError(f"--seed must be 0 or more, not {args.seed}")
     if args.output_dir is None:

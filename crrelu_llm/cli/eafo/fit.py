@@ -33,13 +33,14 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.files import plain, write_json
 
     quieten_libraries()
-    model, blocks = preactivations.load(args.model, args.data, args.tokens, trust_remote_code=args.trust_remote_code)
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    model, blocks = preactivations.load(args.model, args.data, args.tokens, args.images, **trusted)
     sites = fit.fit(preactivations.measure(model, blocks, args.samples, args.seed))
     document = plain(
         {
             "model": args.model,
             "data": args.data,
-            "tokens": blocks.numel(),
+            **preactivations.amount(blocks),
             "samples": args.samples,
             "seed": args.seed,
             "command": shlex.join(["crrelu", "eafo", "fit", *argv]),
@@ -61,18 +62,21 @@ def run(argv: list[str]) -> int:
         "sites before it are patched, so they differ a little from these):",
         file=sys.stderr,
     )
+    count, number = next(iter(preactivations.amount(blocks))), args.tokens
+    number = args.images if count == "images" else number
     print(
-        f"  {shlex.join([*patch, '--calibration_tokens', str(args.tokens), '--output_dir', 'patched'])}",
-        file=sys.stderr,
+        f"  {shlex.join([*patch, f'--calibration_{count}', str(number), '--output_dir', 'patched'])}", file=sys.stderr
     )
     return 0
 
 
 def _table(document: dict[str, Any]) -> str:
+    from crrelu_llm.eafo.models.preactivations import amount_of
+
     sites = document["sites"]
     width = max(len(site["path"]) for site in sites)
     lines = [
-        f"{document['model']} on {document['tokens']} tokens of {document['data']}",
+        f"{document['model']} on {amount_of(document)} of {document['data']}",
         f"{'site':{width}}  {'μ':>7} {'σ':>7} {'skew':>6} {'kurt':>7} {'x>0':>5} {'entropy':>8} {'negentr':>8}  "
         f"{'fitted':>13}  {'standard':>13}",
     ]

@@ -87,11 +87,13 @@ def _measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     from crrelu_llm.eafo.models import preactivations, rank
 
     loading = {"trust_remote_code": args.trust_remote_code}
-    model, blocks = preactivations.load(args.model, args.data, args.tokens, **loading)
+    model, blocks = preactivations.load(args.model, args.data, args.tokens, args.images, **loading)
     if args.finetuned:  # read before anything is measured: a wrong name must not cost the measurement
-        finetuned, own = preactivations.load(args.finetuned, args.data, args.tokens, **loading)
+        finetuned, own = preactivations.load(args.finetuned, args.data, args.tokens, args.images, **loading)
         if own.shape != blocks.shape or bool((own != blocks).any()):
-            raise InputError(f"--finetuned {args.finetuned}: its tokenizer reads other tokens than {args.model}'s")
+            raise InputError(
+                f"--finetuned {args.finetuned}: it reads the data as other tokens or pixels than {args.model}"
+            )
     models = [("pretrained", args.model, model)]
     if args.untrained:
         models.append(("untrained", args.model, preactivations.untrained(model, args.seed)))
@@ -101,7 +103,7 @@ def _measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     for state, path, loaded in models:
         sites = preactivations.measure(loaded, blocks, args.samples, args.seed, f"Pre-activations ({state})")
         found.append({"state": state, "model": path, **rank.rank(sites, names, args.epsilon)})
-    return {"model": args.model, "tokens": blocks.numel(), "models": found}
+    return {"model": args.model, **preactivations.amount(blocks), "models": found}
 
 
 def _text(document: dict[str, Any]) -> str:

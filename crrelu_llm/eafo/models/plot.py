@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.eafo.models.preactivations import amount_of
+
 FIT_PLOT, RANK_PLOT, LOSS_PLOT = "eafo_fit.png", "eafo_rank.png", "eafo_losses.png"
 _OURS, _OTHERS, _THIRD = "#1f6f8b", "#c4472b", "#b8b8b8"
 _MOST = 4  # layers in a picture: more are not readable side by side
@@ -41,7 +43,7 @@ def plot_fit(document: dict[str, Any], path: Path) -> None:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         axes[0, 0].set_ylabel("density")
         axes[1, 0].set_ylabel("correction of ReLU, p′")
-        figure.suptitle(f"{document['model']}: {document['tokens']} tokens of {document['data']}", fontsize=9)
+        figure.suptitle(f"{document['model']}: {amount_of(document)} of {document['data']}", fontsize=9)
         _save(figure, path)
 
 

@@ -11,9 +11,11 @@ from crrelu_llm.eafo.density import Array
 from crrelu_llm.eafo.estimates import MIN_SAMPLES
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
+from crrelu_llm.patching.calibration.pixels import calibration_pixels
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.text import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
+from crrelu_llm.patching.feeding import batch_size, run_on
 from crrelu_llm.patching.finite import evaluating
 from crrelu_llm.patching.modules.hidden import conceal, expose
 from crrelu_llm.patching.sites import Site, find_sites
@@ -43,21 +45,35 @@ class Preactivations:
     samples: Array
 
 
-def load(model: str, data: str, tokens: int, **options: Any) -> tuple[Any, Tensor]:
-    """A MODEL in float32, and text for it as token ids, `(blocks, tokens)`, int64.
+def load(model: str, data: str, tokens: int, images: int = 256, **options: Any) -> tuple[Any, Tensor]:
+    """A MODEL in float32, and text for it as token ids, `(blocks, tokens)`, int64; of an image model pixels of images.
 
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         data: `builtin:` data, a local file, or a hub name.
         tokens: How many tokens to read.
+        images: How many images, of an image model.
         **options: For transformers' `from_pretrained`: `trust_remote_code`.
 
     Raises:
         InputError: A model or text that cannot be read, or too little text.
     """
-    tokenizer = loading.load_tokenizer(model, **options)
-    blocks = calibration_blocks(data, tokenizer, tokens, loading.load_config(model, **options))
+    config = loading.load_config(model, **options)
+    if loading.head_of(config) == loading.IMAGE_CLASSIFIER:
+        blocks = calibration_pixels(data, loading.load_processor(model, **options), images, config)
+    else:
+        blocks = calibration_blocks(data, loading.load_tokenizer(model, **options), tokens, config)
     return loading.load_model(model, **options), blocks
+
+
+def amount(blocks: Tensor) -> dict[str, int]:
+    """How much input it is: `{tokens}`, or `{images}`."""
+    return {"images": len(blocks)} if blocks.is_floating_point() else {"tokens": blocks.numel()}
+
+
+def amount_of(document: dict[str, Any]) -> str:
+    """The same of a document that has it, in words."""
+    return next(f"{document[name]} {name}" for name in ("tokens", "images") if name in document)
 
 
 def untrained(model: Any, seed: int = 0) -> Any:
@@ -75,8 +91,8 @@ def measure(
     The memory needed beside the model's own is one batch of a site in float64, and `samples` numbers a site.
 
     Args:
-        model: A causal LM; it comes back as it was.
-        blocks: Token ids, `(blocks, tokens)`, int64.
+        model: A causal LM, or an image model; it comes back as it was.
+        blocks: Token ids, `(blocks, tokens)`, int64, or the pixels of images.
         samples: How many pre-activations of a site to keep.
         seed: Of the sampling.
         description: Of the progress bar.
@@ -95,14 +111,13 @@ def measure(
     hidden = [site.path for site in sites if site.kind == "functional"]
     expose(model, hidden)
     seen = {site.path: _Seen(samples, [seed, index]) for index, site in enumerate(sites)}
-    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
     device, home = computing_device(model), next(model.parameters()).device
     try:
         if device != home:
             model.to(device)
         with evaluating(model), torch.no_grad(), tapped(model, sites, lambda path, x, *_: seen[path].add(x)):
-            for batch in tqdm(blocks.split(4), desc=description, unit="batch", disable=None):
-                backbone(input_ids=batch.to(device), use_cache=False)
+            for batch in tqdm(blocks.split(batch_size(blocks)), desc=description, unit="batch", disable=None):
+                run_on(model, batch.to(device), head=False)
     finally:
         if device != home:
             model.to(home)

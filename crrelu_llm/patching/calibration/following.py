@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.patching.calibration.taps import tapped
+from crrelu_llm.patching.feeding import run_on
 from crrelu_llm.patching.sites import Site
 
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the features' mean square
@@ -19,7 +20,7 @@ def find_following(model: nn.Module, sites: list[Site], input_ids: Tensor) -> di
     Args:
         model: The model, as it is before the patch.
         sites: Its sites.
-        input_ids: A few tokens, `(1, tokens)`.
+        input_ids: A few tokens, `(1, tokens)`, or the pixels of an image.
 
     Returns:
         By the site's path. A site whose product goes elsewhere (fused experts, a norm in between), or to a layer that
@@ -58,10 +59,9 @@ class Flow:
         self._weights = [id(linear.weight) for linear in linears]
         self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         hooks = [linear.register_forward_hook(self._called) for linear in linears]
-        backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
         try:
             with tapped(model, sites, self._seen), torch.no_grad():
-                backbone(input_ids=input_ids, use_cache=False)
+                run_on(model, input_ids, head=False)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.compat.torch import tree_flatten, tree_map_only
+from crrelu_llm.patching.feeding import batch_size, run_on
 from crrelu_llm.patching.sites import Site
 
 logger = logging.getLogger("crrelu_llm")
@@ -42,10 +43,9 @@ class Walk:
     outside the layers (see `computing_device`).
 
     Args:
-        model: A causal LM in evaluation mode.
+        model: A causal LM or an image classifier in evaluation mode.
         sites: Its sites.
-        blocks: Token ids, `(blocks, tokens)`, int64.
-        batch_size: Blocks in a forward pass.
+        blocks: Token ids, `(blocks, tokens)`, int64; or pixels, an image each (see `run_on`).
 
     Attributes:
         held_back: While it runs: whether the text that runs is there to judge by, not to fit to.
@@ -53,13 +53,13 @@ class Walk:
         seconds: What that took, without what was done `aside`.
     """
 
-    def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor, batch_size: int = 4):
-        self.backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)  # without the LM head
+    def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor):
         self.model = model
         self.home = next(model.parameters()).device
         fitted, judging = _divided(blocks.to(self.home))
-        self.batches = [*fitted.split(batch_size), *(judging.split(batch_size) if len(judging) else ())]
-        self._judging = -(-len(fitted) // batch_size)  # from this batch on
+        size = batch_size(blocks)
+        self.batches = [*fitted.split(size), *(judging.split(size) if len(judging) else ())]
+        self._judging = -(-len(fitted) // size)  # from this batch on
         self.held_back = False
         self.passes = self.seconds = 0.0
         self._aside = 0.0
@@ -142,7 +142,7 @@ class Walk:
 
     def _call(self, batch: Tensor) -> None:
         with torch.no_grad():
-            self.backbone(input_ids=batch, use_cache=False)
+            run_on(self.model, batch, head=False)
 
     def _move_the_rest(self, device: torch.device) -> None:
         """Moves what is outside the layers, and the text."""
@@ -174,7 +174,7 @@ class Walk:
         owners = [id(self.model.get_submodule(site.owner)) for layer in self.layers for site in layer.sites]
         if sorted(self._calls) != sorted(layer.path for layer in self.layers) or len(set(owners)) < len(owners):
             return False
-        probe = self.batches[0][:, :_PROBE_TOKENS]
+        probe = self.batches[0][:4, :_PROBE_TOKENS]  # of pixels: every channel
         outputs: list[Any] = []
         hooks = [
             self.model.get_submodule(layer.path).register_forward_hook(lambda m, a, o: outputs.append(_copied(o)))

@@ -1,4 +1,6 @@
-"""The kinds of training: TRL's trainers. A new kind is one file here, with its `KIND`, and one line in `KINDS`.
+"""The kinds of training: TRL's trainers, and transformers' own on images.
+
+A new kind is one file here, with its `KIND`, and one line in `KINDS`.
 
 Whatever differs between trainers is asked of the kind; `kind.py` says what a kind answers.
 """
@@ -17,6 +19,7 @@ KINDS = {
     "reward": "one training of a reward model (TRL's RewardTrainer) of one activation",
     "grpo": "one run on rewards of sampled answers (TRL's GRPOTrainer) of one activation",
     "rloo": "the same with TRL's RLOOTrainer",
+    "image": "one training of an image classifier (transformers' Trainer) of one activation",
 }
 
 

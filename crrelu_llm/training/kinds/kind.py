@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trl import ScriptArguments
@@ -57,6 +58,11 @@ class Kind:
         drawn: The training rows of one seed of a comparison, where the trainer itself takes them in their order.
         check: Raises InputError for options that do not go together; called with the recipe and a prefix for messages.
         arguments: Further arguments of the trainer.
+        skeleton: The recipe's model without weights, checked, where that is not a language model's.
+        check_rows: Raises InputError for a row that cannot be used, where rows are no text; called with the recipe, a
+            split and its name.
+        start: The MODEL that a run starts from before any patch; called with the recipe, the training rows, and a
+            directory to make it in.
     """
 
     name: str
@@ -81,6 +87,9 @@ class Kind:
     drawn: Callable[[Any, int], Any] = _in_order
     check: Callable[[Any, str], None] = _no_check
     arguments: Callable[[Any], dict[str, Any]] = _no_arguments
+    skeleton: Callable[[Any], Any] | None = None
+    check_rows: Callable[[Any, Any, str], None] | None = None
+    start: Callable[[Any, Any, Path], str] | None = None
 
 
 def refuse_moving_references(recipe: Any, where: str) -> None:

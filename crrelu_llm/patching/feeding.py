@@ -1,0 +1,31 @@
+"""What a model is run on while it is looked at: token ids, or pixels of images."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_on(model: nn.Module, batch: Tensor, head: bool = True) -> Any:
+    """Runs a model.
+
+    Args:
+        model: A language model, or an image model.
+        batch: Token ids, `(batch, tokens)`, int64; or pixels, `(batch, channels, height, width)`, of a floating dtype;
+            where the model is.
+        head: Whether the head of a language model runs too, which takes most of the memory.
+
+    Returns:
+        The model's outputs.
+    """
+    if batch.is_floating_point():
+        dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+        return model(pixel_values=batch.to(dtype))
+    if not head:
+        model = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    return model(input_ids=batch, use_cache=False)
+
+
+def batch_size(batch: Tensor) -> int:
+    """How many rows go through a model at once where only activations are wanted."""
+    return 32 if batch.is_floating_point() else 4
