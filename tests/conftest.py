@@ -119,6 +119,15 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def sketched(monkeypatch):
+    """Figures are drawn, and not turned into SVG, which takes most of a report's time."""
+    from crrelu_llm.report import differences, plots
+
+    for module in (plots, differences):
+        monkeypatch.setattr(module, "inline_svg", lambda figure, name: "<svg></svg>")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_power_failure():
     """What tests write need not survive one: files are not forced onto the disk."""

@@ -12,7 +12,7 @@ _RANGE = re.compile(r"\d+(-\d*)?")
 
 def is_mixture(activation: str) -> bool:
     """Whether an activation is several, by layer."""
-    return "=" in activation
+    return isinstance(activation, str) and "=" in activation
 
 
 def text_of(activation: Any) -> Any:
@@ -27,9 +27,11 @@ def names_of(activation: str) -> list[str]:
     return list(dict.fromkeys(name for _, name in _parts(activation))) if is_mixture(activation) else [activation]
 
 
-def check(activation: str) -> None:
+def check(activation: Any) -> None:
     """Raises InputError for an unknown name, and for layers that cannot be, or have two activations."""
     known = activation_names()
+    if not isinstance(activation, str):
+        raise InputError(f"unknown activation {activation!r}; choose one of {', '.join(known)}")
     for name in names_of(activation):
         if name not in known:
             raise InputError(f"unknown activation {name!r}; choose one of {', '.join(known)}")

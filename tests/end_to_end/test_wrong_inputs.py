@@ -137,7 +137,7 @@ WRONG_MODELS = {
     "config-a-list": lambda d: (d / "config.json").write_text("[]"),
     "config-no-type": lambda d: (d / "config.json").write_text("{}"),
     "config-unknown-type": lambda d: _config(d, model_type="gpt9"),
-    "config-encoder-decoder": lambda d: (d / "config.json").write_text('{"model_type": "vit"}'),
+    "config-encoder-decoder": lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
     "config-width": lambda d: _config(d, n_embd=64),
     "config-vocabulary": lambda d: _config(d, vocab_size=999),
     "config-heads": lambda d: _config(d, n_head=7),

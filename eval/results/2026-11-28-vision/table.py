@@ -1,6 +1,6 @@
 """The table of image-classification families: which are patched, with how many sites, and why the others are not.
 
-    PYTHONPATH=tests/support python eval/results/2026-11-28-vision/table.py > eval/results/2026-11-28-vision/families.md
+    PYTHONPATH=tests/support python eval/results/2026-11-28-vision/table.py
 
 Every model is built tiny from its default configuration; tests/patching/test_image_families.py holds the same facts,
 and patches, runs, reloads and unpatches each.

@@ -207,7 +207,7 @@ def test_whatever_surrounds_an_activation_it_gets_the_whole_fit(change, monkeypa
     sites = find_sites(model)
     change(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(sys.modules["crrelu_llm.patching.patch"], "survey", lambda model: (sites, []))
+    monkeypatch.setattr(sys.modules["crrelu_llm.patching.patch"], "survey", lambda model, parts: (sites, []))
     naive, changed = copy.deepcopy(model), copy.deepcopy(model)
     wanted = logits(model)
     patch(naive, calibration="none")
