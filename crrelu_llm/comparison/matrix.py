@@ -97,8 +97,8 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
     with _interrupts() as interrupted:
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
-            name = str(directory.relative_to(comparison.output_dir))
-            label = f"[{index + 1}/{len(todo)}] {name}"
+            label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
+            name = ", ".join([arm.name, *filter(None, [grid_name(point)]), f"seed {seed}"])
             if from_main(is_done(directory)):
                 _discard(comparison, directory)  # the call that made it may have been killed before
                 lines.keep(name) if lines else _say(f"{label}: kept")
