@@ -166,7 +166,7 @@ def test_every_command_is_documented():
 
 
 def test_the_table_of_the_activation_section():
-    from crrelu_llm.training.arguments import ActivationArguments
+    from crrelu_llm.training.activation_section import ActivationArguments
 
     text = (ROOT / "docs/fine-tune.md").read_text(encoding="utf-8")
     section = text.partition("## The activation section")[2].partition("\n## ")[0]

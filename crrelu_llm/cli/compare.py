@@ -37,6 +37,7 @@ def _parser() -> Parser:
     add("--after", help="a comparison whose trained models the runs start from, each from that of its arm and seed")
     add("--patched_dir", help="where the patched copies are, to share with other comparisons (default: output_dir)")
     add("--discard_models", action="store_true", help="keep metrics and reports, but not the trained models")
+    parser.set_defaults(calm=False)  # `crrelu quickstart` alone is
     return parser
 
 
@@ -89,7 +90,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         tune=parse_tune(args.tune),
         patched_dir=Path(args.patched_dir) if args.patched_dir else None,
         after=Path(args.after) if args.after else None,
-        calm=getattr(args, "calm", False),
+        calm=args.calm,
     )
     try:
         run_comparison(comparison)

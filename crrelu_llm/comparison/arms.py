@@ -34,7 +34,7 @@ def parse_arm(text: str) -> Arm:
         InputError: An unknown activation or option, or an option without a value.
     """
     from crrelu_llm.patching import mixture
-    from crrelu_llm.training.arguments import ActivationArguments
+    from crrelu_llm.training.activation_section import ActivationArguments
 
     activation, *parts = text.split(":")
     if activation != NATIVE:

@@ -94,7 +94,7 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
     lines = Lines(len(todo)) if comparison.calm else None
-    with _interrupts() as interrupted:
+    with _interrupts() as interrupted, contextlib.closing(lines) if lines else contextlib.nullcontext():
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
             label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"

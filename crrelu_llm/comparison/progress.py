@@ -24,7 +24,7 @@ class Lines:
     def __init__(self, runs: int):
         self.runs, self.ended, self.kept = runs, 0, 0
         self.started = self.began = time.monotonic()
-        self.label = ""
+        self.label, self._moving = "", False
         self.moves = sys.stderr.isatty() and PartialState().is_main_process
 
     def begin(self, label: str) -> None:
@@ -54,11 +54,17 @@ class Lines:
         self.kept += 1
         self._write(f"{self._place(self.ended)} {label}: kept", "\n")
 
+    def close(self) -> None:
+        """Takes a line that moves away: what is printed next has one of its own."""
+        if self._moving:
+            self._write("", "")
+
     def _show(self, part: float) -> None:
         if self.moves:
             full = round(part * _CELLS)
             bar = "━" * full + "╌" * (_CELLS - full)
             self._write(f"{self._place(self.ended + 1)} {self.label} {bar}{self._left(self.ended + part)}", "")
+            self._moving = True
 
     def _place(self, number: int) -> str:
         return f"[{number:{len(str(self.runs))}}/{self.runs}]"
@@ -71,6 +77,7 @@ class Lines:
         return f", about {duration(max(left, 10.0))} left"
 
     def _write(self, line: str, end: str) -> None:
+        self._moving = False
         if PartialState().is_main_process:
             begin = "\r\x1b[K" if self.moves else ""
             print(f"{begin}{line}", end=end, file=sys.stderr, flush=True)

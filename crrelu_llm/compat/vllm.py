@@ -23,13 +23,15 @@ _CONFIG = "vllm.config.model"
 _BACKEND = "vllm.model_executor.models.transformers.base"
 _ADAPTER = "vllm.lora.peft_helper"
 _ATTENTION = "vllm"  # vLLM's name for its attention in transformers
-_COMPILED, _SKIPPED = "TorchCompileWithNoGuardsWrapper", "do_not_compile"  # a class, and what its models are asked
+# The class that vLLM makes a decoder's class a child of, and what it then asks each model of that class.
+_COMPILED, _SKIPPED = "TorchCompileWithNoGuardsWrapper", "do_not_compile"
 _INSTALLED, _SHARED = "_crrelu_installed", "_crrelu_shared"
 RELIES_ON = (
     Private(f"{_CONFIG}:ModelConfig.verify_with_parallel_config", "refusals", takes=("parallel_config",)),
     Private(f"{_BACKEND}:Base.recursive_replace", "the channels of a site would not be shared among processes"),
     Private(f"{_BACKEND}:Base._create_hf_to_vllm_mapper", "GPT-2's weights would not be loaded"),
     Private(f"{_BACKEND}:Base.keep_in_fp32", "ε would be rounded in bfloat16 models", takes=("module",)),
+    Private(f"vllm.compilation.wrapper:{_COMPILED}", "a model trained beside vLLM in one process could not be called"),
     Private(f"{_ADAPTER}:PEFTHelper.validate_legal", "what to do with an adapter that trained ε", ("lora_config",)),
 )
 

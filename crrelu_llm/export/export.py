@@ -83,15 +83,20 @@ def export_model(
             "versions": versions() | versions_of(found),
             "seconds": time.perf_counter() - started,
         }
-        with writing(str(target)):
-            write_json(scratch / REPORT, report)
-            sync(scratch)
-            if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
-                target.rmdir()
-            os.replace(scratch, target)
+        _place(scratch, target, report)
     finally:
         remove(scratch)
     return report
+
+
+def _place(scratch: Path, target: Path, report: dict[str, Any]) -> None:
+    """Gives a whole export, with its report, its name."""
+    with writing(str(target)):
+        write_json(scratch / REPORT, report)
+        sync(scratch)
+        if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
+            target.rmdir()
+        os.replace(scratch, target)
 
 
 def require_patched(config: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint in, patched checkpoint out, with its patch report beside the weights."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -30,6 +31,8 @@ from crrelu_llm.patching.sites import find_sites
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
+# What the report of a checkpoint that was converted alone has no value for.
+_EMPTY = ("activation", "epsilon_per", "options", "calibration", "perplexity")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -97,27 +100,26 @@ def patch_checkpoint(
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     with _keeping(progress):
         if config is None:
-            report |= {"activation": None, "epsilon_per": None, "options": None, "sites": [], "skipped": []}
-            report |= {"calibration": None, "perplexity": None}
+            report |= dict.fromkeys(_EMPTY) | {"sites": [], "skipped": []}
         else:
-            linears = None
-            if fold:
-                linears = find_linears(loaded, find_sites(loaded, config.parts), probe)
+            linears = find_linears(loaded, find_sites(loaded, config.parts), probe) if fold else None
             report |= _patch(
                 model, loaded, tokenizer, config, probe, blocks, progress, linears, perplexity, perplexity_of or {}
             )
         report |= {"seconds": time.perf_counter() - started, "versions": versions()}
-
-        def describe(directory: Path) -> None:
-            found = section.read(loaded.config)
-            if found is not None:
-                header = readme.header_of_model(model, options.get("revision"))
-                readme.write(directory, Path(output_dir).resolve().name, found, header)
-            if loads_alone:
-                standalone.write_standalone(directory, Path(output_dir).resolve().name)
-
+        header = readme.header_of_model(model, options.get("revision")) if config is not None else ""
+        describe = functools.partial(_describe, loaded, Path(output_dir).resolve().name, header, loads_alone)
         loading.save(loaded, tokenizer, output_dir, {REPORT: report, ORIGIN: made_from}, describe)
     return report
+
+
+def _describe(model: Any, name: str, header: str, loads_alone: bool, directory: Path) -> None:
+    """Writes what stands beside the weights of a checkpoint: its README and, where asked for, its own code."""
+    found = section.read(model.config)
+    if found is not None:
+        readme.write(directory, name, found, header)
+    if loads_alone:
+        standalone.write_standalone(directory, name)
 
 
 def progress_dir(output_dir: str | Path) -> Path:

@@ -13,7 +13,7 @@ from crrelu_llm.patching.blend import Blend
 from crrelu_llm.patching.modules import fused
 from crrelu_llm.secrets import hidden
 from crrelu_llm.training.activation_l1 import ActivationL1Mixin
-from crrelu_llm.training.arguments import ActivationArguments
+from crrelu_llm.training.activation_section import ActivationArguments
 from crrelu_llm.training.blending import BlendCallback, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, EpsilonLearns, quieten
 from crrelu_llm.training.density import DensityCallback, density_means

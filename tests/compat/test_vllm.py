@@ -10,7 +10,7 @@ from torch import nn
 
 from crrelu_llm import patch
 from crrelu_llm.activation import AFFINE
-from crrelu_llm.compat.vllm import check, materialise, share
+from crrelu_llm.compat.vllm import check, leave_alone, materialise, share
 from crrelu_llm.errors import InputError
 
 
@@ -86,6 +86,27 @@ def test_buffers_without_memory_get_it_and_their_start_values(llama):
     shift = module.shift.clone()
     materialise(model, "cpu")
     assert module.scale.eq(1).all() and module.offset.eq(0).all() and torch.equal(module.shift, shift)
+
+
+def test_a_model_built_before_vllm_in_one_process_can_still_be_called(llama):
+    """vLLM makes the decoder's class a child of one of its own, which asks each model whether it is compiled."""
+    wrapper = type("TorchCompileWithNoGuardsWrapper", (), {})
+    decoder = type(llama.model)
+    asking = type(decoder.__name__, (decoder, wrapper), {"__call__": _asks})
+    model, x = copy.deepcopy(llama), torch.arange(3, 12)[None]
+    model.model.__class__ = asking
+    with torch.no_grad():
+        expected = llama(x).logits
+        with pytest.raises(AttributeError, match="do_not_compile"):
+            model(x)
+        leave_alone(model)
+        assert torch.equal(model(x).logits, expected)
+    assert not hasattr(model.lm_head, "do_not_compile")
+
+
+def _asks(self, *args, **kwargs):
+    assert self.do_not_compile
+    return self.forward(*args, **kwargs)
 
 
 class TestCheck:

@@ -16,7 +16,7 @@ from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import section
 from crrelu_llm.training import processes
-from crrelu_llm.training.arguments import ActivationArguments
+from crrelu_llm.training.activation_section import ActivationArguments
 from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.prepare import starting_checkpoint
 from crrelu_llm.training.run import train_and_save

@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
         patched_dir=None,
         after=None,
         discard_models=not args.keep_models,
+        calm=False,
     )
     command = shlex.join(["crrelu", "eafo", "epsilon", *without_secrets(argv)])
     with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs; stdout has the result alone
