@@ -62,10 +62,6 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         discard_models=True,
         calm=True,
     )
-    print(
-        "A nano GPT-2 (GELU) learns new text with four activations.",
-        file=sys.stderr,
-    )
     failed = run_matrix(asked, recipe, shlex.join(["crrelu", "quickstart", *argv]))
     write(Path(args.output_dir))
     report = json.loads((Path(args.output_dir) / "report.json").read_text())

@@ -61,7 +61,7 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monk
         patched.setattr(matrix, "build_trainer", interrupted)
         assert main([*OPTIONS, str(directory)]) == 130
     error = capsys.readouterr().err
-    assert "\n[1/4] native, seed 0: loss " in error and "'loss'" not in error
+    assert "[1/4] native, seed 0: loss " in error and "'loss'" not in error
     assert "Traceback" not in error and "1 of 4 runs are finished and kept; run the same command again" in error
     first = directory / "native" / "seed-0" / "run.json"
     stamp = first.stat().st_mtime_ns

@@ -283,6 +283,10 @@ def bad_data(path, change):
     return {"dataset_name": str(path)}
 
 
+def broken_first(path):
+    (path / "train" / "dark" / "0.png").write_bytes(b"\x89PNG no image")
+
+
 def broken(path):
     (path / "train" / "dark" / "1.png").write_bytes(b"\x89PNG no image")
 
@@ -296,6 +300,7 @@ def sixteen_bits(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (broken_first, "dark/0.png: cannot be read as an image"),
         (broken, "dark/1.png: cannot be read as an image"),
         (sixteen_bits, "dark/1.png: an image of mode I;16; give 8 bits a channel"),
     ],
