@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from eafo.models.test_predict import ARMS, write_comparison
+from comparisons import ARMS, write_comparison
 
 from crrelu_llm.cli import main as command_line
 

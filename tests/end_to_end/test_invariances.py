@@ -4,12 +4,12 @@
 """
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from launches import launch
 from peft import AutoPeftModelForCausalLM
 from runs import LORA, Workshop, losses
 from safetensors.torch import load_file
@@ -17,9 +17,6 @@ from tiny import logits, tiny_model
 from transformers import AutoModelForCausalLM
 
 import crrelu_llm
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
-from launches import launch
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from suite_data import arc, by_hand, language_model, write, write_all
+from suite_data import arc, by_hand, language_model, prepared, write, write_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crrelu_llm.errors import InputError
@@ -30,20 +30,6 @@ PLAIN = {
     "doc_to_target": "{{choices.label.index(answerKey)}}",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
-
-
-@pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    """A data_dir with five small tasks, and a data cache of its own."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return write_all(tmp_path / "data")
-
-
-def prepared(name, data_dir, limit=None, chat=False):
-    (spec,) = read_suite("local", [name])
-    return HarnessTask(spec, data_dir, limit, chat, manager_for([spec]))
 
 
 def plainly(data_dir, tmp_path, checkpoint, **options):

@@ -3,20 +3,10 @@
 import gzip
 
 import pytest
-from suite_data import arc, blimp, pairs, write, write_all
-from test_harness import prepared
+from suite_data import arc, blimp, pairs, prepared, write
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.preference import PreferenceTask
-
-
-@pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    """A data_dir with five small tasks, and a data cache of its own."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return write_all(tmp_path / "data")
 
 
 def _changed(rows, number, **columns):

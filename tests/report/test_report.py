@@ -5,69 +5,19 @@ import json
 import math
 import os
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import synthetic
+from report_pages import EVIL, Page
 
 from crrelu_llm.report import text as spelling
 from crrelu_llm.report import verdict_sentence, write_report
 
-EVIL = '<script>alert("x")</script> | `a` $b$ *c*'
 COMPARISON_FIELDS = {
     "metric", "higher_is_better", "baseline", "candidate", "baseline_mean", "candidate_mean", "difference", "ci_low",
     "ci_high", "confidence", "p_value", "p_adjusted", "unit", "n", "verdict",
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Collects tables (by the label of their box), ids, addresses and the balance of tags."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self._label = ""
-        self._cell = False
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-                self.addresses.append(value)
-        if tag == "div" and ("role", "region") in attributes:
-            self._label = dict(attributes)["aria-label"]
-            self.tables[self._label] = []
-        if tag == "tr":
-            self.tables[self._label].append([])
-        if tag in ("td", "th"):
-            self._cell = True
-            self.tables[self._label][-1].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self._cell = False
-
-    def handle_data(self, data):
-        if self._cell:
-            self.tables[self._label][-1][-1] += data
 
 
 def write(report, folder):

@@ -7,7 +7,7 @@ import pytest
 import synthetic
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import EVIL, Page
+from report_pages import EVIL, Page
 
 from crrelu_llm.report import write_report
 from crrelu_llm.report.render import escape_markdown

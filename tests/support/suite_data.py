@@ -87,3 +87,12 @@ def by_hand(directory, ids, start):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     return logits.gather(1, torch.tensor(ids)[1:, None])[start - 1 :].sum().item()
+
+
+def prepared(name, data_dir, limit=None, chat=False):
+    """A task of the local suite; lm-eval is imported here, since not all that need the data need it."""
+    from crrelu_llm.evaluation.harness import HarnessTask, manager_for
+    from crrelu_llm.evaluation.suites import read_suite
+
+    (spec,) = read_suite("local", [name])
+    return HarnessTask(spec, data_dir, limit, chat, manager_for([spec]))

@@ -22,7 +22,7 @@ def interpreter(variable: str) -> str:
     """The Python of an environment."""
     path = os.environ.get(variable)
     if not path:
-        pytest.fail(f"set {variable} to the Python of an environment made as tests/serving/conftest.py says")
+        pytest.fail(f"set {variable} to the Python of an environment made as tests/support/environments.py says")
     return str(Path(path).absolute())
 
 
