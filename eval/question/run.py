@@ -46,8 +46,8 @@ SETTINGS = {
         {"calibration_tokens": "8192"},
     ),
     "smollm2": Setting(
-        ("native", "gelu", "relu", "crrelu", PLAIN), (3, 3), (20, 20), ("1e-4,2e-4,4e-4", "1e-5,2e-5,4e-5"),
-        {"calibration_tokens": "16384"},
+        ("native", "gelu", "relu", "crrelu"), (3, 3), (20, 20), ("1e-4,3e-4", "1e-5,3e-5"),
+        {"calibration_tokens": "16384", "per_device_train_batch_size": "4"},
     ),
     "gemma": Setting(
         ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
