@@ -1,14 +1,13 @@
 """`crrelu card`: a Hugging Face model card of a patched checkpoint."""
 
-import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import DiskError, InputError
+from crrelu_llm.files import write_text
 
 
 def _parser() -> Parser:
@@ -44,16 +43,10 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.comparison.card import card
 
     text = card(checkpoint, _report(args.report), args.arm)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
+        write_text(path, text)
+    except OSError as error:  # a file stands where a directory should, or the other way round
         raise DiskError(f"{path} could not be written: {str(error.strerror).lower()}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
     print(f"saved to {path}", file=sys.stderr)
     if args.push_to_hub:
         from huggingface_hub import ModelCard

@@ -1,9 +1,7 @@
 """`crrelu eafo derive`: the correction of an activation for a density, written out."""
 
 import json
-import os
 import sys
-from pathlib import Path
 
 from crrelu_llm.cli.eafo.common import writable
 from crrelu_llm.cli.parser import Parser
@@ -44,7 +42,7 @@ def run(argv: list[str]) -> int:
 
     from crrelu_llm.eafo import activations, derivation, parsing
     from crrelu_llm.eafo.correction import correct
-    from crrelu_llm.files import plain, write_json
+    from crrelu_llm.files import plain, write_json, write_text
 
     chosen = activations.NAMES if args.activation == "all" else (args.activation,)
     densities = ALL_DENSITIES if args.density == "all" else (args.density,)
@@ -53,7 +51,7 @@ def run(argv: list[str]) -> int:
     documents = [derivation.document(correct(activation, density)) for activation, density in bar]
     if directory is not None:
         write_json(directory / "derivation.json", plain(documents))
-        _write_latex(directory / "derivation.tex", documents)
+        write_text(directory / "derivation.tex", _latex(documents))
     if args.json:
         print(json.dumps(plain(documents if len(documents) > 1 else documents[0]), indent=2, ensure_ascii=False))
     elif len(documents) > 1:
@@ -67,12 +65,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _write_latex(path: Path, documents: list[dict[str, object]]) -> None:
-    parts = [
+def _latex(documents: list[dict[str, object]]) -> str:
+    return "\n".join(
         f"% {found['activation']} for {found['density']}\n\\[ {found['latex']} \\]\n"
         for found in documents
         if found["latex"]
-    ]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(scratch, path)
+    )
