@@ -75,6 +75,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _summary(report: dict[str, Any]) -> str:
     """The results as a small table, and the verdict."""
+    from crrelu_llm.columns import aligned
     from crrelu_llm.report import text
     from crrelu_llm.report.contents import by_seed, find_arm
     from crrelu_llm.report.headline import headline
@@ -96,6 +97,4 @@ def _summary(report: dict[str, Any]) -> str:
                 text.interval(entry.get("ci_low"), entry.get("ci_high"), "{:.4f}") if entry else "",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", headline(report, page_of(report).draw(report)) + "."])
+    return "\n".join([*aligned(rows), "", headline(report, page_of(report).draw(report)) + "."])

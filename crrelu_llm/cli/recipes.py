@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
+from crrelu_llm.columns import aligned
 from crrelu_llm.errors import InputError
 from crrelu_llm.recipes_path import recipes_dir
 
@@ -65,9 +66,7 @@ def _list(as_json: bool) -> None:
         rows = [{"name": name, "path": str(path), "summary": _summary(path)} for name, path in recipes.items()]
         print(json.dumps(rows, indent=2))
         return
-    width = max(map(len, recipes))
-    for name, path in recipes.items():
-        print(f"{name:{width}}  {_summary(path)}")
+    print("\n".join(aligned([(name, _summary(path)) for name, path in recipes.items()])))
 
 
 def _copy(source: Path, destination: Path) -> Path:
