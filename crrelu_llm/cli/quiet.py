@@ -1,10 +1,10 @@
-"""Less noise in commands that run many trainings: one progress bar a run, no bars and hints for each small step."""
+"""Less output from libraries in commands that run many trainings: no bars and hints for each small step."""
 
 import os
 
 
 def quieten_libraries() -> None:
-    """Turns off the bars of loading, saving and mapping, and the libraries' hints; warnings of ours stay."""
+    """Turns off the bars of loading, saving and mapping, and the libraries' hints; this package's warnings stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

@@ -308,7 +308,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_
     good = options(place, f"native={tiny_checkpoint}")
     other = options(place, "gone=./nowhere")
     assert "no such directory" in refused(capsys, *other)
-    assert "--baseline gelu is none of the models: native" in refused(capsys, *good, "--baseline", "gelu")
+    assert "--baseline gelu is not one of the models: native" in refused(capsys, *good, "--baseline", "gelu")
     assert "--reference x is none" in refused(capsys, *good, "--reference", "x")
     assert "no such task" in refused(capsys, *good[:-4], "--tasks", "pica")
     assert "no such suite" in refused(capsys, "eval", "--models", "a=b", "--suite", "x", "--output_dir", "o")
