@@ -82,10 +82,10 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     output_dir = options.writable_if_given(args.output_dir, args.plot)
     from crrelu_llm.bench.table import text
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
     from crrelu_llm.kernels import choice
+    from crrelu_llm.quiet import quieten_libraries
 
     device = _device(args.device)
     choice.forced()  # a wrong name in the environment is said before anything is measured
@@ -103,7 +103,7 @@ def run(argv: list[str]) -> int:
     if output_dir is not None:
         write_json(output_dir / "bench.json", document)
         if args.plot:
-            from crrelu_llm.bench.plot import PLOT, plot
+            from crrelu_llm.bench.bar_plot import PLOT, plot
 
             plot(document, output_dir / PLOT)
         _say(f"saved to {output_dir}")

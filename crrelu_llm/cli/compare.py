@@ -80,11 +80,11 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str, c
     """Runs a comparison without its report; returns the error that says which runs failed, if some did."""
     if len(set(args.seeds)) != len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
         raise InputError(f"--seeds must be different whole numbers of 0 or more, not {' '.join(map(str, args.seeds))}")
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
     from crrelu_llm.comparison.definition import Comparison
     from crrelu_llm.comparison.matrix import RunsFailed, run_comparison
     from crrelu_llm.comparison.tuning import parse_tune
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     arms = parse_arms(args.arms)

@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     )
     options.add_json(parser, "text")
     args = parser.parse_args(argv)
-    from crrelu_llm.cli.quiet import quieten_libraries
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     from crrelu_llm.compat import problems

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     names = _names(args)
     _require_lm_eval()
     from crrelu_llm.cli.compare import write
-    from crrelu_llm.cli.quiet import quieten_libraries
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     from crrelu_llm.evaluation.models import parse_models

@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
             trust_remote_code=args.trust_remote_code,
         )
     if args.plot:
-        from crrelu_llm.patching.plot import PLOT, plot_report
+        from crrelu_llm.patching.report_plot import PLOT, plot_report
 
         plot_report(report, output_dir / PLOT)
     if args.json:
@@ -113,7 +113,7 @@ def _measurement(args: argparse.Namespace, about: Any) -> tuple[Callable[[Any, A
         return (None, {}) if found is None else (lambda model, _: found[0](model), {"images": found[1], "data": data})
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
-    from crrelu_llm.patching.calibration.text import block_size
+    from crrelu_llm.patching.calibration.tokens import block_size
 
     tokenizer = loading.load_tokenizer(args.model, **code)
     blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(about), split="test")

@@ -57,10 +57,10 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.bf16 is None:
         args.bf16 = not args.use_cpu
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.planning.job import Job, load_config
     from crrelu_llm.planning.plan import plan
     from crrelu_llm.planning.table import text
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     job = Job(**{entry.name: getattr(args, entry.name) for entry in fields(Job)})

@@ -9,13 +9,13 @@ import torch
 
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.export import check, graph, runtimes, standalone
+from crrelu_llm.export import check, graph, runtimes, transformers_format
 from crrelu_llm.export.formats import require, versions_of
-from crrelu_llm.export.quiet import quiet
 from crrelu_llm.files import remove_leftovers, replacing, write_json, writing
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.guard import check as check_patch
 from crrelu_llm.patching.transform import require_space
+from crrelu_llm.quiet import quiet
 
 REPORT = "export_report.json"
 
@@ -66,7 +66,7 @@ def export_model(
     with replacing(target) as scratch:
         tell(f"exporting to {format_name}")
         if format_name == "transformers":
-            result = standalone.write_and_check(loaded, tokenizer, scratch, ids, dtype, model, tell)
+            result = transformers_format.write_and_check(loaded, tokenizer, scratch, ids, dtype, model, tell)
         else:
             result = _write_and_check(loaded, tokenizer, format_name, scratch, ids, dtype, model, max_length, tell)
         report = {

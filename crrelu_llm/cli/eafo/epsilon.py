@@ -41,10 +41,10 @@ def run(argv: list[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     from crrelu_llm.cli.compare import arguments, run_matrix
     from crrelu_llm.comparison.results import build_report
-    from crrelu_llm.eafo.models import sensitivity, sensitivity_plot
     from crrelu_llm.files import plain, write_json
     from crrelu_llm.report import write_report
     from crrelu_llm.secrets import without_secrets
+    from crrelu_llm.studies import sensitivity, sensitivity_plot
     from crrelu_llm.training.arguments import parse
 
     recipe_argv = ["--config", args.config, *rest]

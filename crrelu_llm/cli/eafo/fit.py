@@ -27,10 +27,10 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     output_dir = check(args)
     assert output_dir is not None
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.eafo.models import fit, preactivations
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
     )
     write_json(output_dir / fit.DOCUMENT, document)
     if args.plot:
-        from crrelu_llm.eafo.models.plot import FIT_PLOT, plot_fit
+        from crrelu_llm.eafo.models.fit_and_rank_plots import FIT_PLOT, plot_fit
 
         plot_fit(document, output_dir / FIT_PLOT)
     print(json.dumps(document, indent=2, ensure_ascii=False) if args.json else _table(document))

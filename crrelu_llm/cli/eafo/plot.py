@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     options.writable(str(path.parent), path.name, option="--output")
     from crrelu_llm.eafo import activations, parsing
     from crrelu_llm.eafo.correction import correct
-    from crrelu_llm.eafo.plot import plot
+    from crrelu_llm.eafo.correction_plot import plot
 
     plot(correct(activations.named(args.activation), parsing.density(args.density)), args.values, path)
     print(f"saved to {path}", file=sys.stderr)

@@ -43,10 +43,11 @@ def run(argv: list[str]) -> int:
     output_dir = check(args)
     if not math.isfinite(args.epsilon):
         raise InputError(f"--epsilon must be a finite number, not {args.epsilon}")
-    from crrelu_llm.cli.quiet import quieten_libraries
-    from crrelu_llm.eafo.models import predict, rank
+    from crrelu_llm.eafo.models import rank
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
+    from crrelu_llm.quiet import quieten_libraries
+    from crrelu_llm.studies import predict
 
     quieten_libraries()
     comparison = predict.read_losses(Path(args.losses)) if args.losses else None
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
     if output_dir is not None:
         write_json(output_dir / rank.DOCUMENT, document)
         if args.plot:
-            from crrelu_llm.eafo.models.plot import plot_rank
+            from crrelu_llm.eafo.models.fit_and_rank_plots import plot_rank
 
             plot_rank(document, output_dir)
         print(f"saved to {output_dir}", file=sys.stderr)

@@ -12,9 +12,9 @@ from scipy.integrate import quad
 from crrelu_llm.activation import crrelu
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison.arms import parse_arms
-from crrelu_llm.eafo.models.sensitivity import arm_names, shape, study, text
-from crrelu_llm.eafo.models.sensitivity_plot import plot
 from crrelu_llm.errors import InputError
+from crrelu_llm.studies.sensitivity import arm_names, shape, study, text
+from crrelu_llm.studies.sensitivity_plot import plot
 
 SEEDS = (0, 1)
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from crrelu_llm.eafo.models.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
 from crrelu_llm.files import write_figure
+from crrelu_llm.studies.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
 
 PLOT = "epsilon.png"
 _LOWEST = 0.15  # nats: where start values far off leave the picture to those that come near to each other
