@@ -135,12 +135,14 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     asked = report["options"]["calibration"]
     lower = [site["kept"] for site in report["sites"] if site["note"]]
     if lower:
-        print(f"  {len(lower)} of {len(report['sites'])} sites ended below {asked}: {', '.join(sorted(set(lower)))}")
+        print(
+            f"  {len(lower)} of {len(report['sites'])} sites kept less than {asked}: {', '.join(sorted(set(lower)))}"
+        )
     for item in report["skipped"]:
         print(f"  left alone: {item['path']}  ({item['reason']})")
     if (spent := report["calibration"]) is not None:
         needed = spent["forward_seconds"]
-        ratio = f", {spent['seconds'] / needed:.1f} times the two forward passes that it needs" if needed else ""
+        ratio = f", {spent['seconds'] / needed:.1f} times as long as its two forward passes" if needed else ""
         print(f"calibrated in {spent['seconds']:.0f} s{ratio}")
     for name, form in (("perplexity", ".2f"), ("accuracy", ".4f"), ("loss", ".4f")):
         if found := report.get(name):

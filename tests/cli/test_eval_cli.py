@@ -309,7 +309,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_
     other = options(place, "gone=./nowhere")
     assert "no such directory" in refused(capsys, *other)
     assert "--baseline gelu is not one of the models: native" in refused(capsys, *good, "--baseline", "gelu")
-    assert "--reference x is none" in refused(capsys, *good, "--reference", "x")
+    assert "--reference x is not one of" in refused(capsys, *good, "--reference", "x")
     assert "no such task" in refused(capsys, *good[:-4], "--tasks", "pica")
     assert "no such suite" in refused(capsys, "eval", "--models", "a=b", "--suite", "x", "--output_dir", "o")
     assert "--models /x/: write name=path" in refused(capsys, *options(place, "a/b=/x/")).replace("a/b=", "")

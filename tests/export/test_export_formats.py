@@ -11,6 +11,7 @@ from tiny import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import crrelu_llm
+from crrelu_llm import files
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.errors import InputError
 from crrelu_llm.export import check, export, formats, graph, transformers_format
@@ -137,7 +138,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, checkpoint, half_expo
 def test_what_a_killed_export_left_goes_with_the_next_one(capsys, tmp_path, checkpoint, half_exported, monkeypatch):
     call = (str(checkpoint), "onnx", tmp_path / "out")
     with monkeypatch.context() as killed, pytest.raises(ValueError, match="no such operator"):
-        killed.setattr(export, "remove", lambda path: None)  # what comes after a kill is never reached
+        killed.setattr(files, "remove", lambda path: None)  # what comes after a kill is never reached
         export.export_model(*call)
     (left,) = tmp_path.iterdir()
     left.rename(tmp_path / ".out.1.tmp")
