@@ -36,21 +36,48 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file beside `path` and renames it; the directory is made if it does not exist.
+    """Writes a JSON file, as `write_text` does."""
+    write_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all; the directory is made if it does not exist.
 
     Raises:
         DiskError: The disk is full or read-only; the file that was there before still is.
+    """
+    with writing(str(path)), replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Writes a matplotlib figure, whole or not at all, in the format that the ending of `path` names."""
+    with writing(str(path)), replacing(path) as scratch:
+        figure.savefig(scratch, dpi=dpi, format=path.suffix.removeprefix("."))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` for a new file or directory, which then takes the name and the place of `path`.
+
+    A directory takes the place of an empty one alone. An error within removes what is new and leaves `path` as it was.
+
+    Raises:
+        DiskError: The disk is full or read-only. What the caller writes is the caller's to guard, with `writing`.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        try:
-            scratch.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        yield scratch
+        with writing(str(path)):
             sync(scratch)
+            if scratch.is_dir() and path.is_dir():
+                path.rmdir()
             os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+    finally:
+        remove(scratch)
 
 
 def is_leftover(path: Path) -> bool:

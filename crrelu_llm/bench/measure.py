@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from crrelu_llm.bench.memory import peak_memory
+from crrelu_llm.bench.allocations import peak_memory
 from crrelu_llm.bench.timing import Timing, interleaved
 
 

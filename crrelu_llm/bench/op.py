@@ -8,7 +8,7 @@ import torch._functorch.config  # which torch loads only when it compiles
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from crrelu_llm.bench.errors import errors
+from crrelu_llm.bench.accuracy import errors
 from crrelu_llm.bench.functions import Function, functions
 from crrelu_llm.bench.inputs import constants_of, inputs_of, make_tensors
 from crrelu_llm.bench.measure import Candidate, case, measure

@@ -3,6 +3,8 @@
 from itertools import groupby
 from typing import Any
 
+from crrelu_llm.columns import aligned
+
 
 def text(document: dict[str, Any]) -> str:
     """A document as in bench.json, as tables."""
@@ -14,7 +16,7 @@ def text(document: dict[str, Any]) -> str:
         lines += [
             "",
             f"{kind}, {dtype}, {'x'.join(map(str, rows[0]['shape']))}",
-            *_aligned([_header(rows), *_rows(rows)]),
+            *aligned([_header(rows), *_rows(rows)], _SIDES, "  "),
         ]
     if document.get("errors"):
         lines += ["", *_errors(document["errors"])]
@@ -23,6 +25,7 @@ def text(document: dict[str, Any]) -> str:
 
 
 _GROUP = ("kind", "dtype", "shape")
+_SIDES = "<<<>"  # three columns of words, then numbers
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -58,17 +61,9 @@ def _errors(rows: list[dict[str, Any]]) -> list[str]:
         [row["name"], row["backend"], row["dtype"], *("" if row[key] is None else f"{row[key]:.1e}" for key in keys)]
         for row in rows
     ]
-    return ["absolute errors against float64 (of epsilon's gradient: relative)", *_aligned([header, *cells])]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Text to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<", "<", "<", *">" * (len(widths) - 3)]
     return [
-        "  "
-        + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
+        "absolute errors against float64 (of epsilon's gradient: relative)",
+        *aligned([header, *cells], _SIDES, "  "),
     ]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crrelu_llm.bench.arms import GELU, arms, backend_of
 from crrelu_llm.bench.measure import Candidate, case, measure
+from crrelu_llm.bench.patches import GELU, arms, backend_of
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.config import PatchConfig

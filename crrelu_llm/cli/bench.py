@@ -2,19 +2,17 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")
 _HOW = (
-    "Everything is timed in turns; printed are medians with quartiles, and the peak of what torch allocates above "
-    "what was allocated before."
+    "The cases are timed in turns. The table has medians with quartiles, and the peak of what torch allocates on top "
+    "of what it held before."
 )
 
 
@@ -28,8 +26,8 @@ def _parser() -> Parser:
     op = what.add_parser(
         "op",
         help="activations and gated products: each CRReLU backend, GELU, SiLU, ReLU, torch.compile, Liger",
-        description="Activations and gated products by themselves. The bandwidth is that of the bytes that must be "
-        f"read and written at least; it is compared with a copy into a new tensor. {_HOW}",
+        description="Activations and gated products alone. The bandwidth counts the bytes that must be read and "
+        f"written at least; the table compares it with a copy into a new tensor. {_HOW}",
         epilog="example: crrelu bench op --shapes 4096x3072 16384x1536 --dtypes bfloat16 --output_dir bench --plot",
     )
     op.add_argument(
@@ -42,17 +40,17 @@ def _parser() -> Parser:
     )
     mlp = what.add_parser(
         "mlp",
-        help="the training step of one MLP",
-        description=f"Forward and backward pass of a stack of MLPs, plain (GPT-2's) and gated (Llama's). {_HOW}",
+        help="the training step of a stack of MLPs",
+        description=f"Forward and backward pass of a stack of MLPs, plain (as in GPT-2) and gated (Llama). {_HOW}",
         epilog="example: crrelu bench mlp --layers 8 --hidden 576 --width 1536 --tokens 2048 --dtypes float32",
     )
     for name, default, text in (
-        ("layers", 4, "how many MLPs follow each other"),
+        ("layers", 4, "number of MLPs in the stack"),
         ("hidden", 768, "size of the input and output"),
         ("width", 3072, "size of the activation"),
         ("tokens", 1024, "rows of the input"),
     ):
-        mlp.add_argument(f"--{name}", type=_count, default=default, help=f"{text} (default: {default})")
+        mlp.add_argument(f"--{name}", type=options.count, default=default, help=f"{text} (default: {default})")
     train = what.add_parser(
         "train",
         help="one fine-tuning step of a model",
@@ -60,9 +58,9 @@ def _parser() -> Parser:
         f"on random tokens. {_HOW}",
         epilog="example: crrelu bench train HuggingFaceTB/SmolLM2-135M-Instruct --batch_size 4 --length 512",
     )
-    train.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
-    train.add_argument("--batch_size", type=_count, default=4, help="rows of tokens (default: 4)")
-    train.add_argument("--length", type=_count, default=128, help="tokens a row (default: 128)")
+    options.add_model(train)
+    train.add_argument("--batch_size", type=options.count, default=4, help="rows of tokens (default: 4)")
+    train.add_argument("--length", type=options.count, default=128, help="tokens a row (default: 128)")
     for action, dtypes in ((op, ["float32", "bfloat16"]), (mlp, ["float32"]), (train, ["float32"])):
         _add_common(action, dtypes)
     return parser
@@ -70,27 +68,27 @@ def _parser() -> Parser:
 
 def _add_common(parser: argparse.ArgumentParser, dtypes: list[str]) -> None:
     add = parser.add_argument
-    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help=f"(default: {' '.join(dtypes)})")
-    add("--epsilon_per", choices=("layer", "channel"), default="layer", help="(default: layer)")
-    add("--repeats", type=_count, default=20, help="rounds of measurements (default: 20)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    add("--dtypes", nargs="+", choices=_DTYPES, default=dtypes, help=f"(default: {' '.join(dtypes)})")
+    options.add_epsilon_per(parser)
+    add("--repeats", type=options.count, default=20, help="rounds of measurements (default: 20)")
+    options.add_device(parser)
     add("--output_dir", help="directory for bench.json; without it, nothing is written")
-    add("--plot", action="store_true", help="also draw bench.png there")
-    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--plot", action="store_true", help="also draw bench.png in the output directory")
+    options.add_json(parser)
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
-    output_dir = _checked_directory(args.output_dir, args.plot)
+    output_dir = options.writable_if_given(args.output_dir, args.plot)
     from crrelu_llm.bench.table import text
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
     from crrelu_llm.kernels import choice
+    from crrelu_llm.quiet import quieten_libraries
 
     device = _device(args.device)
-    choice.forced()  # a wrong name in the environment is the user's error, not a slow measurement
+    choice.forced()  # a wrong name in the environment is said before anything is measured
     quieten_libraries()
     about = environment()
     document = {
@@ -105,7 +103,7 @@ def run(argv: list[str]) -> int:
     if output_dir is not None:
         write_json(output_dir / "bench.json", document)
         if args.plot:
-            from crrelu_llm.bench.plot import PLOT, plot
+            from crrelu_llm.bench.bar_plot import PLOT, plot
 
             plot(document, output_dir / PLOT)
         _say(f"saved to {output_dir}")
@@ -135,23 +133,8 @@ def _say(line: str) -> None:
 def _device(name: str) -> Any:
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU; take --device cpu")
-    cuda = name != "cpu" and torch.cuda.is_available()
+    cuda = options.device(name) == "cuda"
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def _checked_directory(name: str | None, plot: bool) -> Path | None:
-    """Before the work, not after it."""
-    if name is None:
-        if plot:
-            raise InputError("--plot draws bench.png into a directory; give --output_dir too")
-        return None
-    path = Path(name).resolve()
-    existing = next(entry for entry in (path, *path.parents) if entry.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{path}: cannot write there; choose another --output_dir")
-    return path
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -160,11 +143,5 @@ def _shape(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if len(shape) < 2 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write rows x columns, such as 4096x3072")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write rows x columns, such as 4096x3072")
     return shape
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)

@@ -1,32 +1,31 @@
 """`crrelu card`: a Hugging Face model card of a patched checkpoint."""
 
-import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import DiskError, InputError
+from crrelu_llm.files import write_text
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu card",
-        description="Write the model card (README.md) of a patched checkpoint: ε of every layer, how it was "
-        "calibrated and trained, and the results of a comparison or an evaluation, in the metadata too.",
+        description="Write the model card (README.md) of a patched checkpoint: ε of every layer, how the model was "
+        "calibrated and trained, and the results of a comparison or an evaluation, also in the metadata.",
         epilog="example: crrelu card smollm2-crrelu --report comparison --arm crrelu:epsilon_per=channel",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="output_dir of `crrelu patch`, `sft` or `dpo`")
-    add("--report", metavar="D", help="output_dir of `crrelu compare` or `eval`, whose results go into the card")
+    add("--report", metavar="D", help="output_dir of `crrelu compare` or `eval`: the results to put into the card")
     add("--arm", help="the arm of the report that this checkpoint is (default: its only CRReLU arm)")
     add("--output", metavar="FILE", help="default: README.md in the checkpoint")
-    add("--overwrite", action="store_true", help="replace a card that is there")
-    add("--push_to_hub", action="store_true", help="also upload the card; needs --hub_model_id")
+    add("--overwrite", action="store_true", help="replace an existing card")
+    add("--push_to_hub", action="store_true", help="also upload the card to --hub_model_id")
     add("--hub_model_id", metavar="NAME", help="the repository on the Hub")
-    add("--hub_token", metavar="TOKEN", help="default: the one that `hf auth login` has stored")
+    add("--hub_token", metavar="TOKEN", help="default: the token that `hf auth login` stored")
     return parser
 
 
@@ -34,26 +33,20 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     if args.push_to_hub and not args.hub_model_id:
-        raise InputError("--push_to_hub needs --hub_model_id, the repository to push to")
+        raise InputError("--push_to_hub needs --hub_model_id, the repository on the Hub")
     checkpoint = Path(args.checkpoint)
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such directory; give the output_dir of `crrelu patch`, `sft` or `dpo`")
     path = Path(args.output) if args.output else checkpoint / "README.md"
     if path.exists() and not args.overwrite and not _is_of_patch(path):
-        raise InputError(f"{path} is there already; add --overwrite to replace it, or choose another --output")
+        raise InputError(f"{path} already exists; add --overwrite to replace it, or choose another --output")
     from crrelu_llm.comparison.card import card
 
     text = card(checkpoint, _report(args.report), args.arm)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
+        write_text(path, text)
+    except OSError as error:  # a file stands where a directory should, or the other way round
         raise DiskError(f"{path} could not be written: {str(error.strerror).lower()}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
     print(f"saved to {path}", file=sys.stderr)
     if args.push_to_hub:
         from huggingface_hub import ModelCard
@@ -78,11 +71,11 @@ def _report(name: str | None) -> dict[str, Any] | None:
         raise InputError(f"--report {path}: cannot be read ({error}); give a directory with a report.json") from None
     arms = found.get("arms") if isinstance(found, dict) else None
     if not isinstance(arms, list) or not all(map(_is_arm, arms)):
-        raise InputError(f"--report {path}: no report of crrelu_llm (it has no arms)")
+        raise InputError(f"--report {path}: not a report of crrelu_llm (it has no arms)")
     recipe, data = found.get("recipe") or {}, found.get("data") or []
     named = isinstance(data, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in data)
     if not named or not isinstance(recipe, dict) or not isinstance(recipe.get("tasks") or [], list):
-        raise InputError(f"--report {path}: its data or tasks are damaged; write it again with `crrelu report`")
+        raise InputError(f"--report {path}: its data or recipe are damaged; write it again with `crrelu report`")
     return found
 
 

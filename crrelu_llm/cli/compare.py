@@ -4,7 +4,9 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import alone
@@ -14,31 +16,41 @@ from crrelu_llm.training.kinds import KINDS
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu compare",
-        description="Train one recipe with several activations and seeds, and compare them. Finished runs are kept: "
-        "the same command goes on where it was stopped. Every other option is the recipe's (see `crrelu sft --help`).",
+        description="Train one recipe with several activations and seeds, and compare the results. Finished runs are "
+        f"kept: the same command goes on where it stopped. {options.OTHERS}",
         epilog="example: crrelu compare dpo --config recipes/smollm2-135m/dpo/config_full.yaml "
         "--arms gelu crrelu crrelu:calibration=fit --seeds 0 1 2 --output_dir comparison",
     )
     add = parser.add_argument
     add("kind", choices=tuple(KINDS), metavar="|".join(KINDS), help="the trainer")
-    add("--config", required=True, help="the recipe")
+    options.add_recipe(parser)
     add("--arms", nargs="+", required=True, help="native, or ACTIVATION[:option=value...], for each arm")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of every arm for each (default: 0 1 2)")
+    options.add_seeds(parser, (0, 1, 2))
     add("--output_dir", required=True, help="directory of the comparison")
-    add("--baseline", help="the arm the others are compared with (default: gelu, else native, else the first)")
-    add("--grid", action="append", default=[], metavar="KEY=V1,V2", help="repeat for each value of a recipe key")
+    add("--baseline", help="the arm to compare the others with (default: gelu, else native, else the first)")
+    add(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="repeat the runs for each value of a recipe key",
+    )
     add(
         "--tune",
         action="append",
         default=[],
         metavar="KEY=V1,V2",
-        help="choose a training key (learning_rate, ...) for each arm by itself, on training rows held out for it",
+        help="choose a training key (learning_rate, ...) for each arm separately, on held-out training rows",
     )
-    add("--after", help="a comparison whose trained models the runs start from, each from that of its arm and seed")
-    add("--patched_dir", help="where the patched copies are, to share with other comparisons (default: output_dir)")
-    add("--discard_models", action="store_true", help="keep metrics and reports, but not the trained models")
-    parser.set_defaults(calm=False)  # `crrelu quickstart` alone is
+    add("--after", help="start each run from the model that this other comparison trained with the same arm and seed")
+    add("--patched_dir", help="directory of the patched models, to share with other comparisons (default: output_dir)")
+    add("--discard_models", action="store_true", help="keep metrics and reports, but no trained models")
     return parser
+
+
+def arguments(**given: Any) -> argparse.Namespace:
+    """The arguments of a comparison that another command runs; what is not given has its default."""
+    return argparse.Namespace(**{action.dest: action.default for action in _parser()._actions} | given)
 
 
 def run(argv: list[str]) -> int:
@@ -53,7 +65,7 @@ def run(argv: list[str]) -> int:
 
 
 def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> int:
-    """Runs a comparison and writes its report, also where some runs failed."""
+    """Runs a comparison and writes its report, even if some runs failed."""
     failed = run_matrix(args, recipe_argv, command)
     from accelerate import PartialState
 
@@ -64,15 +76,15 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
     return 1 if failed else 0
 
 
-def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -> Exception | None:
-    """Runs a comparison without its report; returns what to say where some runs failed."""
+def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str, calm: bool = False) -> Exception | None:
+    """Runs a comparison without its report; returns the error that says which runs failed, if some did."""
     if len(set(args.seeds)) != len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
-        raise InputError(f"--seeds: whole numbers from 0 up, each once, not {' '.join(map(str, args.seeds))}")
-    from crrelu_llm.cli.quiet import quieten_libraries
+        raise InputError(f"--seeds must be different whole numbers of 0 or more, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
     from crrelu_llm.comparison.definition import Comparison
     from crrelu_llm.comparison.matrix import RunsFailed, run_comparison
     from crrelu_llm.comparison.tuning import parse_tune
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     arms = parse_arms(args.arms)
@@ -90,7 +102,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
         tune=parse_tune(args.tune),
         patched_dir=Path(args.patched_dir) if args.patched_dir else None,
         after=Path(args.after) if args.after else None,
-        calm=args.calm,
+        calm=calm,
     )
     try:
         run_comparison(comparison)
@@ -100,7 +112,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str) -
 
 
 def _launched(argv: list[str], config: str) -> int | None:
-    """Exit status of the same command on several processes, where launch options ask for them."""
+    """Exit status of the same command on several processes, if launch options ask for them."""
     from crrelu_llm.training.arguments import make_parser, read_recipe
     from crrelu_llm.training.launch import relaunch_if_asked
 
@@ -113,7 +125,7 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
     """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict.
 
     Raises:
-        InputError: No such directory, or it holds neither; something there is damaged.
+        InputError: There is no such directory, it holds neither, or a file in it is damaged.
     """
     if not output_dir.is_dir():
         raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")

@@ -1,8 +1,9 @@
-"""`crrelu env`: versions, whether they have what we rely on, device, which CRReLU backend is used here and why."""
+"""`crrelu env`: versions, private parts they lack, device, and which CRReLU backend is used here and why."""
 
 import json
 from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 
 _SIZES = {"small": 1 << 14, "large": 1 << 24}
@@ -13,13 +14,13 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu env",
-        description="Versions, what this package relies on in them and does not find, device, and which backend "
-        "computes CRReLU here and why: as a bug report needs them.",
+        description="What a bug report needs: the versions of the libraries, what this package relies on in "
+        "them and does not find, the device, and which backend computes CRReLU here and why.",
         epilog="example: crrelu env --json",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options.add_json(parser, "text")
     args = parser.parse_args(argv)
-    from crrelu_llm.cli.quiet import quieten_libraries
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     from crrelu_llm.compat import problems
@@ -44,7 +45,7 @@ def _devices() -> list[Any]:
 
 
 def _chosen(device: Any) -> list[dict[str, Any]]:
-    """What would compute CRReLU on a device, for each dtype and size."""
+    """The backend that computes CRReLU on a device, for each dtype and size."""
     import torch
 
     from crrelu_llm.kernels import choice
@@ -65,10 +66,8 @@ def _text(document: dict[str, Any]) -> str:
     keys = ("python", "platform", "processor", "device", "threads")
     lines += [f"{key:<14}{about[key]}" for key in keys]
     found = document["problems"]
-    lines += [
-        "",
-        "private parts of these libraries that we rely on: " + ("not as we know them:" if found else "all there"),
-    ]
+    state = "some are missing:" if found else "all there"
+    lines += ["", f"private parts of these libraries that this package relies on: {state}"]
     lines += [f"  {problem}" for problem in found]
     override = document["override"]
     chosen = f"{override['backend']}, set by {override['source']}" if override else "the best one for each call"

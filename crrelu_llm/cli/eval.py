@@ -9,40 +9,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu eval",
-        description="Evaluate checkpoints on lm-evaluation-harness's tasks, on the same tasks from local files, on "
-        "preference pairs or on text, and compare them item by item. Results are kept for each model and task: the "
-        "same command goes on where it was stopped.",
+        description="Evaluate checkpoints on tasks of lm-evaluation-harness, on the same tasks from local files, on "
+        "preference pairs or on text, and compare them item by item. The results of each model and task are kept: the "
+        "same command goes on where it stopped.",
         epilog="example: crrelu eval --models native=HuggingFaceTB/SmolLM2-135M-Instruct crrelu=patched --suite local "
         "--data_dir data --output_dir evaluation",
     )
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=MODEL",
-        help="hub name, directory (also of an adapter), .gguf file or builtin:nano, and what to call it")  # fmt: skip
+        help="a name, and a hub name, directory (also of an adapter), .gguf file or builtin:nano")  # fmt: skip
     add("--suite", required=True, metavar="S", help="standard, local, preference, language-modelling, or a YAML file")
-    add("--data_dir", metavar="D", help="where the data files of local tasks are (see eval/README.md)")
+    add("--data_dir", metavar="D", help="directory of the data files of local tasks (see eval/README.md)")
     add("--data", nargs="+", metavar="FILE", help="data of the suites preference and language-modelling")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
-    add("--limit", type=_count, metavar="N", help="at most N items of each task, spread over its groups")
+    add("--limit", type=options.count, metavar="N", help="at most N items of each task, spread over its groups")
     add("--baseline", metavar="NAME", help="the model to compare with (default: gelu, native, or the first)")
-    add("--reference", metavar="NAME", help="the model that rewards of preference pairs are measured against")
-    add("--beta", type=_beta, default=0.1, help="DPO's beta, for these rewards (default: 0.1)")
-    add("--output_dir", required=True, metavar="D", help="where results and report.{html,md,json} go")
+    add("--reference", metavar="NAME", help="the reference model of the rewards of preference pairs")
+    add("--beta", type=_beta, default=0.1, help="beta of DPO, for these rewards (default: 0.1)")
+    add("--output_dir", required=True, metavar="D", help="directory for the results and report.{html,md,json}")
     add("--batch_size", type=_batch_size, default="auto", metavar="N", help="rows of a batch (default: auto)")
-    add("--max_length", type=_count, metavar="N", help="at most N tokens of context (default: the model's own)")
+    add("--max_length", type=options.count, metavar="N", help="at most N tokens of context (default: the model's own)")
     add("--apply_chat_template", action="store_true", help="write prompts in the model's chat template")
-    dtype = "what models are loaded in (default: float32, or their own 16 bits where these are measured to be faster)"
-    add("--dtype", choices=DTYPES, help=dtype)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
-    add("--json", action="store_true", help="print report.json instead of the verdict")
+    add("--dtype", choices=_DTYPES, help=f"dtype to load the models in {options.OWN_DTYPE}")
+    options.add_device(parser)
+    options.add_json(parser, "the verdict", what="report.json")
     return parser
 
 
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; one line a task says enough in a log
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a log needs one line a task
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise InputError(f"--data_dir {args.data_dir}: no such directory")
     output_dir = Path(args.output_dir)
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     names = _names(args)
     _require_lm_eval()
     from crrelu_llm.cli.compare import write
-    from crrelu_llm.cli.quiet import quieten_libraries
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     from crrelu_llm.evaluation.models import parse_models
@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
     from crrelu_llm.secrets import without_secrets
 
     say_alone()
-    models, device = parse_models(args.models), _device(args.device)
+    models, device = parse_models(args.models), options.device(args.device)
     dtype, why = (args.dtype, None) if args.dtype else _dtype(models, device, output_dir)
     evaluation = Evaluation(
         models=models,
@@ -101,14 +101,14 @@ def run(argv: list[str]) -> int:
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    """The models' names, the baseline and the reference among them."""
+    """The models' names, checked to include the baseline and the reference."""
     from crrelu_llm.evaluation.models import parse_models
 
     names = [model.name for model in parse_models(args.models)]
     for option in ("baseline", "reference"):
         name = getattr(args, option)
         if name is not None and name not in names:
-            raise InputError(f"--{option} {name} is none of the models: {' '.join(names)}")
+            raise InputError(f"--{option} {name} is not one of the models: {' '.join(names)}")
     return names
 
 
@@ -119,16 +119,8 @@ def _require_lm_eval() -> None:
         raise InputError("crrelu eval needs lm-evaluation-harness: pip install 'crrelu_llm[eval]'")
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU; take --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def _dtype(models: list[Any], device: str, output_dir: Path) -> tuple[str, str | None]:
-    """What models are loaded in where nobody says, and why; as before, where an evaluation goes on."""
+    """The dtype to load the models in by default, and why; that of the evaluation, if one goes on."""
     from crrelu_llm.evaluation.run import SETTINGS
     from crrelu_llm.patching import loading
     from crrelu_llm.precision import choose_dtype
@@ -136,12 +128,6 @@ def _dtype(models: list[Any], device: str, output_dir: Path) -> tuple[str, str |
     with contextlib.suppress(OSError, ValueError, KeyError):
         return str(json.loads((output_dir / SETTINGS).read_text(encoding="utf-8"))["dtype"]), None
     return choose_dtype([loading.load_config(model.base) for model in models], device)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def _beta(text: str) -> float:
@@ -155,4 +141,4 @@ def _beta(text: str) -> float:
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else _count(text)
+    return text if text == "auto" else options.count(text)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
-from crrelu_llm.cli.patch import check_writable
 from crrelu_llm.errors import InputError
 from crrelu_llm.files import alone
 
@@ -15,10 +15,10 @@ def _parser() -> Parser:
     parser = Parser(
         prog="crrelu export",
         description="Write a patched model for another runtime, load it there, and compare it with torch: logits, "
-        "greedy continuation, tokens a second. `transformers` writes a checkpoint that loads without this package.",
-        epilog="example: crrelu export smollm2-crrelu --format onnx --output_dir smollm2-onnx. GGUF (llama.cpp) knows "
+        "greedy continuation and tokens a second. `transformers` writes a checkpoint that loads without this package.",
+        epilog="example: crrelu export smollm2-crrelu --format onnx --output_dir smollm2-onnx. GGUF (llama.cpp) has "
         "no CRReLU: `crrelu patch MODEL --activation silu --calibration none` goes back to the model's own "
-        "activation, and prints what that costs in perplexity.",
+        "activation, and prints the cost in perplexity.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="output_dir of `crrelu patch`, `sft` or `dpo`, or a hub name")
@@ -26,8 +26,8 @@ def _parser() -> Parser:
     add("--output_dir", required=True, help="directory to write; it must not exist, or be empty")
     add("--dtype", default="float32", help="dtype to export in (default: float32)")
     add("--max_length", type=int, default=512, help="executorch: tokens of the longest text (default: 512)")
-    add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
-    add("--json", action="store_true", help="print export_report.json instead of a table")
+    options.add_trust_remote_code(parser)
+    options.add_json(parser, what="export_report.json")
     return parser
 
 
@@ -39,12 +39,11 @@ def run(argv: list[str]) -> int:
     require(args.format, args.dtype)
     if args.max_length < 2:
         raise InputError(f"--max_length must be 2 or more, not {args.max_length}")
-    output_dir = Path(args.output_dir).resolve()
-    check_writable(output_dir)
+    output_dir = options.new_directory(args.output_dir)
     from crrelu_llm.export.export import export_model
 
     with alone(output_dir.parent, "crrelu export", f".{output_dir.name}.lock"):
-        check_writable(output_dir)  # another call may have made it meanwhile
+        options.new_directory(output_dir)  # another call may have made it meanwhile
         report = export_model(
             args.model, args.format, output_dir, args.dtype, args.max_length, args.trust_remote_code, _tell
         )

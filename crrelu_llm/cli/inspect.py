@@ -1,7 +1,8 @@
-"""`crrelu inspect`: which activations of a model would be swapped; reads its config alone."""
+"""`crrelu inspect`: which activations of a model would be swapped, from the config alone."""
 
 import json
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
 
@@ -10,13 +11,13 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu inspect",
-        description="List the sites of a model, and the activations left alone. Reads the config, no weights.",
+        description="List the sites of a model, and the activations left alone. Reads the config, not the weights.",
         epilog="example: crrelu inspect HuggingFaceTB/SmolLM2-135M-Instruct",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
-    parser.add_argument("--parts", default="main", help="main, the vision tower of a multimodal model, or all")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow the model's own code to run")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options.add_model(parser)
+    options.add_patch(parser, "parts")
+    options.add_trust_remote_code(parser)
+    options.add_json(parser)
     args = parser.parse_args(argv)
     from crrelu_llm.patching import loading
     from crrelu_llm.patching.section import is_calibrated, is_fitted, mlp_config_keys, read

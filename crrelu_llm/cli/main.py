@@ -17,12 +17,12 @@ from crrelu_llm.training.kinds import KINDS
 COMMANDS = {
     "quickstart": ("quickstart", "CRReLU against GELU on the embedded model: offline, on a laptop CPU"),
     "inspect": ("inspect", "which activations of a model would be swapped, and which are left alone and why"),
-    "patch": ("patch", "checkpoint in, patched checkpoint out"),
+    "patch": ("patch", "turn a checkpoint into a patched checkpoint"),
     **{kind: ("training", about) for kind, about in KINDS.items()},
-    "compare": ("compare", "several activations x several seeds of one recipe, with a report"),
+    "compare": ("compare", "several activations and seeds of one recipe, with a report"),
     "eval": ("eval", "any checkpoints side by side on benchmarks, preference pairs or text, with a report"),
-    "report": ("report", "rebuild a comparison's report from what is on disk"),
-    "export": ("export", "a patched model for ONNX Runtime, OpenVINO, ExecuTorch or plain transformers, checked"),
+    "report": ("report", "rebuild the report of a comparison or an evaluation from its files"),
+    "export": ("export", "a patched model for ONNX Runtime, OpenVINO, ExecuTorch or plain transformers, with a check"),
     "card": ("card", "a Hugging Face model card: ε per layer, calibration, results"),
     "bench": ("bench", "speed and memory of CRReLU against GELU: the op, an MLP, a training step"),
     "eafo": ("eafo", "the entropy method: derive, measure and learn activations"),
@@ -32,11 +32,11 @@ COMMANDS = {
 }
 
 
-# What `accelerate launch` starts on every process; of the other commands the first process does the work alone.
+# `accelerate launch` runs these on every process; the other commands run on the first process alone.
 _PATIENCE = 15.0  # seconds
 DISTRIBUTED = (*KINDS, "compare")
 _DEBUG = "CRRELU_DEBUG"
-_KEPT = "finished runs and saved checkpoints are whole and kept"
+_KEPT = "finished runs and saved checkpoints are complete and kept"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: crrelu quickstart",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.add_argument("--debug", action="store_true", help="of any command: show the traceback of wrong input, too")
+    parser.add_argument("--debug", action="store_true", help="for any command: also show the traceback of wrong input")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
@@ -77,7 +77,7 @@ def _run(module, name: str, argv: list[str]) -> int:
         return (module.run(argv, name) if name in KINDS else module.run(argv)) or 0
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_PATIENCE)  # the first process says it once for all, and the launcher then stops this one
+            time.sleep(_PATIENCE)  # the first process prints the message, and the launcher then stops this one
         if os.environ.get(_DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         print(f"crrelu {name}: {error}", file=sys.stderr)
@@ -87,7 +87,7 @@ def _run(module, name: str, argv: list[str]) -> int:
         print(f"\ncrrelu {name}: interrupted; {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (`crrelu recipes show X | head`) has gone: not an error.
+        # The reader of a pipe (`crrelu recipes show X | head`) has stopped reading: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except DiskError as error:
@@ -97,7 +97,7 @@ def _run(module, name: str, argv: list[str]) -> int:
         from crrelu_llm.files import disk_trouble
 
         reason = disk_trouble(error)
-        if reason is not None:  # a cache of a library, a log: no fault of the code
+        if reason is not None:  # a cache of a library, a log: not a fault of the code
             print(f"crrelu {name}: failed while writing: {reason} ({_where(error)})", file=sys.stderr)
             print(_KEPT, file=sys.stderr)
             return 1
@@ -113,18 +113,18 @@ def _where(error: BaseException) -> str:
 
 
 def _silence_libraries() -> None:
-    """Keeps from stderr what libraries say about themselves and no user can act on."""
-    # Said at every import on a machine without a GPU: an optional kernel is not installed.
+    """Silences what libraries say about themselves and no user can act on."""
+    # bitsandbytes says at every import, on a machine without a GPU, that an optional kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # DeepSpeed, where it is installed, says so on stdout when it is imported, in front of a command's JSON.
+    # DeepSpeed prints this to stdout when it is imported, in front of a command's JSON.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    # TRL itself sets the options that transformers has renamed.
+    # TRL itself sets options that transformers has renamed.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated")
 
 
 def _without_debug(argv: list[str]) -> list[str]:
-    """Takes `--debug` out, and keeps it where every process sees it. The Trainer's own `--debug` has a value."""
+    """Removes `--debug`, and keeps it where every process sees it. The Trainer's own `--debug` has a value."""
     for index, argument in enumerate(argv):
         if argument == "--debug" and (index + 1 == len(argv) or index == 0 or argv[index + 1].startswith("-")):
             os.environ[_DEBUG] = "1"

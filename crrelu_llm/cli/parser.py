@@ -1,4 +1,4 @@
-"""The commands' option parser: errors become one line, like every other wrong input."""
+"""The option parser of the commands, whose errors are one line, like every other wrong input."""
 
 import argparse
 from typing import Any, NoReturn

@@ -1,19 +1,19 @@
-"""`crrelu patch`: a checkpoint in, a patched checkpoint out."""
+"""`crrelu patch`: turns a checkpoint into a patched checkpoint."""
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import InputError
-from crrelu_llm.files import alone, remove
+from crrelu_llm.files import alone
 
-_IMAGES = 1000  # labelled images that accuracy is measured on
+_IMAGES = 1000  # labelled images to measure accuracy on
 
 
 def _parser() -> Parser:
@@ -24,39 +24,27 @@ def _parser() -> Parser:
         "--output_dir smollm2-crrelu --plot",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="hub name, local directory, .gguf file, or builtin:nano")
+    options.add_model(parser)
     add("--output_dir", required=True, help="directory to write; it must not exist, or be empty")
     names = "crrelu, or any name of transformers' ACT2FN, or one a layer: 0-5=relu,6-=crrelu (default: crrelu)"
     add("--activation", default="crrelu", help=names)
-    add("--epsilon_init", type=float, default=0.01, help="start value of epsilon without calibration (default: 0.01)")
-    add("--epsilon_per", default="layer", help="one epsilon per layer or per channel (default: layer)")
-    add("--calibration", default="fit", help="none, fit or refit (default: fit)")
-    add("--calibration_data", default="builtin:docstrings", help="hub name, local file or directory, builtin:...")
-    add("--calibration_tokens", type=int, default=8192, help="tokens of it to read (default: 8192)")
-    add("--calibration_images", type=int, default=256, help="of an image model: images of it to use (default: 256)")
-    add("--density", default="standard", help="standard, or fitted to each site's pre-activations (default: standard)")
-    add("--layers", default="all", help="layers to patch: all, or numbers and ranges from 0, as 0-5,8 (default: all)")
-    add("--every", type=int, default=1, help="of these layers, the first and every so many after it (default: 1)")
-    add("--parts", default="main", help="main, the vision tower of a multimodal model, or all (default: main)")
+    options.add_patch(parser)
     add("--fold", action="store_true", help="move scale, shift, gain and offset into the weights, where biases allow")
-    add("--recompute_activation", action="store_true", help="keep no output of CRReLU for the backward pass")
-    text = "text for perplexity (of an image model: images for accuracy) before and after, or none"
-    add("--perplexity_data", help=f"{text} (default: builtin:docstrings, or the calibration data)")
-    add("--perplexity_tokens", type=int, default=6144, help="tokens of it to read (default: 6144)")
+    text = "text for perplexity (images for accuracy, for an image model) before and after, or none"
+    add("--perplexity_data", help=f"{text} (default: builtin:docstrings, or the calibration images)")
+    add("--perplexity_tokens", type=int, default=6144, help="number of tokens for perplexity (default: 6144)")
     add("--plot", action="store_true", help="also draw the report by layer: patch_report.png in the output directory")
     add("--standalone", action="store_true", help="also make it load without crrelu_llm, by trust_remote_code=True")
-    dtype = "to load and save the weights in (default: float32, or their own 16 bits where these are measured faster)"
-    add("--dtype", help=dtype)
-    add("--trust_remote_code", action="store_true", help="allow code from the model's repository to run")
-    add("--json", action="store_true", help="print patch_report.json instead of a table")
+    add("--dtype", help=f"dtype to load and save the weights in {options.OWN_DTYPE}")
+    options.add_trust_remote_code(parser)
+    options.add_json(parser, what="patch_report.json")
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
-    output_dir = Path(args.output_dir).resolve()
-    check_writable(output_dir)
+    output_dir = options.new_directory(args.output_dir)
     from crrelu_llm.patching.config import PatchConfig
     from crrelu_llm.patching.transform import patch_checkpoint
 
@@ -65,7 +53,7 @@ def run(argv: list[str]) -> int:
     perplexity, measured_on = _measurement(args, about)
     dtype = args.dtype or _dtype(about)
     with alone(output_dir.parent, "crrelu patch", f".{output_dir.name}.lock"):
-        check_writable(output_dir)  # another call may have made it meanwhile
+        options.new_directory(output_dir)  # another call may have made it meanwhile
         report = patch_checkpoint(
             args.model,
             config,
@@ -78,7 +66,7 @@ def run(argv: list[str]) -> int:
             trust_remote_code=args.trust_remote_code,
         )
     if args.plot:
-        from crrelu_llm.patching.plot import PLOT, plot_report
+        from crrelu_llm.patching.report_plot import PLOT, plot_report
 
         plot_report(report, output_dir / PLOT)
     if args.json:
@@ -105,19 +93,8 @@ def _dtype(about: Any) -> str:
     return name
 
 
-def check_writable(output_dir: Path) -> None:
-    """Before the work, not after it."""
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        if (output_dir / "patch_origin.json").is_file():  # what a call that was killed right after it left behind
-            remove(output_dir.with_name(f".{output_dir.name}.calibration"))
-        raise InputError(f"{output_dir} already exists; choose another --output_dir")
-    parent = next(path for path in output_dir.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{output_dir}: cannot write below {parent}; choose another --output_dir")
-
-
 def _measurement(args: argparse.Namespace, about: Any) -> tuple[Callable[[Any, Any], Any] | None, dict[str, Any]]:
-    """What measures the model before and after, its data read, and what it is measured on."""
+    """A function that measures the model, with its data already read, and what the report says of the data."""
     from crrelu_llm.patching import loading
 
     data, tokens = args.perplexity_data or "builtin:docstrings", args.perplexity_tokens
@@ -136,7 +113,7 @@ def _measurement(args: argparse.Namespace, about: Any) -> tuple[Callable[[Any, A
         return (None, {}) if found is None else (lambda model, _: found[0](model), {"images": found[1], "data": data})
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
-    from crrelu_llm.patching.calibration.text import block_size
+    from crrelu_llm.patching.calibration.tokens import block_size
 
     tokenizer = loading.load_tokenizer(args.model, **code)
     blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(about), split="test")
@@ -158,12 +135,14 @@ def _print(report: dict[str, Any], output_dir: Path) -> None:
     asked = report["options"]["calibration"]
     lower = [site["kept"] for site in report["sites"] if site["note"]]
     if lower:
-        print(f"  {len(lower)} of {len(report['sites'])} sites ended below {asked}: {', '.join(sorted(set(lower)))}")
+        print(
+            f"  {len(lower)} of {len(report['sites'])} sites kept less than {asked}: {', '.join(sorted(set(lower)))}"
+        )
     for item in report["skipped"]:
         print(f"  left alone: {item['path']}  ({item['reason']})")
     if (spent := report["calibration"]) is not None:
         needed = spent["forward_seconds"]
-        ratio = f", {spent['seconds'] / needed:.1f} times the two forward passes that it needs" if needed else ""
+        ratio = f", {spent['seconds'] / needed:.1f} times as long as its two forward passes" if needed else ""
         print(f"calibrated in {spent['seconds']:.0f} s{ratio}")
     for name, form in (("perplexity", ".2f"), ("accuracy", ".4f"), ("loss", ".4f")):
         if found := report.get(name):

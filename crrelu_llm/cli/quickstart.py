@@ -11,10 +11,10 @@ from typing import Any
 from crrelu_llm.cli.parser import Parser
 
 ARMS = ["native", "relu", "crrelu:calibration=none", "crrelu"]
-# `--fast`: two seeds, some steps less.
+# `--fast`: two seeds, fewer steps.
 _FAST_SEEDS, _FAST_STEPS = [0, 1], 8
-# For the time of the command, where the user has not set them: no bars, which is read when tqdm is imported, and no
-# compiled loops, which take longer to make than such a model needs to be trained.
+# Set while the command runs, unless the user has set them: no bars (tqdm reads this when it is imported), and no
+# compiled loops, which take longer to compile than a model of this size takes to train.
 _VARIABLES = {"TQDM_DISABLE": "1", "CRRELU_BACKEND": "eager"}
 
 
@@ -22,9 +22,9 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu quickstart",
-        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, ReLU, CRReLU swapped plainly "
-        "as in the paper, and CRReLU calibrated to the model; 3 seeds each; then write the report. Offline, minutes "
-        "on a laptop's CPU.",
+        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, with ReLU, with CRReLU swapped "
+        "in plainly as in the paper, and with CRReLU calibrated to the model, 3 seeds each. Then write the report. "
+        "Works offline, in minutes on a laptop's CPU.",
         epilog="example: crrelu quickstart --output_dir my-first-comparison",
     )
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")
@@ -43,26 +43,21 @@ def run(argv: list[str]) -> int:
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     import shlex
 
-    from crrelu_llm.cli.compare import run_matrix, write
+    from crrelu_llm.cli.compare import arguments, run_matrix, write
     from crrelu_llm.recipes_path import recipes_dir
 
     started = time.perf_counter()
     recipe = ["--config", str(recipes_dir() / "nano" / "sft.yaml")]
     recipe += ["--max_steps", str(_FAST_STEPS)] if args.fast else []
-    asked = argparse.Namespace(
+    asked = arguments(
         kind="sft",
         arms=ARMS,
         seeds=args.seeds or (_FAST_SEEDS if args.fast else [0, 1, 2]),
         output_dir=args.output_dir,
         baseline="native",
-        grid=[],
-        tune=[],
-        patched_dir=None,
-        after=None,
         discard_models=True,
-        calm=True,
     )
-    failed = run_matrix(asked, recipe, shlex.join(["crrelu", "quickstart", *argv]))
+    failed = run_matrix(asked, recipe, shlex.join(["crrelu", "quickstart", *argv]), calm=True)
     write(Path(args.output_dir))
     report = json.loads((Path(args.output_dir) / "report.json").read_text())
     print(_summary(report))
@@ -75,6 +70,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _summary(report: dict[str, Any]) -> str:
     """The results as a small table, and the verdict."""
+    from crrelu_llm.columns import aligned
     from crrelu_llm.report import text
     from crrelu_llm.report.contents import by_seed, find_arm
     from crrelu_llm.report.headline import headline
@@ -96,6 +92,4 @@ def _summary(report: dict[str, Any]) -> str:
                 text.interval(entry.get("ci_low"), entry.get("ci_high"), "{:.4f}") if entry else "",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", headline(report, page_of(report).draw(report)) + "."])
+    return "\n".join([*aligned(rows), "", headline(report, page_of(report).draw(report)) + "."])

@@ -4,13 +4,15 @@ import difflib
 import json
 from pathlib import Path
 
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
+from crrelu_llm.columns import aligned
 from crrelu_llm.errors import InputError
 from crrelu_llm.recipes_path import recipes_dir
 
 
 def run(argv: list[str]) -> int:
-    """Runs `crrelu recipes`; returns the exit status."""
+    """Runs the command."""
     args = _parser().parse_args(argv)
     if args.action == "list":
         _list(args.json)
@@ -28,10 +30,10 @@ def _parser() -> Parser:
         epilog="example: crrelu recipes copy smollm2-135m/dpo/config_lora my.yaml && crrelu dpo --config my.yaml",
     )
     actions = parser.add_subparsers(dest="action", metavar="list|show|copy", required=True)
-    listing = actions.add_parser("list", help="names, each with the first line of its comment")
-    listing.add_argument("--json", action="store_true", help="print JSON: [{name, path, summary}]")
+    listing = actions.add_parser("list", help="print the names, each with the first line of its comment")
+    options.add_json(listing, "a table", "JSON, [{name, path, summary}],")
     show = actions.add_parser("show", help="print one recipe")
-    copy = actions.add_parser("copy", help="copy one recipe to a file of yours; never overwrites")
+    copy = actions.add_parser("copy", help="copy one recipe to a new file; never overwrites")
     for action in (show, copy):
         action.add_argument("name", metavar="NAME", help="as `list` prints it, e.g. smollm2-135m/dpo/config_lora")
     copy.add_argument("destination", metavar="DEST", help="a new file, or an existing folder")
@@ -65,9 +67,7 @@ def _list(as_json: bool) -> None:
         rows = [{"name": name, "path": str(path), "summary": _summary(path)} for name, path in recipes.items()]
         print(json.dumps(rows, indent=2))
         return
-    width = max(map(len, recipes))
-    for name, path in recipes.items():
-        print(f"{name:{width}}  {_summary(path)}")
+    print("\n".join(aligned([(name, _summary(path)) for name, path in recipes.items()])))
 
 
 def _copy(source: Path, destination: Path) -> Path:
@@ -78,7 +78,7 @@ def _copy(source: Path, destination: Path) -> Path:
         with target.open("x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
-        raise InputError(f"{target} exists already; name another file, or remove it first") from None
+        raise InputError(f"{target} already exists; name another file, or remove it first") from None
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}; name another place") from None
     return target

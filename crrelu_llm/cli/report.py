@@ -1,4 +1,4 @@
-"""`crrelu report`: rebuilds the report of a comparison or an evaluation from what is on disk."""
+"""`crrelu report`: rebuilds the report of a comparison or an evaluation from its files."""
 
 import argparse
 import json
@@ -16,12 +16,12 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("directory", metavar="D", help="output_dir of `crrelu compare` or `crrelu eval`")
     parser.add_argument("--margin", nargs="+", type=_margin, default=[], metavar="METRIC=VALUE",
-        help="the largest difference that counts as none, for 'no worse' and 'equivalent' (default: 0.01 nats of "
-        "loss, 1%% of the baseline's perplexity, 0.01 of an accuracy or a bit per byte)")  # fmt: skip
+        help="the largest negligible difference, for 'no worse' and 'equivalent' (default: 0.01 nats of loss, 1%% of "
+        "the baseline's perplexity, 0.01 of an accuracy or a bit per byte)")  # fmt: skip
     parser.add_argument("--without_examples", action="store_true",
-        help="leave out the texts of single items, as for a report to be published")  # fmt: skip
-    parser.add_argument("--format", choices=("html", "md", "json", "csv"), help="print the report in this format, and "
-        "not the verdict alone; csv: the metrics of every run, one a line")  # fmt: skip
+        help="leave out the texts of single items, for a report that you publish")  # fmt: skip
+    parser.add_argument("--format", choices=("html", "md", "json", "csv"), help="print the report in this format "
+        "instead of the verdict; csv: the metrics of every run, one a line")  # fmt: skip
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="as --format json")
     args = parser.parse_args(argv)
     from crrelu_llm.cli.compare import write

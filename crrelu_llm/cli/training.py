@@ -5,7 +5,7 @@ import sys
 
 
 def run(argv: list[str], kind: str) -> int:
-    """Parses a recipe with TRL's parser, trains it, and says where the result is."""
+    """Parses a recipe with TRL's parser, runs the training, and says where the result is."""
     from crrelu_llm.training.arguments import make_parser, read_recipe
     from crrelu_llm.training.kinds import kind_of
 

@@ -1,6 +1,5 @@
 """A patched MODEL in, an export out: written beside its place, loaded again, checked, and then renamed."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.export import check, graph, runtimes, standalone
+from crrelu_llm.export import check, graph, runtimes, transformers_format
 from crrelu_llm.export.formats import require, versions_of
-from crrelu_llm.export.quiet import quiet
-from crrelu_llm.files import remove, remove_leftovers, sync, write_json, writing
+from crrelu_llm.files import remove_leftovers, replacing, write_json, writing
 from crrelu_llm.patching import loading, section
 from crrelu_llm.patching.guard import check as check_patch
 from crrelu_llm.patching.transform import require_space
+from crrelu_llm.quiet import quiet
 
 REPORT = "export_report.json"
 
@@ -63,12 +62,11 @@ def export_model(
     graph.require_exportable(loaded, model)
     check_patch(loaded)
     require_space(loaded, output_dir, copies=1)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     ids = check.tokens(tokenizer, loaded.config.get_text_config().vocab_size)
-    try:
+    with replacing(target) as scratch:
         tell(f"exporting to {format_name}")
         if format_name == "transformers":
-            result = standalone.write_and_check(loaded, tokenizer, scratch, ids, dtype, model, tell)
+            result = transformers_format.write_and_check(loaded, tokenizer, scratch, ids, dtype, model, tell)
         else:
             result = _write_and_check(loaded, tokenizer, format_name, scratch, ids, dtype, model, max_length, tell)
         report = {
@@ -83,20 +81,8 @@ def export_model(
             "versions": versions() | versions_of(found),
             "seconds": time.perf_counter() - started,
         }
-        _place(scratch, target, report)
-    finally:
-        remove(scratch)
-    return report
-
-
-def _place(scratch: Path, target: Path, report: dict[str, Any]) -> None:
-    """Gives a whole export, with its report, its name."""
-    with writing(str(target)):
         write_json(scratch / REPORT, report)
-        sync(scratch)
-        if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
-            target.rmdir()
-        os.replace(scratch, target)
+    return report
 
 
 def require_patched(config: Any, name: str) -> None:
@@ -136,7 +122,6 @@ def _write_and_check(
     started = time.perf_counter()
     exported = graph.trace(loaded, format_name, inputs, limit or 0)
     with writing(str(scratch)), quiet():
-        scratch.parent.mkdir(parents=True, exist_ok=True)
         exported.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)

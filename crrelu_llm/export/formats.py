@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.export.quiet import quiet
+from crrelu_llm.quiet import quiet
 
 TRANSFORMERS = "5.23"
 

@@ -7,7 +7,7 @@ import torch
 
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.export.formats import FORMATS
-from crrelu_llm.export.quiet import quiet
+from crrelu_llm.quiet import quiet
 
 _BEFORE, _NOW = 5, 3  # tokens in the cache, and tokens that come after them, of the traced call
 

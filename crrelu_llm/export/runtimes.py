@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from crrelu_llm.export.quiet import quiet
+from crrelu_llm.quiet import quiet
 
 
 class Runtime(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from crrelu_llm.compat.transformers import dequantising, loading_whole, saving_here
 from crrelu_llm.errors import InputError, reading, reason_of
-from crrelu_llm.files import remove, remove_leftovers, sync, writing
+from crrelu_llm.files import replacing, writing
 
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 IMAGE_CLASSIFIER = "AutoModelForImageClassification"
@@ -170,24 +170,14 @@ def save(
         DiskError: The disk is full or read-only; nothing is left behind.
     """
     target = Path(output_dir).resolve()
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with writing(str(target)), saving_here(model):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        try:
-            model.save_pretrained(scratch)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            for name, content in (files or {}).items():
-                (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
-            if finish is not None:
-                finish(scratch)
-            sync(scratch)
-            if target.is_dir():  # only ever an empty one: callers refuse a directory that holds something
-                target.rmdir()
-            os.replace(scratch, target)
-        finally:
-            remove(scratch)
+    with writing(str(target)), saving_here(model), replacing(target) as scratch:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        for name, content in (files or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+        if finish is not None:
+            finish(scratch)
 
 
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:

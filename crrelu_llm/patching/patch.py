@@ -16,10 +16,10 @@ from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import calibration, guard, section
 from crrelu_llm.patching.activations import activation_name, build_activation
+from crrelu_llm.patching.calibration.finished_layers import Progress
 from crrelu_llm.patching.calibration.pixels import calibration_pixels
-from crrelu_llm.patching.calibration.progress import Progress
 from crrelu_llm.patching.calibration.records import Record
-from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.calibration.tokens import calibration_blocks
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in

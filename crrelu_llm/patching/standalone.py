@@ -1,7 +1,6 @@
 """Makes a patched checkpoint one that also loads without this package, with `trust_remote_code=True`."""
 
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.files import writing
+from crrelu_llm.files import write_text, writing
 from crrelu_llm.patching import loading, mixture, readme, section
 from crrelu_llm.patching.sites import find_sites
 
@@ -57,8 +56,8 @@ def add_file(checkpoint: Path) -> dict[str, Any]:
     values["architectures"] = [CLASSES["AutoModelForCausalLM"]]
     values["auto_map"] = {auto_class: f"{FILE.removesuffix('.py')}.{cls}" for auto_class, cls in CLASSES.items()}
     with writing(str(checkpoint)):
-        _replace(checkpoint / FILE, text)
-        _replace(path, json.dumps(values, indent=2) + "\n")
+        write_text(checkpoint / FILE, text)
+        write_text(path, json.dumps(values, indent=2) + "\n")
     return found
 
 
@@ -120,12 +119,3 @@ def _family_classes(name: str, config: Any) -> dict[str, str]:
             raise InputError(f"{name}: cannot be made standalone: its {auto_class}, {cls.__name__}, {why}")
         made[auto_class] = cls.__name__
     return made
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

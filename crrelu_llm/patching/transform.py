@@ -17,9 +17,9 @@ from crrelu_llm.compat.transformers import loading_whole
 from crrelu_llm.environment import versions
 from crrelu_llm.errors import DiskError, InputError, reading
 from crrelu_llm.patching import fingerprint, loading, readme, section, standalone
+from crrelu_llm.patching.calibration.finished_layers import Progress, identity
 from crrelu_llm.patching.calibration.pixels import calibration_pixels, probe_pixels
-from crrelu_llm.patching.calibration.progress import Progress, identity
-from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.calibration.tokens import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.finite import require_finite

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from crrelu_llm.columns import aligned
 from crrelu_llm.training.kinds import kind_of
 
 _COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "buffers", "total")
@@ -21,7 +22,7 @@ def text(document: dict[str, Any]) -> str:
         [row["config"], *(_gib(row[name]) for name in columns), "yes" if row["fits"] else "no"]
         for row in document["configs"]
     ]
-    lines += [f"{where}; total is the largest moment of a step, not the sum", *_aligned(table)]
+    lines += [f"{where}; total is the largest moment of a step, not the sum", *aligned(table, "<>", "  ")]
     lines += [
         f"  {row['config']}: the largest moment is not in the step: {row['moment']}"
         for row in document["configs"]
@@ -80,15 +81,3 @@ def _advice(document: dict[str, Any]) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            f"{cell:{'<' if index == 0 else '>'}{width}}"
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

@@ -16,7 +16,7 @@ from crrelu_llm.training.activation_l1 import ActivationL1Mixin
 from crrelu_llm.training.activation_section import ActivationArguments
 from crrelu_llm.training.blending import BlendCallback, blend_of
 from crrelu_llm.training.callbacks import PER_SITE, EpsilonLearns, quieten
-from crrelu_llm.training.density import DensityCallback, density_means
+from crrelu_llm.training.dynamic_density import DensityCallback, density_means
 from crrelu_llm.training.optimizer import (
     affine_modules,
     check_learnable,

@@ -25,7 +25,7 @@ def main() -> int:
     from crrelu_llm.errors import InputError
     from crrelu_llm.evaluation.perplexity import perplexity
     from crrelu_llm.patching import loading
-    from crrelu_llm.patching.calibration.text import block_size
+    from crrelu_llm.patching.calibration.tokens import block_size
     from crrelu_llm.patching.transform import patch_checkpoint
     from crrelu_llm.training.arguments import parse
 

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import traceback
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +116,9 @@ def _link(source: str, target: str) -> None:
 
 
 def _matrix(kind: str, recipe: list[str], arms: list[str], seeds: list[int], output_dir: Path) -> Exception | None:
-    from crrelu_llm.cli.compare import run_matrix
+    from crrelu_llm.cli.compare import arguments, run_matrix
 
-    what = {"kind": kind, "arms": arms, "seeds": seeds, "output_dir": str(output_dir)}
-    args = Namespace(**what, baseline=None, grid=[], tune=[], patched_dir=None, after=None, discard_models=True)
+    args = arguments(kind=kind, arms=arms, seeds=seeds, output_dir=str(output_dir), discard_models=True)
     words = [kind, *recipe, "--arms", *arms, "--seeds", *map(str, seeds), "--output_dir", str(output_dir)]
     failed = run_matrix(args, recipe, " ".join(["crrelu compare", *words, "--discard_models"]))
     if failed is not None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import crrelu_llm  # noqa: F401  (loads patched checkpoints)
 from crrelu_llm.patching import find_sites, loading
 from crrelu_llm.patching.calibration.taps import tapped
-from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.calibration.tokens import calibration_blocks
 
 EDGES = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from crrelu_llm.bench import timing
+from crrelu_llm.bench.allocations import peak_memory
 from crrelu_llm.bench.measure import Candidate, Measured, case, measure
-from crrelu_llm.bench.memory import peak_memory
 from crrelu_llm.bench.timing import Timing, interleaved
 from crrelu_llm.bench.train import tokens_per_second
 

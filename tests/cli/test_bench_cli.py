@@ -151,10 +151,10 @@ def test_train(tiny_llama_checkpoint, tmp_path, capsys):
     [
         ([], "the following arguments are required: op|mlp|train"),
         (["ops"], "invalid choice: 'ops'"),
-        (["op", "--shapes", "12"], "'12' is no shape; write rows x columns"),
-        (["op", "--shapes", "0x3"], "'0x3' is no shape"),
+        (["op", "--shapes", "12"], "'12' is not a shape; write rows x columns"),
+        (["op", "--shapes", "0x3"], "'0x3' is not a shape"),
         (["op", "--dtypes", "float8"], "'float8'"),
-        (["op", "--repeats", "0"], "'0' is not a whole number from 1 on"),
+        (["op", "--repeats", "0"], "'0' is not a whole number of 1 or more"),
         (["op", "--plot"], "give --output_dir too"),
         (["mlp", "--hidden", "-1"], "--hidden"),
         (["mlp", "--epsilon_per", "row"], "'row'"),

@@ -79,7 +79,7 @@ def test_a_card_that_is_there_is_kept(checkpoint, capsys):
     assert main(["card", str(checkpoint)]) == 0
     before = (checkpoint / "README.md").read_text()
     assert main(["card", str(checkpoint)]) == 2
-    assert "is there already; add --overwrite" in capsys.readouterr().err
+    assert "already exists; add --overwrite" in capsys.readouterr().err
     assert main(["card", str(checkpoint), "--overwrite"]) == 0
     assert (checkpoint / "README.md").read_text() == before
 

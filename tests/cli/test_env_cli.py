@@ -25,7 +25,7 @@ def test_text_and_json_say_the_same(capsys):
     text = env(capsys)
     assert found["environment"]["versions"]["torch"] == version("torch") and version("torch") in text
     assert found["environment"]["processor"] in text and __version__ in text
-    assert found["problems"] == [] and "that we rely on: all there" in text
+    assert found["problems"] == [] and "that this package relies on: all there" in text
     assert found["override"] is None and "CRReLU backend: the best one for each call" in text
     cpu = [row for row in found["backends"] if row["device"] == "cpu"]
     assert {(row["dtype"], row["size"]) for row in cpu} == {

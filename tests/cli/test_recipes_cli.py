@@ -52,7 +52,7 @@ def test_copy_never_overwrites(tmp_path, capsys):
     assert crrelu("copy", NAME, str(mine)) == 2
     assert mine.read_text() == "mine"
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "my.yaml exists already" in error
+    assert error.count("\n") == 1 and "my.yaml already exists" in error
 
 
 def test_copy_to_an_impossible_place_is_one_line(tmp_path, capsys):

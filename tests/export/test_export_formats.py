@@ -11,9 +11,10 @@ from tiny import tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import crrelu_llm
+from crrelu_llm import files
 from crrelu_llm.cli import main as command_line
 from crrelu_llm.errors import InputError
-from crrelu_llm.export import check, export, formats, graph, standalone
+from crrelu_llm.export import check, export, formats, graph, transformers_format
 from crrelu_llm.files import alone
 
 
@@ -137,7 +138,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, checkpoint, half_expo
 def test_what_a_killed_export_left_goes_with_the_next_one(capsys, tmp_path, checkpoint, half_exported, monkeypatch):
     call = (str(checkpoint), "onnx", tmp_path / "out")
     with monkeypatch.context() as killed, pytest.raises(ValueError, match="no such operator"):
-        killed.setattr(export, "remove", lambda path: None)  # what comes after a kill is never reached
+        killed.setattr(files, "remove", lambda path: None)  # what comes after a kill is never reached
         export.export_model(*call)
     (left,) = tmp_path.iterdir()
     left.rename(tmp_path / ".out.1.tmp")
@@ -234,10 +235,10 @@ class InThisProcess(export.runtimes.Torch):
         pass
 
 
-@pytest.mark.parametrize("process", [InThisProcess, pytest.param(standalone.Apart, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("process", [InThisProcess, pytest.param(transformers_format.Apart, marks=pytest.mark.slow)])
 def test_transformers_checkpoint(process, checkpoint, tmp_path, capsys, monkeypatch):
     pytest.importorskip("crrelu_llm.patching.standalone", reason="needs crrelu patch --standalone")
-    monkeypatch.setattr(standalone, "Apart", process)
+    monkeypatch.setattr(transformers_format, "Apart", process)
     out = tmp_path / "out"
     assert command_line.main(["export", str(checkpoint), "--format", "transformers", "--output_dir", str(out)]) == 0
     report = json.loads((out / "export_report.json").read_text())
@@ -249,7 +250,7 @@ def test_transformers_checkpoint(process, checkpoint, tmp_path, capsys, monkeypa
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_load_apart_is_told_in_one_line(tmp_path):
-    apart = standalone.Apart(tmp_path)
+    apart = transformers_format.Apart(tmp_path)
     try:
         with pytest.raises(InputError, match=r"does not load without crrelu_llm: .*config\.json"):
             apart(torch.tensor([[1, 2]]))

@@ -14,7 +14,7 @@ from crrelu_llm import CRReLU, PatchConfig, patch, unpatch
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration import _Work
-from crrelu_llm.patching.calibration.progress import Progress
+from crrelu_llm.patching.calibration.finished_layers import Progress
 
 BLOCKS = token_ids(8, 64, seed=5)
 LEVELS = ("none", "fit", "refit")

@@ -10,7 +10,7 @@ from runs import LORA, Workshop
 from tiny import tiny_config
 
 from crrelu_llm.assets import nano_path
-from crrelu_llm.bench.memory import peak_memory
+from crrelu_llm.bench.allocations import peak_memory
 from crrelu_llm.errors import InputError
 from crrelu_llm.planning.job import Job, load_config
 from crrelu_llm.planning.model import prepared_config

@@ -132,14 +132,14 @@ class _Writes:
         import torch
         import transformers.modeling_utils
 
-        import crrelu_llm.patching.calibration.progress as progress
+        import crrelu_llm.patching.calibration.finished_layers as finished_layers
 
         torch.save = self.halves(torch.save, lambda args, kwargs: args[1])
         save_file = self.halves(safetensors.torch.save_file, lambda args, kwargs: args[1])
         safetensors.torch.save_file = save_file
         transformers.modeling_utils.safe_save_file = save_file
         peft.peft_model.safe_save_file = save_file
-        progress.save_file = save_file
+        finished_layers.save_file = save_file
         for name in ("replace", "rename"):
             setattr(os, name, self.around(getattr(os, name)))
         shutil.rmtree = self.delete_one_then(shutil.rmtree)

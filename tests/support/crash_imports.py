@@ -21,7 +21,7 @@ for name in (
     "crrelu_llm.comparison.results",
     "crrelu_llm.data",
     "crrelu_llm.evaluation.perplexity",
-    "crrelu_llm.patching.calibration.progress",
+    "crrelu_llm.patching.calibration.finished_layers",
     "crrelu_llm.training.kinds.dpo",
     "crrelu_llm.training.kinds.grpo",
     "crrelu_llm.training.kinds.kto",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from crrelu_llm import PatchConfig, patch
 from crrelu_llm.errors import InputError
-from crrelu_llm.training.density import MIN_WIDTH, DensityCallback, MomentTracker
+from crrelu_llm.training.dynamic_density import MIN_WIDTH, DensityCallback, MomentTracker
 from crrelu_llm.training.optimizer import epsilon_modules
 from crrelu_llm.training.run import run_recipe, train_and_save
 

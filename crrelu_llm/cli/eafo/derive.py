@@ -1,11 +1,9 @@
-"""`crrelu eafo derive`: the correction of an activation for a density, written out."""
+"""`crrelu eafo derive`: the correction of an activation for a density, as formulas."""
 
 import json
-import os
 import sys
-from pathlib import Path
 
-from crrelu_llm.cli.eafo.common import writable
+from crrelu_llm.cli import options
 from crrelu_llm.cli.parser import Parser
 
 ALL_DENSITIES = (
@@ -21,8 +19,8 @@ ALL_DENSITIES = (
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu eafo derive",
-        description="The first-order correction of an activation for a density of its inputs, in forward and inverse "
-        "form, with LaTeX; its extension to the whole line; and where the theory does not apply, and why.",
+        description="The first-order correction of an activation for a density of its inputs: the forward and the "
+        "inverse form, with LaTeX, the extension to the whole line, and where the theory does not apply and why.",
         epilog="example: crrelu eafo derive --activation relu --density normal",
     )
     add = parser.add_argument
@@ -31,20 +29,24 @@ def _parser() -> Parser:
     add("--density", default="normal", metavar="P",
         help="normal(0.5,2), logistic, laplace, student_t(5), a sum like 0.3*normal(-1,1) + 0.7*laplace, "
         "samples:FILE.npy, or all (default: normal)")  # fmt: skip
-    add("--output_dir", metavar="D", help="also write derivation.json and derivation.tex there")
-    add("--json", action="store_true", help="print JSON instead of text")
+    add(
+        "--output_dir",
+        metavar="D",
+        help="also write derivation.json and derivation.tex to this directory",
+    )
+    options.add_json(parser, "text")
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Runs the command."""
     args = _parser().parse_args(argv)
-    directory = args.output_dir and writable(args.output_dir, "derivation.json", "derivation.tex")
+    directory = args.output_dir and options.writable(args.output_dir, "derivation.json", "derivation.tex")
     from tqdm.auto import tqdm
 
     from crrelu_llm.eafo import activations, derivation, parsing
     from crrelu_llm.eafo.correction import correct
-    from crrelu_llm.files import plain, write_json
+    from crrelu_llm.files import plain, write_json, write_text
 
     chosen = activations.NAMES if args.activation == "all" else (args.activation,)
     densities = ALL_DENSITIES if args.density == "all" else (args.density,)
@@ -53,7 +55,7 @@ def run(argv: list[str]) -> int:
     documents = [derivation.document(correct(activation, density)) for activation, density in bar]
     if directory is not None:
         write_json(directory / "derivation.json", plain(documents))
-        _write_latex(directory / "derivation.tex", documents)
+        write_text(directory / "derivation.tex", _latex(documents))
     if args.json:
         print(json.dumps(plain(documents if len(documents) > 1 else documents[0]), indent=2, ensure_ascii=False))
     elif len(documents) > 1:
@@ -67,12 +69,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _write_latex(path: Path, documents: list[dict[str, object]]) -> None:
-    parts = [
+def _latex(documents: list[dict[str, object]]) -> str:
+    return "\n".join(
         f"% {found['activation']} for {found['density']}\n\\[ {found['latex']} \\]\n"
         for found in documents
         if found["latex"]
-    ]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(scratch, path)
+    )

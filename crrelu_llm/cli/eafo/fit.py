@@ -12,8 +12,8 @@ from crrelu_llm.cli.parser import Parser
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu eafo fit",
-        description="Measure the pre-activations of every site on text: moments, a smooth density, the correction "
-        "that the density gives, and whether the normal's correction, two moments, is enough.",
+        description="Measure the pre-activations of every site: moments, a smooth density, the correction that this "
+        "density gives, and whether the correction of a normal, with two moments, is enough.",
         epilog="example: crrelu eafo fit HuggingFaceTB/SmolLM2-135M-Instruct --data builtin:docstrings --tokens 8192 "
         "--output_dir smollm2-densities --plot",
     )
@@ -27,10 +27,10 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     output_dir = check(args)
     assert output_dir is not None
-    from crrelu_llm.cli.quiet import quieten_libraries
     from crrelu_llm.eafo.models import fit, preactivations
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
+    from crrelu_llm.quiet import quieten_libraries
 
     quieten_libraries()
     trusted = {"trust_remote_code": args.trust_remote_code}
@@ -51,15 +51,15 @@ def run(argv: list[str]) -> int:
     )
     write_json(output_dir / fit.DOCUMENT, document)
     if args.plot:
-        from crrelu_llm.eafo.models.plot import FIT_PLOT, plot_fit
+        from crrelu_llm.eafo.models.fit_and_rank_plots import FIT_PLOT, plot_fit
 
         plot_fit(document, output_dir / FIT_PLOT)
     print(json.dumps(document, indent=2, ensure_ascii=False) if args.json else _table(document))
     patch = ["crrelu", "patch", args.model, "--density", "fitted", "--calibration_data", args.data]
     patch += ["--trust_remote_code"] if args.trust_remote_code else []
     print(
-        f"saved to {output_dir}; to patch with centres and widths from this text (each site's are measured after the "
-        "sites before it are patched, so they differ a little from these):",
+        f"saved to {output_dir}; to patch with centres and widths from this data (a patch measures each site after "
+        "patching the sites before it, so its values differ a little):",
         file=sys.stderr,
     )
     count, number = next(iter(preactivations.amount(blocks))), args.tokens

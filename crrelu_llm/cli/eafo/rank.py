@@ -16,7 +16,7 @@ from crrelu_llm.errors import InputError
 def _parser() -> Parser:
     parser = Parser(
         prog="crrelu eafo rank",
-        description="Measure the entropy after every site for many activations, each given the pre-activations of the "
+        description="Measure the entropy after every site for many activations. Each gets the pre-activations of the "
         "model as it is. NAME+eafo is an activation plus its own correction for the site's density.",
         epilog="example: crrelu eafo rank builtin:nano --data builtin:docstrings --untrained --output_dir ranking "
         "--plot",
@@ -24,15 +24,15 @@ def _parser() -> Parser:
     add_model(parser)
     add = parser.add_argument
     add("--output_dir", help="directory for eafo_rank.json; without it, nothing is written")
-    add("--activations", nargs="+", metavar="NAME", help="default: twelve common ones, and six corrected ones")
+    add("--activations", nargs="+", metavar="NAME", help="default: twelve common activations and six corrected ones")
     add("--epsilon", type=float, default=0.01, help="size of the corrections in NAME+eafo (default: 0.01, as CRReLU)")
-    add("--untrained", action="store_true", help="also in an untrained model of the same config")
-    add("--finetuned", metavar="MODEL", help="also in a fine-tuned checkpoint of the model")
+    add("--untrained", action="store_true", help="also measure an untrained model of the same config")
+    add("--finetuned", metavar="MODEL", help="also measure a fine-tuned checkpoint of the model")
     add(
         "--losses",
         metavar="DIR",
-        help="a finished `crrelu compare` directory whose arms are activations: also correlate their entropy with "
-        "their loss (recipes/eafo/rank.yaml makes one)",
+        help="output_dir of a finished `crrelu compare` whose arms are activations: also correlate entropy and loss "
+        "(recipes/eafo/rank.yaml is a recipe for it)",
     )
     return parser
 
@@ -43,10 +43,11 @@ def run(argv: list[str]) -> int:
     output_dir = check(args)
     if not math.isfinite(args.epsilon):
         raise InputError(f"--epsilon must be a finite number, not {args.epsilon}")
-    from crrelu_llm.cli.quiet import quieten_libraries
-    from crrelu_llm.eafo.models import predict, rank
+    from crrelu_llm.eafo.models import rank
     from crrelu_llm.environment import environment
     from crrelu_llm.files import plain, write_json
+    from crrelu_llm.quiet import quieten_libraries
+    from crrelu_llm.studies import predict
 
     quieten_libraries()
     comparison = predict.read_losses(Path(args.losses)) if args.losses else None
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
     if output_dir is not None:
         write_json(output_dir / rank.DOCUMENT, document)
         if args.plot:
-            from crrelu_llm.eafo.models.plot import plot_rank
+            from crrelu_llm.eafo.models.fit_and_rank_plots import plot_rank
 
             plot_rank(document, output_dir)
         print(f"saved to {output_dir}", file=sys.stderr)
@@ -88,11 +89,11 @@ def _measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
     loading = {"trust_remote_code": args.trust_remote_code}
     model, blocks = preactivations.load(args.model, args.data, args.tokens, args.images, **loading)
-    if args.finetuned:  # read before anything is measured: a wrong name must not cost the measurement
+    if args.finetuned:  # loaded before the measurement, so that a wrong name does not waste it
         finetuned, own = preactivations.load(args.finetuned, args.data, args.tokens, args.images, **loading)
         if own.shape != blocks.shape or bool((own != blocks).any()):
             raise InputError(
-                f"--finetuned {args.finetuned}: it reads the data as other tokens or pixels than {args.model}"
+                f"--finetuned {args.finetuned}: turns the data into other tokens or pixels than {args.model}"
             )
     models = [("pretrained", args.model, model)]
     if args.untrained:

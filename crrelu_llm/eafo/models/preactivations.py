@@ -13,7 +13,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
 from crrelu_llm.patching.calibration.pixels import calibration_pixels
 from crrelu_llm.patching.calibration.taps import tapped
-from crrelu_llm.patching.calibration.text import calibration_blocks
+from crrelu_llm.patching.calibration.tokens import calibration_blocks
 from crrelu_llm.patching.calibration.walk import computing_device
 from crrelu_llm.patching.feeding import batch_size, run_on
 from crrelu_llm.patching.finite import evaluating

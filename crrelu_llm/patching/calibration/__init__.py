@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.patching.calibration.density import set_moments
+from crrelu_llm.patching.calibration.centres import set_moments
+from crrelu_llm.patching.calibration.finished_layers import Progress
 from crrelu_llm.patching.calibration.following import Refit, find_following
-from crrelu_llm.patching.calibration.progress import Progress
 from crrelu_llm.patching.calibration.records import Record
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import SiteTask

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.eafo.fitted import FittedCRReLU
-from crrelu_llm.patching.calibration.statistics import Histogram
+from crrelu_llm.patching.calibration.histogram import Histogram
 
 Curve = Callable[[Tensor], Tensor]
 

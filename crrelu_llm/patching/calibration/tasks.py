@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from crrelu_llm.activation import AffineModule, Calibrated, CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.calibration import parameters
+from crrelu_llm.patching.calibration.histogram import Histogram
 from crrelu_llm.patching.calibration.records import Record
-from crrelu_llm.patching.calibration.statistics import Histogram
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import Site
 

@@ -104,7 +104,7 @@ def _one(case: dict[str, Any], how: str) -> int:
     import psutil
     import torch
 
-    from crrelu_llm.bench.memory import peak_memory
+    from crrelu_llm.bench.allocations import peak_memory
     from crrelu_llm.memory import PeakMemory
 
     with tempfile.TemporaryDirectory() as folder:

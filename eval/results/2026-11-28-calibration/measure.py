@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from crrelu_llm import patch
 from crrelu_llm.data import language_modelling_blocks
 from crrelu_llm.evaluation.perplexity import perplexity
-from crrelu_llm.patching.calibration.text import block_size
+from crrelu_llm.patching.calibration.tokens import block_size
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model")

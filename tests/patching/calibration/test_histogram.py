@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crrelu_llm.patching.calibration.statistics import Histogram
+from crrelu_llm.patching.calibration.histogram import Histogram
 
 
 def normal(*size, seed=0):

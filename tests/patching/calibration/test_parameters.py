@@ -10,8 +10,8 @@ from torch import nn
 
 from crrelu_llm.activation import Calibrated
 from crrelu_llm.patching.activations import build_activation
+from crrelu_llm.patching.calibration.histogram import Histogram
 from crrelu_llm.patching.calibration.parameters import LARGEST_EPSILON, fit, relative_error
-from crrelu_llm.patching.calibration.statistics import Histogram
 
 FOUR = ("scale", "shift", "gain", "offset")
 

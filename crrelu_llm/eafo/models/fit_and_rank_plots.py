@@ -1,10 +1,10 @@
 """The pictures of `fit` (densities and corrections of a few layers) and of `rank` (entropies, and losses by them)."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from crrelu_llm.eafo.models.preactivations import amount_of
+from crrelu_llm.files import write_figure
 
 FIT_PLOT, RANK_PLOT, LOSS_PLOT = "eafo_fit.png", "eafo_rank.png", "eafo_losses.png"
 _OURS, _OTHERS, _THIRD = "#1f6f8b", "#c4472b", "#b8b8b8"
@@ -44,7 +44,7 @@ def plot_fit(document: dict[str, Any], path: Path) -> None:
         axes[0, 0].set_ylabel("density")
         axes[1, 0].set_ylabel("correction of ReLU, p′")
         figure.suptitle(f"{document['model']}: {amount_of(document)} of {document['data']}", fontsize=9)
-        _save(figure, path)
+        write_figure(path, figure, dpi=150)
 
 
 def plot_rank(document: dict[str, Any], directory: Path) -> None:
@@ -74,7 +74,7 @@ def plot_rank(document: dict[str, Any], directory: Path) -> None:
         axis.set_xlabel("entropy of the output at unit variance and a resolution of 0.05, nats")
         axis.set_title(f"{document['model']}: mean over {len(models[0]['sites'])} sites", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        _save(figure, directory / RANK_PLOT)
+        write_figure(directory / RANK_PLOT, figure, dpi=150)
         if document["prediction"]:
             _plot_losses(document["prediction"], directory / LOSS_PLOT)
 
@@ -99,10 +99,4 @@ def _plot_losses(found: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("loss after fine-tuning")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    figure.savefig(scratch, dpi=150)
-    os.replace(scratch, path)
+    write_figure(path, figure, dpi=150)

@@ -1,7 +1,6 @@
 """What a calibration has finished, layer by layer, so that one that was killed goes on there."""
 
 import json
-import os
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crrelu_llm.environment import versions
-from crrelu_llm.files import plain, remove, sync, write_json, writing
+from crrelu_llm.files import plain, remove, replacing, write_json, writing
 from crrelu_llm.patching.calibration.following import weights_of
 from crrelu_llm.patching.calibration.records import Record
 
@@ -79,17 +78,11 @@ class Progress:
                 for name, value in weights_of(following).items():
                     tensors[f"{path}/{_FOLLOWING}/{name}"] = value.cpu().contiguous().clone()
         records = {path: asdict(record) for path, (record, _, _) in done.items()}
-        file = self._file(index)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         with writing(f"the calibration's progress in {self.directory}"):
             if not (self.directory / _IDENTITY).is_file():
                 write_json(self.directory / _IDENTITY, self.identity)
-            try:
+            with replacing(self._file(index)) as scratch:
                 save_file(tensors, scratch, metadata={"records": json.dumps(records)})
-                sync(scratch)
-                os.replace(scratch, file)
-            finally:
-                scratch.unlink(missing_ok=True)
 
     def load(
         self, index: int, activations: dict[str, nn.Module], following: dict[str, nn.Module]

@@ -2,7 +2,7 @@ import gc
 
 import torch
 
-from crrelu_llm.bench.memory import peak_memory
+from crrelu_llm.bench.allocations import peak_memory
 
 CPU = torch.device("cpu")
 MEGABYTE = 2**20

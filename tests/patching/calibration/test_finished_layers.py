@@ -9,8 +9,8 @@ from tiny import tiny_model, token_ids
 from crrelu_llm import PatchConfig, patch
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import transform
-from crrelu_llm.patching.calibration import _Work, progress
-from crrelu_llm.patching.calibration.progress import Progress, identity
+from crrelu_llm.patching.calibration import _Work, finished_layers
+from crrelu_llm.patching.calibration.finished_layers import Progress, identity
 from crrelu_llm.patching.calibration.tasks import SiteTask
 
 BLOCKS = token_ids(8, 64, seed=3)
@@ -194,7 +194,7 @@ def test_wrong_input_keeps_no_progress(tiny_checkpoint, text_file, tmp_path, mon
 
 
 def test_a_full_disk_keeps_the_finished_layers(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    save = progress.save_file
+    save = finished_layers.save_file
     config = PatchConfig("relu", calibration="fit", calibration_data=str(text_file), calibration_tokens=512)
 
     def full(tensors, path, **kwargs):
@@ -204,7 +204,7 @@ def test_a_full_disk_keeps_the_finished_layers(tiny_checkpoint, text_file, tmp_p
         save(tensors, path, **kwargs)
 
     with monkeypatch.context() as patched, pytest.raises(transform.DiskError) as caught:
-        patched.setattr(progress, "save_file", full)
+        patched.setattr(finished_layers, "save_file", full)
         transform.patch_checkpoint(str(tiny_checkpoint), config, tmp_path / "out")
     message = str(caught.value)
     assert "could not be written: no space left on device; 1 calibrated layers are kept; run the same" in message

@@ -12,9 +12,9 @@ from scipy.integrate import quad
 from crrelu_llm.activation import crrelu
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison.arms import parse_arms
-from crrelu_llm.eafo.models.sensitivity import arm_names, shape, study, text
-from crrelu_llm.eafo.models.sensitivity_plot import plot
 from crrelu_llm.errors import InputError
+from crrelu_llm.studies.sensitivity import arm_names, shape, study, text
+from crrelu_llm.studies.sensitivity_plot import plot
 
 SEEDS = (0, 1)
 
@@ -122,7 +122,7 @@ def test_runs_that_failed_are_shown_and_kept_out_of_the_means(tmp_path):
         ),
         (["--epsilon_learning_rate", "0"], {}, "epsilon_learning_rate: 0 freezes the ε that should be learned"),
         (["--values", "0.1", "0.1"], {}, "--values: finite numbers, each once, not 0.1 0.1"),
-        (["--seeds", "0", "0"], {}, "--seeds: whole numbers from 0 up, each once"),
+        (["--seeds", "0", "0"], {}, "--seeds must be different whole numbers of 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(workshop, options, keys, message, capsys):

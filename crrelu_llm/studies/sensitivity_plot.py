@@ -1,12 +1,12 @@
 """The picture of the ε study: loss against the start value, where ε ended, and the functions themselves."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crrelu_llm.eafo.models.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
+from crrelu_llm.files import write_figure
+from crrelu_llm.studies.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
 
 PLOT = "epsilon.png"
 _LOWEST = 0.15  # nats: where start values far off leave the picture to those that come near to each other
@@ -42,10 +42,7 @@ def plot(document: dict[str, Any], path: str | Path) -> None:
         for axis in (losses, lowest, ends, shapes):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-        path = Path(path)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        figure.savefig(scratch, dpi=130)
-        os.replace(scratch, path)
+        write_figure(Path(path), figure, dpi=130)
 
 
 def _losses(axis: Any, document: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """The picture of a patch: what it did to each layer."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from crrelu_llm.files import write_figure
 
 PLOT = "patch_report.png"
 
@@ -38,10 +39,7 @@ def plot_report(report: dict[str, Any], path: str | Path) -> None:
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes[-1].set_xlabel("layer")
         figure.suptitle(_title(report), fontsize=9.5)
-        path = Path(path)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        figure.savefig(scratch, dpi=150)
-        os.replace(scratch, path)
+        write_figure(Path(path), figure, dpi=150)
 
 
 def _rows(sites: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, list[Any]]]]]:

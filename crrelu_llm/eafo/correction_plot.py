@@ -1,6 +1,5 @@
 """The picture of a correction: activation, derivative, correction, density, and entropy along ε."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from crrelu_llm.eafo.correction import Correction, corrected
 from crrelu_llm.eafo.entropy import of_output
 from crrelu_llm.errors import InputError
+from crrelu_llm.files import write_figure
 
 _SHADE, _LINE = "#e8e2d8", "#1f6f8b"
 
@@ -25,7 +25,6 @@ def plot(correction: Correction, values: Sequence[float], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}):
         figure = Figure(figsize=(11, 6), layout="constrained")
         axes = figure.subplots(2, 3).ravel()
@@ -35,9 +34,7 @@ def plot(correction: Correction, values: Sequence[float], path: Path) -> None:
         _entropy(axes[4], correction, values)
         _legend(axes[5], axes[0])
         figure.suptitle(f"{correction.activation.name} × {correction.density.name}", fontsize=10)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        figure.savefig(scratch, dpi=130)
-        os.replace(scratch, path)
+        write_figure(path, figure, dpi=130)
 
 
 def _line(correction: Correction) -> Any:

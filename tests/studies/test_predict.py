@@ -7,8 +7,8 @@ import pytest
 from comparisons import ARMS, write_comparison
 from scipy import stats
 
-from crrelu_llm.eafo.models import predict
 from crrelu_llm.errors import InputError
+from crrelu_llm.studies import predict
 
 
 def test_losses_of_a_comparison(tmp_path):

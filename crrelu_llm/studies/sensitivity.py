@@ -6,6 +6,7 @@ from typing import Any
 
 from scipy.optimize import brentq
 
+from crrelu_llm.columns import aligned
 from crrelu_llm.comparison.arms import NATIVE
 from crrelu_llm.comparison.results import NOT_RUN
 from crrelu_llm.errors import InputError
@@ -169,7 +170,7 @@ def text(document: dict[str, Any]) -> str:
         ]
         runs = ", ".join([str(len(case["seeds"])), *counts])
         rows.append([case["way"], f"{case['epsilon_init']:g}", *map(_number, numbers), runs])
-    lines = _aligned(rows)
+    lines = aligned(rows)
     for case in document["cases"]:
         name = f"{case['way']}, ε = {case['epsilon_init']:g}"
         lines += [f"failed: {name}, seed {run['seed']}: {run['reason']}" for run in case["failed"]]
@@ -178,13 +179,8 @@ def text(document: dict[str, Any]) -> str:
     for entry in document["shapes"]:
         intervals = [f"({'-∞' if low is None else f'{low:.3g}'}, {high:.3g})" for low, high in entry["falling"]]
         shapes.append([f"{entry['epsilon']:g}", *(_number(entry[key]) for key in keys), " ".join(intervals)])
-    return "\n".join([*lines, "", *_aligned(shapes)])
+    return "\n".join([*lines, "", *aligned(shapes)])
 
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,9 +1,10 @@
 """The picture of a benchmark: bandwidth against a copy's (`op`), time and memory against GELU's (the others)."""
 
-import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from crrelu_llm.files import write_figure
 
 PLOT = "bench.png"
 _OURS, _OTHERS, _COPY = "#1f6f8b", "#b8b8b8", "#c4472b"
@@ -36,10 +37,7 @@ def plot(document: dict[str, Any], path: str | Path) -> None:
             for axis in line[len(row) if bandwidth else 2 :]:
                 axis.set_visible(False)
         figure.suptitle(_title(document), fontsize=9)
-        path = Path(path)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        figure.savefig(scratch, dpi=130)
-        os.replace(scratch, path)
+        write_figure(Path(path), figure, dpi=130)
 
 
 def _panels(cases: list[dict[str, Any]], bandwidth: bool) -> list[list[tuple[str, list[dict[str, Any]]]]]:
