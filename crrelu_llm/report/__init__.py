@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from crrelu_llm.errors import reading
 from crrelu_llm.files import plain, remove, writing
 from crrelu_llm.report.pages import page_of
 from crrelu_llm.report.render import render_html, render_markdown
@@ -31,7 +32,8 @@ def write_report(report: Report, output_dir: Path) -> Report:
     Returns:
         The report as it was written, with the sentence that `verdict_sentence` gives.
     """
-    report = Report.of(plain(report.as_dict()))
+    with reading(f"the report of {output_dir}", "a file that it is made of is damaged", ours=True):
+        report = Report.of(plain(report.as_dict()))
     report = report.but(verdict=verdict_sentence(report))
     numbers = json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     output_dir = Path(output_dir)
