@@ -2,8 +2,8 @@
 
 import json
 import types
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, Self, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from crrelu_llm.errors import InputError
 
@@ -14,9 +14,16 @@ _WORDS: dict[Any, str] = {
 _LONGEST = 40  # of a wrong value that is shown
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """An object of a JSON document. A field with a default may be left out there: it is written if it was given."""
+    """An object of a JSON document; its subclasses are dataclasses, frozen, with keywords only.
+
+    A field with a default may be left out of the document: it is written if it was given.
+    """
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __new__(cls, **given: Any) -> Self:
         record = super().__new__(cls)
@@ -26,7 +33,7 @@ class Record:
     @property
     def given(self) -> dict[str, Any]:
         """The fields that were given, in the order of the class."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in vars(self)["_given"]}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name in vars(self)["_given"]}
 
     def but(self, **others: Any) -> Self:
         """A copy in which some fields are others."""
@@ -56,11 +63,8 @@ class Record:
 
 def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
     """The type of each field, and whether it must be there."""
-    types_ = get_type_hints(cls)
-    return {
-        field.name: (types_[field.name], field.default is MISSING and field.default_factory is MISSING)
-        for field in fields(cls)
-    }
+    hints = get_type_hints(cls)
+    return {one.name: (hints[one.name], one.default is one.default_factory is MISSING) for one in fields(cls)}
 
 
 def _written(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Records: what is written is what was given, and what is read is checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import pytest
@@ -9,13 +9,11 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.records import Record
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inner(Record):
     name: str
     number: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Outer(Record):
     count: int
     kind: Literal["a", "b"] = "a"

@@ -15,9 +15,9 @@ from crrelu_llm.comparison.definition import BEFORE, before_training, patched_co
 from crrelu_llm.comparison.matrix import TEXTS
 from crrelu_llm.comparison.settings import SETTINGS, read_settings
 from crrelu_llm.comparison.trajectories import trajectories
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.patching.transform import read_report
-from crrelu_llm.report.schema import Arm, Data, Grid, Headline, Metric, Report, Run, Sparsity, Tuning
+from crrelu_llm.report.schema import Arm, Data, Grid, Headline, Metric, Report, Run, Tuning
 from crrelu_llm.statistics import single_items
 from crrelu_llm.statistics.paired import Comparison, Unit, adjust, compare_metric
 from crrelu_llm.statistics.single_items import About, Change, Example, Option, Shown
@@ -31,6 +31,11 @@ _RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accur
 # What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
 # point of an accuracy. A reward margin has no scale of its own.
 MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(_RIGHT_OR_WRONG, 0.01)
+# What the report has of a run.json, and what it has where that is missing.
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("status", "error", "train_seconds", "tokens_per_second", "peak_memory_bytes")),
+    **{"metrics": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "history": [], "sparsity": {}},
+}
 
 
 @dataclass
@@ -96,7 +101,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         comparisons=compare_runs(settings, runs, metrics, margins),
         changes=changes,
         examples=examples,
-        data=[Data.of(entry) for entry in settings["data"]],
+        data=[Data.of(entry, f"{directory / SETTINGS}: data") for entry in settings["data"]],
         baseline=settings["baseline"],
         headline=Headline(metric=kind.headline, higher_is_better=METRICS[kind.headline][1]),
         metrics=metrics,
@@ -123,24 +128,10 @@ def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> Ou
     run: dict[str, Any] = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
     own = _read_json(place / f"seed-{seed}" / BEFORE)  # where it started from a model of its own
     before = own or _read_json(before_training(directory, arm, point)) or {}
-    sparsity_before = before.pop("sparsity", {})
-    part = Run(
-        seed=seed,
-        status=run["status"],
-        error=run.get("error"),
-        grid=_grid(point),
-        before=before,
-        metrics=run.get("metrics", {}),
-        train_seconds=run.get("train_seconds"),
-        tokens_per_second=run.get("tokens_per_second"),
-        peak_memory_bytes=run.get("peak_memory_bytes"),
-        epsilon=run.get("epsilon", {}),
-        epsilon_start=run.get("epsilon_start", {}),
-        curves=run.get("curves", {}),
-        history=run.get("history", []),
-        sparsity=Sparsity.of(run.get("sparsity", {})),
-        sparsity_before=Sparsity.of(sparsity_before),
-    )
+    begun = {"seed": seed, "grid": _grid(point), "sparsity_before": before.pop("sparsity", {}), "before": before}
+    known = {name: value for name, value in run.items() if name in _EMPTY}
+    with reading(f"{place / f'seed-{seed}' / RUN}", "remove it, and run the comparison again", ours=True):
+        part = Run.of(_EMPTY | known | begun)
     return Outcome(part, run.get("items", {}), run.get("environment", {}))
 
 

@@ -1,7 +1,7 @@
 """report.json as types. A field with a default belongs to trained arms or to an evaluation alone, or is newer."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +15,6 @@ Values = dict[str, float | None]  # by name; None is what was no finite number
 _WRONG = "damaged, or of another version of crrelu_llm: write it again with `crrelu report`"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Metric(Record):
     """How a metric is shown. A reference stands beside the results as a control, and is not compared."""
 
@@ -25,7 +24,6 @@ class Metric(Record):
     reference: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class Headline(Record):
     """The metric that is looked at first, and its direction; of an evaluation, one of each task."""
 
@@ -34,7 +32,6 @@ class Headline(Record):
     metrics: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Data(Record):
     """A data set, with what identifies it."""
 
@@ -44,7 +41,6 @@ class Data(Record):
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sparsity(Record):
     """By the path of a site, the share of exact zeros after it, and of what is at its channel's offset."""
 
@@ -53,7 +49,6 @@ class Sparsity(Record):
     at_offset: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Run(Record):
     """One training of an arm, or a model on the tasks of an evaluation.
 
@@ -95,7 +90,6 @@ class Run(Record):
         return self.status == "done"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Arm(Record):
     """An arm with its runs; in an evaluation a model, `model` being where it is. `patch` is what patch_report.json of
     its starting point holds, `before` the metrics there."""
@@ -115,7 +109,6 @@ class Arm(Record):
         return (self.patch or {}).get("sites") or []
 
 
-@dataclass(frozen=True, kw_only=True)
 class Try(Record):
     """The tries of an arm at grid values: the metric of each, the recipe options `chosen`, if any try ended with a
     finite number, and those whose best value is the smallest or largest tried."""
@@ -127,7 +120,6 @@ class Try(Record):
     grid: Grid
 
 
-@dataclass(frozen=True, kw_only=True)
 class Tuning(Record):
     """What was tuned for each arm, on how many training rows that no run trains on."""
 
@@ -137,7 +129,6 @@ class Tuning(Record):
     tries: list[Try]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Point(Record):
     """The paired difference at a step, over `n` seeds."""
 
@@ -148,7 +139,6 @@ class Point(Record):
     n: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Trajectory(Record):
     """How a candidate's difference from the baseline develops over training."""
 
@@ -157,7 +147,6 @@ class Trajectory(Record):
     points: list[Point]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Report(Record):
     """What a comparison or an evaluation found. `items` is what its items are called, `verdict` the sentence."""
 

@@ -17,7 +17,7 @@ What is paired decides what the answer is about, and how it is found:
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +44,6 @@ _MANY = 2000  # beyond: the large-sample forms, as BCa grows as n² and resample
 _BATCH_NUMBERS = 10_000_000  # numbers held at once while resampling: bounded memory, few batches
 
 
-@dataclass(frozen=True, kw_only=True)
 class Comparison(Record):
     """One entry of `comparisons` in report.json. What cannot be computed is None.
 

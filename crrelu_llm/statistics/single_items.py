@@ -1,7 +1,7 @@
 """Single items of a comparison: how each changed from baseline to candidate, and where the two differ most."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ POINTS = 200  # of a picture of changes: evenly chosen from the items
 EXAMPLES = 2  # the largest changes to either side that are shown
 
 
-@dataclass(frozen=True, kw_only=True)
 class About(Record):
     """What the values of items are, and of which arms and grid values."""
 
@@ -25,7 +24,6 @@ class About(Record):
     candidate: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Change(About):
     """One entry of `changes` in report.json: of the number of `items`, how many became `better`, `worse` or stayed
     the `same`, and `points`: pairs of values, of at most `POINTS` items."""
@@ -37,7 +35,6 @@ class Change(About):
     points: list[list[float]]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Option(Record):
     """An answer, whether it is the right one where that is known, and what each arm gave it."""
 
@@ -47,7 +44,6 @@ class Option(Record):
     candidate: float | str | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Shown(Record):
     """What to show of an item."""
 
@@ -57,7 +53,6 @@ class Shown(Record):
     options: list[Option]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Example(About):
     """One entry of `examples` in report.json: the item's place in the data, from 0, the values of the baseline and of
     the candidate, and what to show of it."""
