@@ -1,13 +1,15 @@
 """`crrelu card`: a Hugging Face model card of a patched checkpoint."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from crrelu_llm.cli.parser import Parser
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.files import write_text
+
+if TYPE_CHECKING:
+    from crrelu_llm.report.schema import Report
 
 
 def _parser() -> Parser:
@@ -61,28 +63,10 @@ def _is_of_patch(path: Path) -> bool:
     return path.is_file() and readme.is_ours(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def _report(name: str | None) -> dict[str, Any] | None:
+def _report(name: str | None) -> "Report | None":
     if name is None:
         return None
+    from crrelu_llm.report.schema import Report
+
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--report {path}: cannot be read ({error}); give a directory with a report.json") from None
-    arms = found.get("arms") if isinstance(found, dict) else None
-    if not isinstance(arms, list) or not all(map(_is_arm, arms)):
-        raise InputError(f"--report {path}: not a report of crrelu_llm (it has no arms)")
-    recipe, data = found.get("recipe") or {}, found.get("data") or []
-    named = isinstance(data, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in data)
-    if not named or not isinstance(recipe, dict) or not isinstance(recipe.get("tasks") or [], list):
-        raise InputError(f"--report {path}: its data or recipe are damaged; write it again with `crrelu report`")
-    return found
-
-
-def _is_arm(arm: Any) -> bool:
-    if not isinstance(arm, dict) or not isinstance(arm.get("runs"), list) or not isinstance(arm.get("arm"), str):
-        return False
-    return all(
-        isinstance(run, dict) and "status" in run and (run["status"] != "done" or isinstance(run.get("metrics"), dict))
-        for run in arm["runs"]
-    )
+    return Report.read(path, f"--report {path}")

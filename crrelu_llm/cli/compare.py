@@ -151,8 +151,6 @@ def _write(output_dir: Path, margins: dict[str, float] | None, with_examples: bo
     else:
         report = results.build_report(output_dir, margins)
     if not with_examples:
-        report["examples"] = []
-    write_report(report, output_dir)
-    return (
-        f"{headline(report, page_of(report).draw(report))}\n{report['verdict']}\nreport: {output_dir / 'report.html'}"
-    )
+        report = report.but(examples=[])
+    report = write_report(report, output_dir)
+    return f"{headline(report, page_of(report).draw(report))}\n{report.verdict}\nreport: {output_dir / 'report.html'}"

@@ -1,12 +1,10 @@
 """`crrelu quickstart`: the main job on the embedded model and data, offline."""
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from crrelu_llm.cli.parser import Parser
 
@@ -59,8 +57,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     )
     failed = run_matrix(asked, recipe, shlex.join(["crrelu", "quickstart", *argv]), calm=True)
     write(Path(args.output_dir))
-    report = json.loads((Path(args.output_dir) / "report.json").read_text())
-    print(_summary(report))
+    print(_summary(Path(args.output_dir) / "report.json"))
     print(f"report: {Path(args.output_dir) / 'report.html'}")
     print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if failed:
@@ -68,28 +65,29 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _summary(report: dict[str, Any]) -> str:
+def _summary(path: Path) -> str:
     """The results as a small table, and the verdict."""
     from crrelu_llm.columns import aligned
     from crrelu_llm.report import text
     from crrelu_llm.report.contents import by_seed, find_arm
     from crrelu_llm.report.headline import headline
     from crrelu_llm.report.pages import page_of
+    from crrelu_llm.report.schema import Report
     from crrelu_llm.report.tables import decisive_entries
 
-    entries = {entry["candidate"]: entry for entry in decisive_entries(report)}
+    report = Report.read(path)
+    entries = {entry.candidate: entry for entry in decisive_entries(report)}
     rows = [("", "loss before", "after", "difference from native", "95 % interval")]
     for name in ARMS:
-        arm = find_arm(report, name) or {}
-        entry = entries.get(name, {})
+        arm, entry = find_arm(report, name), entries.get(name)
         losses = list(by_seed(arm, {}, "loss").values())
         rows.append(
             (
                 name,
-                text.number((arm.get("before") or {}).get("loss"), "{:.4f}"),
+                text.number(arm.before.get("loss") if arm else None, "{:.4f}"),
                 text.spread(losses, "{:.4f}") if losses else text.MISSING,
-                text.signed(entry.get("difference"), "{:.4f}") if entry else "",
-                text.interval(entry.get("ci_low"), entry.get("ci_high"), "{:.4f}") if entry else "",
+                text.signed(entry.difference, "{:.4f}") if entry else "",
+                text.interval(entry.ci_low, entry.ci_high, "{:.4f}") if entry else "",
             )
         )
     return "\n".join([*aligned(rows), "", headline(report, page_of(report).draw(report)) + "."])

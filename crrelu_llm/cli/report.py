@@ -1,7 +1,6 @@
 """`crrelu report`: rebuilds the report of a comparison or an evaluation from its files."""
 
 import argparse
-import json
 from pathlib import Path
 
 from crrelu_llm.cli.parser import Parser
@@ -30,8 +29,9 @@ def run(argv: list[str]) -> int:
     verdict = write(directory, dict(args.margin), not args.without_examples)
     if args.format == "csv":
         from crrelu_llm.report.render import render_csv
+        from crrelu_llm.report.schema import Report
 
-        print(render_csv(json.loads((directory / "report.json").read_text(encoding="utf-8"))), end="")
+        print(render_csv(Report.read(directory / "report.json")), end="")
     else:
         print((directory / f"report.{args.format}").read_text(encoding="utf-8") if args.format else verdict)
     return 0

@@ -9,6 +9,7 @@ from crrelu_llm.patching import loading, mixture
 from crrelu_llm.patching.standalone import is_standalone
 from crrelu_llm.report.contents import is_evaluation
 from crrelu_llm.report.render import escape_markdown
+from crrelu_llm.report.schema import Arm, Data, Report
 from crrelu_llm.report.text import number
 
 FILE = "README.md"
@@ -16,13 +17,13 @@ PAPER = "arXiv 2405.12954"
 _FILES = (".gz", ".zst", ".json", ".jsonl", ".parquet", ".txt", ".text", ".csv", ".gguf")
 
 
-def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None = None) -> str:
+def card(checkpoint: Path, report: Report | None = None, arm: str | None = None) -> str:
     """Writes the card of a checkpoint as Markdown with metadata that the Hub reads.
 
     Args:
         checkpoint: Directory of a patched checkpoint, as `crrelu patch`, `sft` or `dpo` write it, or of a LoRA adapter
             of one.
-        report: What report.json of a comparison or an evaluation holds; its metrics go into the card's metadata.
+        report: That of a comparison or an evaluation; its metrics go into the card's metadata.
         arm: The arm of the report that this checkpoint is; may be left out where there is one CRReLU arm.
 
     Raises:
@@ -34,9 +35,9 @@ def card(checkpoint: Path, report: dict[str, Any] | None = None, arm: str | None
     patch = _patch_report(checkpoint)
     run = _read(checkpoint / "run.json") or {}
     entry = None if report is None else _find(report, arm)
-    if entry is not None and entry.get("activation") != section["activation"]:
+    if entry is not None and entry.activation != section["activation"]:
         raise InputError(
-            f"--arm {entry['arm']}: its activation is {entry.get('activation')}, that of {checkpoint} is "
+            f"--arm {entry.arm}: its activation is {entry.activation}, that of {checkpoint} is "
             f"{section['activation']}; name the arm that this checkpoint is"
         )
     base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
@@ -127,16 +128,16 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _find(report: dict[str, Any], name: str | None) -> dict[str, Any]:
-    done = [arm for arm in report["arms"] if any(run["status"] == "done" for run in arm["runs"])]
+def _find(report: Report, name: str | None) -> Arm:
+    done = [arm for arm in report.arms if any(run.done for run in arm.runs)]
     if name is None:
-        done = [arm for arm in done if arm.get("activation") == "crrelu"]
+        done = [arm for arm in done if arm.activation == "crrelu"]
         if len(done) != 1:
-            found = ", ".join(arm["arm"] for arm in report["arms"])
+            found = ", ".join(arm.arm for arm in report.arms)
             raise InputError(f"--arm: the report has {len(done)} finished CRReLU arms; say which of {found} this is")
-    chosen = [arm for arm in done if name is None or arm["arm"] == name]
+    chosen = [arm for arm in done if name is None or arm.arm == name]
     if not chosen:
-        found = ", ".join(arm["arm"] for arm in done) or "none"
+        found = ", ".join(arm.arm for arm in done) or "none"
         raise InputError(f"--arm {name}: no such arm with a finished run in the report; there are {found}")
     return chosen[0]
 
@@ -147,13 +148,13 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not Path(name).exists()
 
 
-def _hub_names(report: dict[str, Any] | None, run: dict[str, Any]) -> list[str]:
-    names = [entry["name"] for entry in (report or {}).get("data") or []]
+def _hub_names(report: Report | None, run: dict[str, Any]) -> list[str]:
+    names = [entry.name for entry in report.data] if report else []
     names.append((run.get("recipe") or {}).get("dataset_name") or "")
     return sorted({name for name in names if name.count("/") == 1 and _is_hub_name(name)})
 
 
-def _results(report: dict[str, Any], arm: dict[str, Any], head: str) -> list[Any]:
+def _results(report: Report, arm: Arm, head: str) -> list[Any]:
     """The arm's metrics as the Hub's metadata has them: means over the finished runs."""
     from huggingface_hub import EvalResult
 
@@ -163,8 +164,8 @@ def _results(report: dict[str, Any], arm: dict[str, Any], head: str) -> list[Any
         found.append(
             EvalResult(
                 task_type=loading.TASKS[head],
-                dataset_type=data["name"],
-                dataset_name=" ".join(filter(None, (data["name"], data.get("split")))),
+                dataset_type=data.name,
+                dataset_name=" ".join(filter(None, (data.name, data.split))),
                 metric_type=metric,
                 metric_name=metric.replace("_", " "),
                 metric_value=round(value, 6),
@@ -173,20 +174,19 @@ def _results(report: dict[str, Any], arm: dict[str, Any], head: str) -> list[Any
     return found
 
 
-def _data_of(report: dict[str, Any], metric: str) -> tuple[dict[str, Any], str]:
+def _data_of(report: Report, metric: str) -> tuple[Data, str]:
     """The data that a metric was measured on, and the metric's name there; an evaluation's are called task/metric."""
-    data = report.get("data") or [{"name": "unknown"}]
     if not is_evaluation(report):
-        return data[-1], metric
-    task, _, name = metric.partition("/")
-    by_task = dict(zip((report.get("recipe") or {}).get("tasks") or [], data, strict=False))
-    return by_task.get(task) or {"name": task}, name
+        return report.data[-1] if report.data else Data(name="unknown", rows=0, sha256=""), metric
+    (task, _, name), tasks = metric.partition("/"), report.recipe.get("tasks")
+    by_task = dict(zip(tasks if isinstance(tasks, list) else [], report.data, strict=False))
+    return by_task.get(task) or Data(name=task, rows=0, sha256=""), name
 
 
-def _means(arm: dict[str, Any]) -> dict[str, float]:
-    done = [run["metrics"] for run in arm["runs"] if run["status"] == "done"]
-    names = [name for name in done[0] if all(isinstance(run.get(name), int | float) for run in done)]
-    return {name: sum(run[name] for run in done) / len(done) for name in names}
+def _means(arm: Arm) -> dict[str, float]:
+    done = [run.metrics for run in arm.runs if run.done]
+    columns = {name: [value for run in done if (value := run.get(name)) is not None] for name in done[0]}
+    return {name: sum(values) / len(done) for name, values in columns.items() if len(values) == len(done)}
 
 
 def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
@@ -279,19 +279,19 @@ def _training(run: dict[str, Any]) -> str:
     return "\n".join(["## Training", "", f"{run['kind'].upper()} with TRL, {run.get('steps')} steps.", "", *told])
 
 
-def _evaluation(report: dict[str, Any], arm: dict[str, Any]) -> str:
-    count = sum(run["status"] == "done" for run in arm["runs"])
+def _evaluation(report: Report, arm: Arm) -> str:
+    count = sum(run.done for run in arm.runs)
     lines = [
         "## Evaluation",
         "",
-        escape_markdown(str(report.get("verdict", ""))),
+        escape_markdown(report.verdict),
         "",
-        f"Means over {count} run(s) of the arm {_code(arm['arm'])}:",
+        f"Means over {count} run(s) of the arm {_code(arm.arm)}:",
         "",
     ]
     lines += ["| metric | value |", "|---|---|"]
     lines += [f"| {escape_markdown(name)} | {number(value)} |" for name, value in _means(arm).items()]
-    lines += ["", "```bash", str(report.get("command", "")).replace("```", ""), "```"]
+    lines += ["", "```bash", report.command.replace("```", ""), "```"]
     return "\n".join(lines)
 
 

@@ -78,13 +78,13 @@ def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> 
     names = [arm.name for arm in comparison.arms]
     judged = recipe.kind.headline, METRICS[recipe.kind.headline][1]
     chosen = tuning.read_chosen(comparison.output_dir)
-    for entry in tuning.read_tries(comparison.output_dir, names, comparison.points, comparison.tune, *judged):
-        key = tuning.key_of(entry["arm"], entry["point"])
-        if entry["chosen"] is None:
-            _say(f"{key}: no try of {', '.join(entry['values'])} ended with a finite {judged[0]}")
+    for point, entry in tuning.read_tries(comparison.output_dir, names, comparison.points, comparison.tune, *judged):
+        key = tuning.key_of(entry.arm, point)
+        if entry.chosen is None:
+            _say(f"{key}: no try of {', '.join(entry.values)} ended with a finite {judged[0]}")
             continue
-        chosen[key] = comparison.tuned[entry["arm"], grid_name(entry["point"])] = entry["chosen"]
-        _say(f"{key}: {grid_name(entry['chosen'])} is the best of the tries")
+        chosen[key] = comparison.tuned[entry.arm, grid_name(point)] = entry.chosen
+        _say(f"{key}: {grid_name(entry.chosen)} is the best of the tries")
     if PartialState().is_main_process:
         write_json(comparison.output_dir / tuning.TUNING / tuning.CHOSEN, chosen)
 

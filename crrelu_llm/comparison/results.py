@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from crrelu_llm.comparison.definition import BEFORE, before_training, patched_co
 from crrelu_llm.comparison.matrix import TEXTS
 from crrelu_llm.comparison.settings import SETTINGS, read_settings
 from crrelu_llm.comparison.trajectories import trajectories
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
 from crrelu_llm.patching.transform import read_report
+from crrelu_llm.report.schema import Arm, Data, Grid, Headline, Metric, Report, Run, Tuning
 from crrelu_llm.statistics import single_items
-from crrelu_llm.statistics.paired import Unit, adjust, compare_metric
+from crrelu_llm.statistics.paired import Comparison, Unit, adjust, compare_metric
+from crrelu_llm.statistics.single_items import About, Change, Example, Option, Shown
 from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import RUN
 
@@ -28,9 +31,27 @@ _RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accur
 # What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
 # point of an accuracy. A reward margin has no scale of its own.
 MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(_RIGHT_OR_WRONG, 0.01)
+# What the report has of a run.json, and what it has where that is missing.
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("status", "error", "train_seconds", "tokens_per_second", "peak_memory_bytes")),
+    **{"metrics": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "history": [], "sparsity": {}},
+}
 
 
-def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
+@dataclass
+class Outcome:
+    """What a run left behind: its part of the report, its values of every item, and where it ran."""
+
+    run: Run
+    items: dict[str, list[float]] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+Outcomes = dict[tuple[str, str, int], Outcome]  # by arm, name of the grid point and seed
+Pairs = list[tuple[Outcome, Outcome]]  # of baseline and candidate, one a seed
+
+
+def build_report(directory: Path, margins: dict[str, float] | None = None) -> Report:
     """The report of a comparison, from what is on disk: runs that are missing or failed are named as such.
 
     Args:
@@ -51,12 +72,10 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
         for seed in settings["seeds"]
         if [arm, grid_name(point), seed] in settings["asked"]
     }
-    finished = [run for run in runs.values() if run["status"] == "done"]
-    names = [name for name in METRICS if any(name in run["metrics"] for run in finished)]
-    metrics = {
-        name: dict(zip(("label", "higher_is_better", "format", "reference"), METRICS[name], strict=True))
-        for name in names
-    }
+    finished = [outcome for outcome in runs.values() if outcome.run.done]
+    names = [name for name in METRICS if any(name in outcome.run.metrics for outcome in finished)]
+    about = ("label", "higher_is_better", "format", "reference")
+    metrics = {name: Metric.of(dict(zip(about, METRICS[name], strict=True))) for name in names}
     margins = margins or {}
     for name in margins.keys() - metrics.keys():
         known = ", ".join(metrics) or "none yet"
@@ -64,65 +83,65 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
     texts = _read_json(directory / TEXTS) or []
     changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
     packed = settings["recipe"].get("eval_packing")
-    return {
-        "schema_version": 1,
-        "title": f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
-        "command": "\n".join(settings["commands"]),
-        "created": settings["created"],
-        "trainer": settings["kind"],
-        "trainer_label": kind.label,
-        "items": "blocks of text" if packed else kind.items,
-        "recipe": settings["recipe"],
-        "environment": finished[0]["environment"] if finished else {},
-        "arms": [_arm(directory, name, settings, runs) for name in settings["arms"]],
-        "comparisons": compare_runs(settings, runs, metrics, margins),
-        "changes": changes,
-        "examples": examples,
-        "data": settings["data"],
-        "baseline": settings["baseline"],
-        "headline": {"metric": kind.headline, "higher_is_better": METRICS[kind.headline][1]},
-        "metrics": metrics,
-        "tuning": _tuning(directory, settings, kind.headline, METRICS[kind.headline][1]),
-        "trajectories": trajectories(_pairs(settings, runs), settings["baseline"], *kind.logged),
-        "trajectory": {"metric": kind.logged[0].removeprefix("eval_"), "higher_is_better": kind.logged[1]},
-    }
+    pairs = [
+        (name, grid, [(before.run, after.run) for before, after in found])
+        for name, grid, found in _pairs(settings, runs)
+    ]
+    return Report(
+        schema_version=1,
+        title=f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
+        command="\n".join(settings["commands"]),
+        created=settings["created"],
+        trainer=settings["kind"],
+        trainer_label=kind.label,
+        items="blocks of text" if packed else kind.items,
+        recipe=settings["recipe"],
+        environment=finished[0].environment if finished else {},
+        arms=[_arm(directory, name, settings, runs) for name in settings["arms"]],
+        comparisons=compare_runs(settings, runs, metrics, margins),
+        changes=changes,
+        examples=examples,
+        data=[Data.of(entry, f"{directory / SETTINGS}: data") for entry in settings["data"]],
+        baseline=settings["baseline"],
+        headline=Headline(metric=kind.headline, higher_is_better=METRICS[kind.headline][1]),
+        metrics=metrics,
+        tuning=_tuning(directory, settings, kind.headline, METRICS[kind.headline][1]),
+        trajectories=trajectories(pairs, settings["baseline"], *kind.logged),
+        trajectory=Headline(metric=kind.logged[0].removeprefix("eval_"), higher_is_better=kind.logged[1]),
+    )
 
 
-def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_better: bool) -> dict[str, Any] | None:
+def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_better: bool) -> Tuning | None:
     """The tries of each arm, and what was chosen; None where nothing was tuned."""
     if not settings.get("tune"):
         return None
     arms, points = settings["arms"], settings["points"]
     tries = tuning.read_tries(directory, arms, points, settings["tune"], metric, higher_is_better)
-    for entry in tries:
-        entry["grid"] = {key: number(value) for key, value in entry.pop("point").items()}
     begun = (directory / tuning.TUNING / SETTINGS).is_file()
     kept = read_settings(directory / tuning.TUNING)["data"] if begun else []
     rows = next((entry["rows"] for entry in reversed(kept)), None)
-    return {"metric": metric, "seed": tuning.SEED, "rows": rows, "tries": tries}
+    return Tuning(metric=metric, seed=tuning.SEED, rows=rows, tries=[entry for _, entry in tries])
 
 
-def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> dict[str, Any]:
+def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> Outcome:
     place = arm_dir(directory, arm, point)
-    run = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
+    run: dict[str, Any] = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
     own = _read_json(place / f"seed-{seed}" / BEFORE)  # where it started from a model of its own
     before = own or _read_json(before_training(directory, arm, point)) or {}
-    empty: dict[str, Any] = {
-        **{"metrics": {}, "items": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "sparsity": {}},
-        **{"history": [], "environment": {}},
-        "sparsity_before": before.pop("sparsity", {}),
-        "before": before,
-    }
-    return empty | run | {"seed": seed, "grid": {key: number(value) for key, value in point.items()}}
+    begun = {"seed": seed, "grid": _grid(point), "sparsity_before": before.pop("sparsity", {}), "before": before}
+    known = {name: value for name, value in run.items() if name in _EMPTY}
+    with reading(f"{place / f'seed-{seed}' / RUN}", "remove it, and run the comparison again", ours=True):
+        part = Run.of(_EMPTY | known | begun)
+    return Outcome(part, run.get("items", {}), run.get("environment", {}))
 
 
-def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, Any]) -> dict[str, Any]:
+def _grid(point: dict[str, str]) -> Grid:
+    return {key: number(value) for key, value in point.items()}
+
+
+def _arm(directory: Path, name: str, settings: dict[str, Any], runs: Outcomes) -> Arm:
     arm = parse_arm(name)
-    keys = (
-        *("seed", "status", "error", "grid", "before", "metrics", "train_seconds", "tokens_per_second"),
-        *("peak_memory_bytes", "epsilon", "epsilon_start", "curves", "history", "sparsity", "sparsity_before"),
-    )
-    own = [{key: run.get(key) for key in keys} for (other, _, _), run in runs.items() if other == name]
+    own = [outcome.run for (other, _, _), outcome in runs.items() if other == name]
     copies = Path(settings.get("patched_dir", directory))
     places = [patched_copy(copies, name, point) for point in settings["points"]]
     places += [
@@ -131,14 +150,14 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: dict[Any, A
         for seed in settings["seeds"]
     ]
     patches = map(read_report, places)
-    return {
-        "arm": name,
-        "activation": arm.activation or "native",
-        "options": dict(arm.options),
-        "patch": next((patch for patch in patches if patch), None),
-        "before": next((run["before"] for run in own if run["before"]), {}),
-        "runs": own,
-    }
+    return Arm(
+        arm=name,
+        activation=arm.activation or "native",
+        options=dict(arm.options),
+        patch=next((patch for patch in patches if patch), None),
+        before=next((run.before for run in own if run.before), {}),
+        runs=own,
+    )
 
 
 def _read_json(path: Path) -> Any:
@@ -146,13 +165,13 @@ def _read_json(path: Path) -> Any:
 
 
 def compare_runs(
-    settings: dict[str, Any], runs: dict[Any, Any], metrics: dict[str, Any], margins: dict[str, float]
-) -> list[dict[str, Any]]:
+    settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], margins: dict[str, float]
+) -> list[Comparison]:
     """All paired comparisons with the baseline, by seed, by item and by both, corrected for their number.
 
     Args:
         settings: The comparison's: `baseline`, `arms`, `seeds`, `points`.
-        runs: What each run left, by arm, name of the grid point and seed. Pairs need both runs finished.
+        runs: What each run left. Pairs need both runs finished.
         metrics: Direction of each metric, and whether it is a reference, which is not compared.
         margins: What counts as no difference, by metric, in the metric's unit.
     """
@@ -160,72 +179,72 @@ def compare_runs(
     found = []
     for candidate, grid, pairs in _pairs(settings, runs):
         for metric, about in metrics.items():
-            if about["reference"]:
+            if about.reference:
                 continue
             for unit in UNITS:
                 entry = _compare(metric, about, pairs, unit, (baseline, candidate), margins)
                 if entry is not None:
-                    found.append(entry | {"grid": grid})
+                    found.append(entry.but(grid=grid))
     return adjust(found)
 
 
-def _pairs(settings: dict[str, Any], runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any], list[Any]]]:
+def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid, Pairs]]:
     """Candidate, grid values, and the runs of baseline and candidate of every seed that finished in both."""
     baseline = settings["baseline"]
     for point in settings["points"]:
         for candidate in (arm for arm in settings["arms"] if arm != baseline):
+            places = [[(arm, grid_name(point), seed) for arm in (baseline, candidate)] for seed in settings["seeds"]]
             pairs = [
-                (runs.get((baseline, grid_name(point), seed)), runs.get((candidate, grid_name(point), seed)))
-                for seed in settings["seeds"]
+                (runs[before], runs[after])
+                for before, after in places
+                if all(place in runs and runs[place].run.done for place in (before, after))
             ]
-            pairs = [pair for pair in pairs if all(run is not None and run["status"] == "done" for run in pair)]
             if pairs:
-                yield candidate, {key: number(value) for key, value in point.items()}, pairs
+                yield candidate, _grid(point), pairs
 
 
 def _single_items(
-    headline: str,
-    settings: dict[str, Any],
-    runs: dict[Any, Any],
-    metrics: dict[str, Any],
-    texts: list[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    headline: str, settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], texts: list[dict[str, Any]]
+) -> tuple[list[Change], list[Example]]:
     """How the headline metric of each item, averaged over seeds, changed to each candidate, and where most."""
-    changes: list[dict[str, Any]] = []
-    examples: list[dict[str, Any]] = []
+    changes: list[Change] = []
+    examples: list[Example] = []
     if headline not in metrics:
         return changes, examples
-    described = {key: metrics[headline][key] for key in ("label", "higher_is_better", "format")}
+    metric = metrics[headline]
     for candidate, grid, pairs in _pairs(settings, runs):
         tables = _items(headline, pairs)
         if tables is None or not all(np.isfinite(table).all() for table in tables):
             continue
-        about = {"metric": headline, **described, "grid": grid}
-        names, columns = (settings["baseline"], candidate), [table.mean(axis=0).tolist() for table in tables]
-        changes.append(single_items.changes(about, names, *columns))
+        about = About(
+            metric=headline,
+            label=metric.label,
+            higher_is_better=metric.higher_is_better,
+            format=metric.format,
+            grid=grid,
+            baseline=settings["baseline"],
+            candidate=candidate,
+        )
+        columns = [table.mean(axis=0).tolist() for table in tables]
+        changes.append(single_items.changes(about, columns[0], columns[1]))
         if len(texts) != len(columns[0]):
             continue
-        for i in single_items.most_changed(about, *columns):
+        for i in single_items.most_changed(about, columns[0], columns[1]):
             options = [
-                {"text": text, "right": right, "baseline": None, "candidate": None}
+                Option(text=text, right=right, baseline=None, candidate=None)
                 for text, right in zip(texts[i]["options"], texts[i].get("right", (True, False)), strict=False)
             ]
-            shown = {"group": "", "prompt": texts[i]["prompt"], "target": "", "options": options}
-            examples.append(single_items.example(about, names, i, (columns[0][i], columns[1][i]), shown))
+            shown = Shown(group="", prompt=texts[i]["prompt"], target="", options=options)
+            examples.append(single_items.example(about, i, (columns[0][i], columns[1][i]), shown))
     return changes, examples
 
 
 def _compare(
-    metric: str,
-    about: dict[str, Any],
-    pairs: list[Any],
-    unit: Unit,
-    names: tuple[str, str],
-    margins: dict[str, float],
-) -> dict[str, Any] | None:
+    metric: str, about: Metric, pairs: Pairs, unit: Unit, names: tuple[str, str], margins: dict[str, float]
+) -> Comparison | None:
     columns: list[Any]
     if unit == "seed":
-        columns = [[run["metrics"].get(metric, float("nan")) for run in side] for side in zip(*pairs, strict=True)]
+        columns = [[one.run.metrics.get(metric, math.nan) for one in side] for side in zip(*pairs, strict=True)]
     else:
         tables = _items(metric, pairs)
         if tables is None or (unit == "both" and len(pairs) < 2):
@@ -234,7 +253,7 @@ def _compare(
         columns = tables if unit == "both" else [table.mean(axis=0) for table in tables]
     return compare_metric(
         metric,
-        about["higher_is_better"],
+        about.higher_is_better,
         columns[0],
         columns[1],
         unit,
@@ -245,21 +264,21 @@ def _compare(
     )
 
 
-def _items(metric: str, pairs: list[Any]) -> list[np.ndarray] | None:
+def _items(metric: str, pairs: Pairs) -> list[np.ndarray] | None:
     """The items' values of baseline and candidate, each of shape `(seeds, items)`; None where runs lack them."""
-    if not all(metric in run["items"] for pair in pairs for run in pair):
+    if not all(metric in one.items for pair in pairs for one in pair):
         return None
-    if len({len(run["items"][metric]) for pair in pairs for run in pair}) > 1:
+    if len({len(one.items[metric]) for pair in pairs for one in pair}) > 1:
         return None  # not the same evaluation data: the items have no pairs
-    return [np.array([run["items"][metric] for run in side], dtype=float) for side in zip(*pairs, strict=True)]
+    return [np.array([one.items[metric] for one in side], dtype=float) for side in zip(*pairs, strict=True)]
 
 
-def _margin(metric: str, pairs: list[Any]) -> float | None:
+def _margin(metric: str, pairs: Pairs) -> float | None:
     """The margin where the user gave none."""
     margin = MARGINS.get(metric)
     if metric != "perplexity" or margin is None:
         return margin
-    values = [pair[0]["metrics"].get(metric) for pair in pairs]
+    values = [before.run.metrics.get(metric) for before, _ in pairs]
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return margin * float(np.mean(finite)) if finite else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_grid
 from crrelu_llm.errors import InputError
+from crrelu_llm.report.schema import Try
 from crrelu_llm.training.run import RUN
 
 TUNING = "tuning"  # directory of the tries, a comparison of its own
@@ -73,8 +74,8 @@ def read_tries(
     tune: list[dict[str, str]],
     metric: str,
     higher_is_better: bool,
-) -> list[dict[str, Any]]:
-    """What the tries gave, an entry for each arm and grid point.
+) -> list[tuple[dict[str, str], Try]]:
+    """What the tries gave, an entry for each grid point and arm.
 
     Args:
         directory: Of the comparison.
@@ -83,13 +84,10 @@ def read_tries(
         tune: The tries.
         metric: What they are judged by.
         higher_is_better: Its direction.
-
-    Returns:
-        `{arm, point, values: {try: number or None}, chosen, at_edge}` each: `chosen` are recipe options, None where no
-        try ended with a finite number; `at_edge` names the keys whose best value is the smallest or largest tried.
     """
     found, kept = [], read_chosen(directory)
     for point in points:
+        grid = {key: number(value) for key, value in point.items()}
         for arm in arms:
             places = {grid_name(one): arm_dir(directory / TUNING, arm, point | one) / f"seed-{SEED}" for one in tune}
             values = {name: _metric(place / RUN, metric) for name, place in places.items()}
@@ -98,7 +96,7 @@ def read_tries(
             best = extreme(finite, key=lambda name: finite[name]) if finite else None
             chosen = kept.get(key_of(arm, point)) or next((one for one in tune if grid_name(one) == best), None)
             edges = [] if chosen is None else _at_edge(chosen, tune)
-            found.append({"arm": arm, "point": point, "values": values, "chosen": chosen, "at_edge": edges})
+            found.append((point, Try(arm=arm, values=values, chosen=chosen, at_edge=edges, grid=grid)))
     return found
 
 

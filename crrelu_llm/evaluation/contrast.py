@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
+from crrelu_llm.statistics.single_items import Option, Shown
 
 # Measured for every item, and finer than the metric that the verdict looks at.
 _FINER = ("reward_margin", "logp_margin", "loss")
@@ -46,7 +47,7 @@ def contrast(result: dict[str, Any]) -> Contrast | None:
     return Contrast(metric, label, result["higher_is_better"].get(metric, better), pattern, values)
 
 
-def shown(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def shown(example: dict[str, Any], other: dict[str, Any]) -> Shown:
     """What to show of an item: its prompt, and what baseline and candidate gave each of its options.
 
     Args:
@@ -56,17 +57,12 @@ def shown(example: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     right = _right(example)
     texts = example["options"] or [""] * len(example["responses"])
     options = [
-        {
-            "text": text,
-            "right": None if right is None else index == right,
-            "baseline": mine,
-            "candidate": theirs,
-        }
+        Option(text=text, right=None if right is None else index == right, baseline=mine, candidate=theirs)
         for index, (text, mine, theirs) in enumerate(
             zip(texts, example["responses"], other["responses"], strict=False)
         )
     ]
-    return {"group": example["group"], "prompt": example["prompt"], "target": example["target"], "options": options}
+    return Shown(group=example["group"], prompt=example["prompt"], target=example["target"], options=options)
 
 
 def _ratios(values: list[float], shares: list[float] | None) -> list[float]:

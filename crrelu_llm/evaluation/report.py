@@ -10,8 +10,10 @@ from crrelu_llm.evaluation.contrast import contrast, shown
 from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
 from crrelu_llm.evaluation.preference import against_reference
 from crrelu_llm.evaluation.results import MODEL, read_result, read_settings
+from crrelu_llm.report.schema import Arm, Data, Headline, Metric, Report, Run, Sparsity
 from crrelu_llm.statistics import single_items
-from crrelu_llm.statistics.paired import adjust, compare_metric
+from crrelu_llm.statistics.paired import Comparison, adjust, compare_metric
+from crrelu_llm.statistics.single_items import About, Change, Example
 
 # Beside the results as a control, not compared: it is the same for every model.
 _REFERENCES = ("longer_answer_accuracy",)
@@ -22,7 +24,7 @@ MARGINS = dict.fromkeys(
 ) | {"bits_per_byte": 0.01}
 
 
-def build_report(directory: Path, margins: dict[str, float] | None = None) -> dict[str, Any]:
+def build_report(directory: Path, margins: dict[str, float] | None = None) -> Report:
     """The report of an evaluation, from what is on disk; tasks that failed or are missing are named as such.
 
     A metric is called `task/metric`. An arm is a model, with one run.
@@ -46,28 +48,26 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> di
             f"--margin {name}: {directory} has no such metric; it has: {', '.join(metrics) or 'none yet'}"
         )
     changes, examples = _single_items(results, settings)
-    return {
-        "schema_version": 1,
-        "title": f"{settings['suite']}: {' against '.join(settings['models'])}",
-        "command": settings["command"],
-        "created": settings["created"],
-        "trainer": "eval",
-        "recipe": {
-            key: settings[key] for key in ("suite", "limit", "chat_template", "dtype", "batch_size", "max_length")
-        }
-        | {"models": settings["models"], "tasks": settings["tasks"]}
-        | ({"reference": settings["reference"], "beta": settings["beta"]} if settings["reference"] else {}),
-        "environment": settings["environment"],
-        "arms": [_arm(directory, model, results[model], settings) for model in settings["models"]],
-        "comparisons": _comparisons(results, metrics, settings, margins),
-        "changes": changes,
-        "examples": examples,
-        "data": settings["data"],
-        "baseline": settings["baseline"],
-        "headline": {"metrics": _primaries(results, settings)},
-        "metrics": metrics,
-        "notes": _notes(results, settings),
-    }
+    keys: tuple[str, ...] = ("suite", "limit", "chat_template", "dtype", "batch_size", "max_length", "models", "tasks")
+    keys += ("reference", "beta") if settings["reference"] else ()
+    return Report(
+        schema_version=1,
+        title=f"{settings['suite']}: {' against '.join(settings['models'])}",
+        command=settings["command"],
+        created=settings["created"],
+        trainer="eval",
+        recipe={key: settings[key] for key in keys},
+        environment=settings["environment"],
+        arms=[_arm(directory, model, results[model], settings) for model in settings["models"]],
+        comparisons=_comparisons(results, metrics, settings, margins),
+        changes=changes,
+        examples=examples,
+        data=[Data.of(entry) for entry in settings["data"]],
+        baseline=settings["baseline"],
+        headline=Headline(metrics=_primaries(results, settings)),
+        metrics=metrics,
+        notes=_notes(results, settings),
+    )
 
 
 def _results(directory: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _add_rewards(results: dict[str, Any], settings: dict[str, Any]) -> None:
                     result[part] = rewards[part] | result[part]
 
 
-def _describe(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _describe(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, Metric]:
     """Label, direction and format of every metric, tasks in their order."""
     described = {}
     for task in settings["tasks"]:
@@ -98,16 +98,16 @@ def _describe(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, di
             for metric in result["metrics"]:
                 base, comma, variant = metric.partition(",")
                 label, better, pattern = KNOWN.get(base, (base.replace("_", " "), True, "{:.4f}"))
-                described[f"{task}/{metric}"] = {
-                    "label": f"{task}: {label}" + (f" ({variant})" if comma else ""),
-                    "higher_is_better": result["higher_is_better"].get(metric, better),
-                    "format": pattern,
-                    "reference": base in _REFERENCES,
-                }
+                described[f"{task}/{metric}"] = Metric(
+                    label=f"{task}: {label}" + (f" ({variant})" if comma else ""),
+                    higher_is_better=result["higher_is_better"].get(metric, better),
+                    format=pattern,
+                    reference=base in _REFERENCES,
+                )
     return described
 
 
-def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str, Any]) -> Arm:
     about = read_result(directory / settings["results"][model][MODEL]) or {}
     failed = settings["failures"].get(model, {})
     missing = [task for task in settings["tasks"] if task not in tasks and task not in failed]
@@ -116,33 +116,33 @@ def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str,
         part: {f"{task}/{metric}": value for task, result in tasks.items() for metric, value in result[part].items()}
         for part in ("metrics", "intervals")
     }
-    run = {
-        "seed": 0,
-        "status": "failed" if errors else "done",
-        "error": "; ".join(errors) or None,
-        **values,
-        "groups": {task: result["groups"] for task, result in tasks.items() if result["groups"]},
-        "items": {task: len(result["examples"]) for task, result in tasks.items()},
-        "seconds": {task: result["seconds"] for task, result in tasks.items()},
-        "train_seconds": None,
-        "tokens_per_second": None,
-        "peak_memory_bytes": max((result.get("peak_memory_bytes") or 0 for result in tasks.values()), default=0)
-        or None,
-        "epsilon": about.get("epsilon", {}),
-        "sparsity": next((found for result in tasks.values() if (found := result.get("sparsity"))), {}),
-    }
-    return {
-        "arm": model,
-        "activation": about.get("activation", "unknown"),
-        "model": settings["models"][model],
-        "parameters": about.get("parameters"),
-        "runs": [run],
-    }
+    run = Run(
+        seed=0,
+        status="failed" if errors else "done",
+        error="; ".join(errors) or None,
+        metrics=values["metrics"],
+        intervals=values["intervals"],
+        groups={task: result["groups"] for task, result in tasks.items() if result["groups"]},
+        items={task: len(result["examples"]) for task, result in tasks.items()},
+        seconds={task: result["seconds"] for task, result in tasks.items()},
+        train_seconds=None,
+        tokens_per_second=None,
+        peak_memory_bytes=max((result.get("peak_memory_bytes") or 0 for result in tasks.values()), default=0) or None,
+        epsilon=about.get("epsilon", {}),
+        sparsity=Sparsity.of(next((found for result in tasks.values() if (found := result.get("sparsity"))), {})),
+    )
+    return Arm(
+        arm=model,
+        activation=about.get("activation", "unknown"),
+        model=settings["models"][model],
+        parameters=about.get("parameters"),
+        runs=[run],
+    )
 
 
 def _comparisons(
-    results: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], margins: dict[str, float]
-) -> list[dict[str, Any]]:
+    results: dict[str, Any], metrics: dict[str, Metric], settings: dict[str, Any], margins: dict[str, float]
+) -> list[Comparison]:
     baseline, primary = settings["baseline"], set(_primaries(results, settings).values())
     found = []
     for candidate in (model for model in results if model != baseline):
@@ -150,37 +150,33 @@ def _comparisons(
         for name, about in metrics.items():
             task, _, metric = name.partition("/")
             sides = [results[model].get(task) or {} for model in (baseline, candidate)]
-            if about["reference"] or not all(metric in side.get("items", {}) for side in sides):
+            if about.reference or not all(metric in side.get("items", {}) for side in sides):
                 continue
             if metric in sides[0]["per_token"] and not alike:
                 continue
             columns = [side["items"][metric] for side in sides]
             shares = [side.get("shares", {}).get(metric) for side in sides]
             binary = all(value in (0, 1) for column in columns for value in column)
-            found.append(
-                compare_metric(
-                    name,
-                    about["higher_is_better"],
-                    columns[0],
-                    columns[1],
-                    "item",
-                    binary,
-                    baseline_name=baseline,
-                    candidate_name=candidate,
-                    margin=margins.get(name, MARGINS.get(metric.partition(",")[0])),
-                    shares=None if None in shares else (shares[0], shares[1]),
-                )
-                | {"primary": name in primary}
+            entry = compare_metric(
+                name,
+                about.higher_is_better,
+                columns[0],
+                columns[1],
+                "item",
+                binary,
+                baseline_name=baseline,
+                candidate_name=candidate,
+                margin=margins.get(name, MARGINS.get(metric.partition(",")[0])),
+                shares=None if None in shares else (shares[0], shares[1]),
             )
+            found.append(entry.but(primary=name in primary))
     return adjust(found)
 
 
-def _single_items(
-    results: dict[str, Any], settings: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _single_items(results: dict[str, Any], settings: dict[str, Any]) -> tuple[list[Change], list[Example]]:
     """How the items of each task changed from the baseline to each candidate, and those that changed most."""
-    changes: list[dict[str, Any]] = []
-    examples: list[dict[str, Any]] = []
+    changes: list[Change] = []
+    examples: list[Example] = []
     baseline = settings["baseline"]
     alike = {model: name == settings["tokenizers"][baseline] for model, name in settings["tokenizers"].items()}
     for candidate in (model for model in results if model != baseline):
@@ -191,21 +187,23 @@ def _single_items(
                 continue
             if len(found) < 2 or (found[0].metric in sides[0]["per_token"] and not alike[candidate]):
                 continue
-            about = {
-                "metric": f"{task}/{found[0].metric}",
-                "label": f"{task}: {found[0].label}",
-                "higher_is_better": found[0].higher_is_better,
-                "format": found[0].format,
-            }
+            about = About(
+                metric=f"{task}/{found[0].metric}",
+                label=f"{task}: {found[0].label}",
+                higher_is_better=found[0].higher_is_better,
+                format=found[0].format,
+                baseline=baseline,
+                candidate=candidate,
+            )
             columns, looks = [value.values for value in found], [side["examples"] for side in sides]
             if not np.isfinite(np.array(columns, dtype=float)).all():  # as a task's own metric may be
                 continue
-            changes.append(single_items.changes(about, (baseline, candidate), *columns))
+            changes.append(single_items.changes(about, columns[0], columns[1]))
             if any(len(look) != len(columns[0]) for look in looks):
                 continue
-            for i in single_items.most_changed(about, *columns):
+            for i in single_items.most_changed(about, columns[0], columns[1]):
                 values, look = (columns[0][i], columns[1][i]), shown(looks[0][i], looks[1][i])
-                examples.append(single_items.example(about, (baseline, candidate), i, values, look))
+                examples.append(single_items.example(about, i, values, look))
     return changes, examples
 
 

@@ -1,43 +1,50 @@
-"""The report of a comparison: report.json, report.md and report.html from one dict."""
+"""The report of a comparison: report.json, report.md and report.html from one `Report`."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from crrelu_llm.errors import reading
 from crrelu_llm.files import plain, remove, writing
 from crrelu_llm.report.pages import page_of
 from crrelu_llm.report.render import render_html, render_markdown
+from crrelu_llm.report.schema import Report
 
 __all__ = ["verdict_sentence", "write_report"]
 
 
-def verdict_sentence(report: dict[str, Any]) -> str:
+def verdict_sentence(report: Report) -> str:
     """The verdict of a report in one plain sentence, with its numbers."""
     return page_of(report).draw(report).sentence
 
 
-def write_report(report: dict[str, Any], output_dir: Path) -> None:
+def write_report(report: Report, output_dir: Path) -> Report:
     """Writes report.json, report.md and report.html.
 
     Each file is written beside and renamed, the numbers (report.json) first, so that an interrupted call leaves
     whole files only.
 
     Args:
-        report: The report's dict. `report["verdict"]` is set to the sentence that `verdict_sentence` gives.
+        report: The report; its numbers need not be finite.
         output_dir: Where to write; made if it does not exist.
+
+    Returns:
+        The report as it was written, with the sentence that `verdict_sentence` gives.
     """
-    numbers = plain(report)
-    report["verdict"] = numbers["verdict"] = verdict_sentence(numbers)
+    with reading(f"the report of {output_dir}", "a file that it is made of is damaged", ours=True):
+        report = Report.of(plain(report.as_dict()))
+    report = report.but(verdict=verdict_sentence(report))
+    numbers = json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     output_dir = Path(output_dir)
     with writing(f"the report in {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         for leftover in output_dir.glob(".report-*.tmp"):
             remove(leftover)
-        _replace(output_dir / "report.json", json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        _replace(output_dir / "report.md", render_markdown(numbers))
-        _replace(output_dir / "report.html", render_html(numbers))
+        _replace(output_dir / "report.json", numbers + "\n")
+        _replace(output_dir / "report.md", render_markdown(report))
+        _replace(output_dir / "report.html", render_html(report))
+    return report
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,9 +1,8 @@
 """What each arm is, in plain words."""
 
 import re
-from typing import Any
 
-from crrelu_llm.report.contents import Report
+from crrelu_llm.report.schema import Arm, Report
 from crrelu_llm.report.tables import Cell, Table
 
 _NAMES = {"crrelu": "CRReLU", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "elu": "ELU"}
@@ -12,15 +11,11 @@ _NAMES = {"crrelu": "CRReLU", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "m
 def arms(report: Report) -> Table:
     """One row a trained arm."""
     table = Table(["arm", "what it is"], words=2)
-    originals = sorted({site["original"] for arm in report.get("arms", []) for site in _sites(arm)})
-    for arm in report.get("arms", []):
-        words = _native(originals) if arm.get("activation") == "native" else _swapped(arm)
-        table.rows.append([Cell(arm["arm"], arm=arm["arm"]), Cell(words)])
+    originals = sorted({site["original"] for arm in report.arms for site in arm.sites})
+    for arm in report.arms:
+        words = _native(originals) if arm.activation == "native" else _swapped(arm)
+        table.rows.append([Cell(arm.arm, arm=arm.arm), Cell(words)])
     return table
-
-
-def _sites(arm: dict[str, Any]) -> list[dict[str, Any]]:
-    return (arm.get("patch") or {}).get("sites") or []
 
 
 def _native(originals: list[str]) -> str:
@@ -28,10 +23,9 @@ def _native(originals: list[str]) -> str:
     return f"The model as it is, with its own activation{own}."
 
 
-def _swapped(arm: dict[str, Any]) -> str:
-    options = {**((arm.get("patch") or {}).get("options") or {}), **(arm.get("options") or {})}
-    activation = str(arm.get("activation"))
-    words = _name(activation)
+def _swapped(arm: Arm) -> str:
+    options = {**((arm.patch or {}).get("options") or {}), **arm.options}
+    words = _name(arm.activation)
     if options.get("layers") is not None or options.get("every"):
         words += " in some layers only"
     if options.get("calibration") == "none":
@@ -41,7 +35,7 @@ def _swapped(arm: dict[str, Any]) -> str:
         words += "; the layer after it was fitted too" if options.get("calibration") == "refit" else ""
     if options.get("activation_l1"):
         words += "; an L1 term draws its outputs to 0"
-    if "crrelu" in activation and options.get("epsilon_per"):
+    if "crrelu" in arm.activation and options.get("epsilon_per"):
         learned = "frozen" if str(options.get("epsilon_learning_rate", "")) in ("0", "0.0") else "learned"
         words += f"; ε is {learned}, one a {options['epsilon_per']}"
     return words + "."

@@ -1,17 +1,18 @@
 """The report's figures of what differs from the baseline: the forest of intervals, and how single items changed."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from crrelu_llm.report import text
-from crrelu_llm.report.contents import Grid, Report, describe, items_word, paired_over
+from crrelu_llm.report.contents import describe, paired_over
 from crrelu_llm.report.drawing import WIDTH, Key, Picture, arm_key
+from crrelu_llm.report.schema import Grid, Report
 from crrelu_llm.report.svg import GOOD, MUTED, PAPER, arm_colour, inline_svg
 from crrelu_llm.report.tables import arm_slot
+from crrelu_llm.statistics.paired import Comparison
+from crrelu_llm.statistics.single_items import Change
 
 _LONGEST_FOREST = 40
 _MOST_PANELS = 12
@@ -19,12 +20,11 @@ _MOST_PANELS = 12
 
 def forest(report: Report) -> Picture | None:
     """The paired differences with their intervals, a panel for each metric."""
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for entry in report.get("comparisons", []):
-        if entry.get("difference") is not None and not describe(report, entry["metric"])["reference"]:
-            panels.setdefault(entry["metric"], []).append(entry)
-    headline = (report.get("headline") or {}).get("metric")
-    order = sorted(panels, key=lambda metric: metric != headline)
+    panels: dict[str, list[Comparison]] = {}
+    for entry in report.comparisons:
+        if entry.difference is not None and not describe(report, entry.metric).reference:
+            panels.setdefault(entry.metric, []).append(entry)
+    order = sorted(panels, key=lambda metric: metric != report.headline.metric)
     if sum(map(len, panels.values())) > _LONGEST_FOREST:
         order = order[:1]
     if not order:
@@ -35,20 +35,20 @@ def forest(report: Report) -> Picture | None:
     for axes, metric in zip(all_axes, order, strict=True):
         _forest_panel(axes, report, metric, panels[metric])
     shown = [entry for metric in order for entry in panels[metric]]
-    units = {entry["unit"] for entry in shown}
+    units = {entry.unit for entry in shown}
     marks = {
-        "both": Key(f"over {items_word(report)} and seeds", "--muted", mark="disc"),
-        "item": Key(f"over {items_word(report)}", "--muted", mark="dot"),
+        "both": Key(f"over {report.items} and seeds", "--muted", mark="disc"),
+        "item": Key(f"over {report.items}", "--muted", mark="dot"),
         "seed": Key("over seeds", "--muted", mark="ring"),
     }
-    confidence = f"{shown[0]['confidence']:.0%}"
+    confidence = f"{shown[0].confidence:.0%}"
     return Picture(
         "forest",
-        f"Paired difference from {report.get('baseline')}",
+        f"Paired difference from {report.baseline}",
         f"Candidate minus baseline with the {confidence} interval; the shaded side is better.",
         "; ".join(
-            f"{describe(report, entry['metric'])['label']} of {entry['candidate']} over {paired_over(report, entry)}: "
-            f"{text.signed(entry['difference'], describe(report, entry['metric'])['format'])}"
+            f"{describe(report, entry.metric).label} of {entry.candidate} over {paired_over(report, entry)}: "
+            f"{text.signed(entry.difference, describe(report, entry.metric).format)}"
             for entry in shown
         ),
         inline_svg(figure, "forest"),
@@ -56,21 +56,21 @@ def forest(report: Report) -> Picture | None:
     )
 
 
-def _forest_groups(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in sorted(entries, key=lambda entry: entry["unit"]):
-        grid = text.grid_label(entry.get("grid") or {})
-        groups.setdefault(entry["candidate"] + (f", {grid}" if grid else ""), []).append(entry)
+def _forest_groups(entries: list[Comparison]) -> dict[str, list[Comparison]]:
+    groups: dict[str, list[Comparison]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.unit):
+        grid = text.grid_label(entry.grid)
+        groups.setdefault(entry.candidate + (f", {grid}" if grid else ""), []).append(entry)
     return groups
 
 
-def _forest_lines(entries: list[dict[str, Any]]) -> float:
+def _forest_lines(entries: list[Comparison]) -> float:
     return sum(1.15 + len(group) for group in _forest_groups(entries).values())
 
 
-def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[str, Any]]) -> None:
+def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[Comparison]) -> None:
     description = describe(report, metric)
-    scale = 100.0 if description["format"].endswith("%}") else 1.0
+    scale = 100.0 if description.format.endswith("%}") else 1.0
     y, values = 0.0, [0.0]
     for label, group in _forest_groups(entries).items():
         clear = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1}
@@ -78,34 +78,30 @@ def _forest_panel(axes: Axes, report: Report, metric: str, entries: list[dict[st
         axes.text(0.0, -y, label, transform=place, va="center", fontsize=8.5, zorder=5, bbox=clear)
         for entry in group:
             y += 1
-            colour = arm_colour(arm_slot(report, entry["candidate"]) or 0)
-            difference = scale * entry["difference"]
-            if entry["ci_low"] is not None and entry["ci_high"] is not None:
-                ends = [scale * entry["ci_low"], scale * entry["ci_high"]]
+            colour = arm_colour(arm_slot(report, entry.candidate) or 0)
+            difference = scale * (entry.difference or 0.0)
+            if entry.ci_low is not None and entry.ci_high is not None:
+                ends = [scale * entry.ci_low, scale * entry.ci_high]
                 axes.plot(ends, [-y, -y], color=colour, linewidth=2, solid_capstyle="butt")
                 values += ends
-            face = PAPER if entry["unit"] == "seed" else colour
-            size = 3.5 if entry["unit"] == "item" else 5.5
+            face = PAPER if entry.unit == "seed" else colour
+            size = 3.5 if entry.unit == "item" else 5.5
             axes.plot(difference, -y, "o", color=colour, markerfacecolor=face, markersize=size, markeredgewidth=1.5)
             values.append(difference)
         y += 1.15
     room = 0.06 * (max(values) - min(values) or 1)
     low, high = min(values) - room, max(values) + room
-    axes.axvspan(*((0, high) if description["higher_is_better"] else (low, 0)), color=GOOD, alpha=0.1, linewidth=0)
+    axes.axvspan(*((0, high) if description.higher_is_better else (low, 0)), color=GOOD, alpha=0.1, linewidth=0)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set(xlim=(low, high), ylim=(0.6 - y, 0.7), yticks=[])
-    axes.set_title(description["label"] + (", in points" if scale > 1 else ""), pad=5)
+    axes.set_title(description.label + (", in points" if scale > 1 else ""), pad=5)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def changes(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     """How single items changed from the baseline to the candidate, a panel for each task."""
-    shown = [
-        entry
-        for entry in report.get("changes") or []
-        if entry["candidate"] == candidate and (entry.get("grid") or {}) == grid
-    ][:_MOST_PANELS]
+    shown = [entry for entry in report.changes if (entry.candidate, entry.grid) == (candidate, grid)][:_MOST_PANELS]
     if not shown:
         return None
     columns = min(2, len(shown))
@@ -116,31 +112,31 @@ def changes(report: Report, candidate: str | None, grid: Grid) -> Picture | None
         _changes_panel(axes, entry, arm_colour(arm_slot(report, candidate) or 0))
     for axes in all_axes[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"value with {report.get('baseline')}", fontsize=9, color=MUTED)
+    figure.supxlabel(f"value with {report.baseline}", fontsize=9, color=MUTED)
     figure.supylabel(f"change with {candidate}", fontsize=9, color=MUTED)
     counted = "; ".join(
-        f"{entry['label']}: {entry['better']} of {entry['items']} better, {entry['worse']} worse" for entry in shown
+        f"{entry.label}: {entry.better} of {entry.items} better, {entry.worse} worse" for entry in shown
     )
-    drawn = max(len(entry["points"]) for entry in shown)
-    sampled = f", {drawn} of them drawn" if any(entry["items"] > len(entry["points"]) for entry in shown) else ""
+    drawn = max(len(entry.points) for entry in shown)
+    sampled = f", {drawn} of them drawn" if any(entry.items > len(entry.points) for entry in shown) else ""
     return Picture(
         "changes",
-        f"How each item changed from {report.get('baseline')} to {candidate}",
+        f"How each item changed from {report.baseline} to {candidate}",
         f"A dot is an item{sampled}; the shaded side is better. {counted}.",
-        f"Change of each item against its value with {report.get('baseline')}. {counted}.",
+        f"Change of each item against its value with {report.baseline}. {counted}.",
         inline_svg(figure, "changes"),
         [Key("an item", arm_key(report, str(candidate)).colour, mark="dot")],
     )
 
 
-def _changes_panel(axes: Axes, entry: dict[str, Any], colour: str) -> None:
-    points = np.array(entry["points"])
+def _changes_panel(axes: Axes, entry: Change, colour: str) -> None:
+    points = np.array(entry.points)
     change = points[:, 1] - points[:, 0]
     reach = 1.08 * float(np.abs(change).max()) or 1.0
-    axes.axhspan(*((0, reach) if entry["higher_is_better"] else (-reach, 0)), color=GOOD, alpha=0.1, linewidth=0)
+    axes.axhspan(*((0, reach) if entry.higher_is_better else (-reach, 0)), color=GOOD, alpha=0.1, linewidth=0)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.plot(points[:, 0], change, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.55)
     axes.set(ylim=(-reach, reach))
-    axes.set_title(entry["metric"].partition("/")[0], pad=5)
+    axes.set_title(entry.metric.partition("/")[0], pad=5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crrelu_llm.report.contents import Report
+from crrelu_llm.report.schema import Report
 from crrelu_llm.report.svg import arm_colour, css_variable
 from crrelu_llm.report.tables import arm_slot
 

@@ -1,10 +1,12 @@
 """What the report of an evaluation says in its own way: the verdict over tasks, and the table by task."""
 
-from typing import Any
+from typing import get_args
 
 from crrelu_llm.report import text
-from crrelu_llm.report.contents import Report, Verdict, candidates, describe, find_arm
+from crrelu_llm.report.contents import Verdict, candidates, describe, find_arm
+from crrelu_llm.report.schema import Report
 from crrelu_llm.report.tables import Cell, Table
+from crrelu_llm.statistics.paired import Comparison, Outcome
 
 
 def draw(report: Report) -> Verdict:
@@ -13,8 +15,7 @@ def draw(report: Report) -> Verdict:
     Each task counts by one metric. "Better" needs one task or more with that verdict after the correction, and none
     that says "worse"; the other way round likewise.
     """
-    baseline = str(report.get("baseline"))
-    names = candidates(report)
+    baseline, names = report.baseline, candidates(report)
     subject = names[0] if len(names) == 1 else "any model"
     doubt = f"Whether {subject} is better or worse than {baseline} cannot be decided, because "
     if find_arm(report, baseline) is None:
@@ -24,49 +25,46 @@ def draw(report: Report) -> Verdict:
     entries = {name: _primary_comparisons(report, name) for name in names}
     if not any(entries.values()):
         return Verdict(doubt + "no task gave a number for both; see the tasks that failed.")
-    notes = [entry.get("note") for rows in entries.values() for entry in rows]
+    notes = [entry.note for rows in entries.values() for entry in rows]
     if all(notes):
         return Verdict(doubt + f"{notes[0]}.")
     name = max((name for name in names if entries[name]), key=lambda name: _score(entries[name]))
     return _statement(report, name, entries[name], len(names))
 
 
-def _primary_comparisons(report: Report, name: str) -> list[dict[str, Any]]:
-    wanted = set(((report.get("headline") or {}).get("metrics") or {}).values())
-    return [
-        entry
-        for entry in report.get("comparisons", [])
-        if entry["candidate"] == name and entry["metric"] in wanted and entry["difference"] is not None
-    ]
+def _primary_comparisons(report: Report, name: str) -> list[Comparison]:
+    wanted = set(report.headline.metrics.values())
+    of_arm = [entry for entry in report.comparisons if entry.candidate == name and entry.metric in wanted]
+    return [entry for entry in of_arm if entry.difference is not None]
 
 
-def _score(entries: list[dict[str, Any]]) -> int:
-    verdicts = [entry["verdict"] for entry in entries]
+def _score(entries: list[Comparison]) -> int:
+    verdicts = [entry.verdict for entry in entries]
     return verdicts.count("better") - verdicts.count("worse")
 
 
-def _statement(report: Report, name: str, entries: list[dict[str, Any]], models: int) -> Verdict:
-    baseline = str(report.get("baseline"))
+def _statement(report: Report, name: str, entries: list[Comparison], models: int) -> Verdict:
+    baseline, reason = report.baseline, ""
+    outcome: Outcome = "undecided"
     who = name if models == 1 else f"{name} (best-placed of {models} models)"
-    sides = {verdict: [e for e in entries if e["verdict"] == verdict] for verdict in ("better", "worse", "undecided")}
+    sides = {verdict: [e for e in entries if e.verdict == verdict] for verdict in get_args(Outcome)}
     if sides["better"] and not sides["worse"]:
-        outcome, reason = "better", ""
+        outcome = "better"
     elif sides["worse"] and not sides["better"]:
-        outcome, reason = "worse", ""
+        outcome = "worse"
     else:
-        outcome = "undecided"
         many = " after the correction for their number" if len(entries) > 1 else ""
         reason = ", because the tasks disagree" if sides["better"] else f", as no difference is clear of 0{many}"
     if len(entries) == 1:
         (entry,) = entries
-        said = f"{_difference(report, entry)}, paired over {entry['n']} items"
+        said = f"{_difference(report, entry)}, paired over {entry.n} items"
         return Verdict(f"{who} against {baseline}: {said}: {outcome}{reason}.", outcome, name, comparison=entry)
     parts = [
         f"{verdict} on {len(found)}" + (f" ({'; '.join(_difference(report, e) for e in found)})" if found else "")
         for verdict, found in sides.items()
         if verdict != "undecided"
     ]
-    tasks = len((report.get("headline") or {}).get("metrics") or {})
+    tasks = len(report.headline.metrics)
     absent = f"; {tasks - len(entries)} could not be compared" if tasks > len(entries) else ""
     return Verdict(
         f"Of {len(entries)} tasks, {who} is {' and '.join(parts)} than {baseline}, undecided on "
@@ -76,62 +74,56 @@ def _statement(report: Report, name: str, entries: list[dict[str, Any]], models:
     )
 
 
-def _difference(report: Report, entry: dict[str, Any]) -> str:
-    about = describe(report, entry["metric"])
-    ends = text.interval(entry["ci_low"], entry["ci_high"], about["format"])
-    return (
-        f"{about['label']} {text.signed(entry['difference'], about['format'])} "
-        f"({entry['confidence']:.0%} interval {ends})"
-    )
+def _difference(report: Report, entry: Comparison) -> str:
+    about = describe(report, entry.metric)
+    ends = text.interval(entry.ci_low, entry.ci_high, about.format)
+    return f"{about.label} {text.signed(entry.difference, about.format)} ({entry.confidence:.0%} interval {ends})"
 
 
 def results(report: Report) -> Table:
     """Metrics by models, task after task, with the interval over the items where there is one."""
-    arms = report.get("arms", [])
-    table = Table(["task and metric", "items", *(arm["arm"] for arm in arms)], words=1)
-    for metric, about in (report.get("metrics") or {}).items():
+    runs = [arm.runs[0] for arm in report.arms]
+    table = Table(["task and metric", "items", *(arm.arm for arm in report.arms)], words=1)
+    for metric, about in report.metrics.items():
         task = metric.partition("/")[0]
-        counts = {str(arm["runs"][0]["items"][task]) for arm in arms if task in arm["runs"][0].get("items", {})}
-        label = about["label"] + (" (reference)" if about["reference"] else "")
+        counts = {str(run.items[task]) for run in runs if task in run.items}
+        label = about.label + (" (reference)" if about.reference else "")
         row = [Cell(label), Cell("; ".join(sorted(counts)) or text.MISSING)]
-        for arm in arms:
-            run = arm["runs"][0]
-            value = text.number(run["metrics"].get(metric), about["format"])
-            ends = run.get("intervals", {}).get(metric)
+        for run in runs:
+            value = text.number(run.metrics.get(metric), about.format)
+            ends = run.intervals.get(metric)
             if ends and None not in ends and ends[0] != ends[1]:
-                value += f" [{text.number(ends[0], about['format'])}, {text.number(ends[1], about['format'])}]"
+                value += f" [{text.number(ends[0], about.format)}, {text.number(ends[1], about.format)}]"
             row.append(Cell(value))
         table.rows.append(row)
-    seconds = [Cell(text.duration(sum((arm["runs"][0].get("seconds") or {}).values()) or None)) for arm in arms]
+    seconds = [Cell(text.duration(sum(run.seconds.values()) or None)) for run in runs]
     table.rows.append([Cell("time of the evaluation"), Cell(text.MISSING), *seconds])
     return table
 
 
 def overview(report: Report) -> list[tuple[str, str]]:
     """What was evaluated, as name and value."""
-    settings, environment = report.get("recipe") or {}, report.get("environment") or {}
-    models = [f"{arm['arm']} = {arm.get('model')} ({arm.get('activation')})" for arm in report.get("arms", [])]
+    settings = report.recipe
+    models = [f"{arm.arm} = {arm.model} ({arm.activation})" for arm in report.arms]
     facts = [
         ("Models", "; ".join(models)),
-        ("Baseline", report.get("baseline")),
+        ("Baseline", report.baseline),
         ("Suite", settings.get("suite")),
         ("Tasks", ", ".join(settings.get("tasks") or [])),
         ("Chat template", "applied" if settings.get("chat_template") else "not applied"),
         ("Reference model", settings.get("reference")),
         ("Dtype", settings.get("dtype")),
-        ("Device", environment.get("device")),
+        ("Device", report.environment.get("device")),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
 
 def notes(report: Report) -> list[str]:
     """What to keep in mind beside the verdict."""
-    found = list(report.get("notes") or [])
-    for arm in report.get("arms", []):
-        if arm["runs"][0]["status"] != "done":
-            found.append(
-                f"Not everything of {arm['arm']} is there; its row among the runs that did not finish says why."
-            )
+    found = list(report.notes)
+    for arm in report.arms:
+        if not arm.runs[0].done:
+            found.append(f"Not everything of {arm.arm} is there; its row among the runs that did not finish says why.")
     found.append(
         "The intervals and tests are over the items of each task: they speak of these checkpoints, not of training "
         "anew with another seed."

@@ -1,11 +1,11 @@
 """The items on which the candidate differs most from the baseline, side by side."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from crrelu_llm.report import text
-from crrelu_llm.report.contents import Grid, Report
+from crrelu_llm.report.schema import Grid, Report
 from crrelu_llm.report.tables import Cell, Table
+from crrelu_llm.statistics import single_items
 
 _EMPTY = "(empty)"
 
@@ -32,40 +32,35 @@ class Task:
 def examples(report: Report, candidate: str | None, grid: Grid) -> list[Task]:
     """The examples of the arm that the verdict speaks of, by task, in the report's order."""
     tasks: dict[str, Task] = {}
-    for entry in report.get("examples") or []:
-        if entry["candidate"] == candidate and (entry.get("grid") or {}) == grid:
-            task = tasks.setdefault(entry["metric"], Task(str(entry["label"]), []))
+    for entry in report.examples:
+        if (entry.candidate, entry.grid) == (candidate, grid):
+            task = tasks.setdefault(entry.metric, Task(entry.label, []))
             task.examples.append(_example(entry))
     return list(tasks.values())
 
 
-def _example(entry: dict[str, Any]) -> Example:
-    before, after = (text.number(value, entry["format"]) for value in entry["values"])
-    group = f", {entry['group']}" if entry.get("group") else ""
-    return Example(
-        f"item {entry['item']}{group}",
-        entry["outcome"],
-        f"{before} → {after}",
-        str(entry["prompt"]),
-        _options(entry),
-    )
+def _example(entry: single_items.Example) -> Example:
+    before, after = (text.number(value, entry.format) for value in entry.values)
+    group = f", {entry.group}" if entry.group else ""
+    name, change = f"item {entry.item}{group}", f"{before} → {after}"
+    return Example(name, entry.outcome, change, entry.prompt, _options(entry))
 
 
-def _options(entry: dict[str, Any]) -> Table:
+def _options(entry: single_items.Example) -> Table:
     """What both arms gave each option: a log-probability, or a text of their own."""
-    options = entry["options"]
-    known = any(option["right"] is not None for option in options)
-    given = any(option["baseline"] is not None for option in options)
-    columns = ["option", *(["which"] if known else []), *([entry["baseline"], entry["candidate"]] if given else [])]
-    texts = any(isinstance(option["baseline"], str) for option in options)
+    options = entry.options
+    known = any(option.right is not None for option in options)
+    given = any(option.baseline is not None for option in options)
+    columns = ["option", *(["which"] if known else []), *([entry.baseline, entry.candidate] if given else [])]
+    texts = any(isinstance(option.baseline, str) for option in options)
     table = Table(columns, words=len(columns) if texts else 2 if known else 1)
     for option in options:
-        row = [Cell(str(option["text"]) or _EMPTY)]
-        row += [Cell("right" if option["right"] else "wrong")] if known else []
-        row += [Cell(_given(option[side])) for side in ("baseline", "candidate")] if given else []
+        row = [Cell(option.text or _EMPTY)]
+        row += [Cell("right" if option.right else "wrong")] if known else []
+        row += [Cell(_given(value)) for value in (option.baseline, option.candidate)] if given else []
         table.rows.append(row)
     return table
 
 
-def _given(value: Any) -> str:
+def _given(value: float | str | None) -> str:
     return value if isinstance(value, str) else text.number(value, "{:.3f}")

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from crrelu_llm.report import arms, cost, evaluation, tables, trained
-from crrelu_llm.report.contents import Report, Verdict, is_evaluation
+from crrelu_llm.report.contents import Verdict, is_evaluation
+from crrelu_llm.report.schema import Report
 from crrelu_llm.report.tables import Table
 
 _OVER_SEEDS = "Mean ± standard deviation over the seeds that finished; peak memory is the largest of them."
@@ -24,7 +25,7 @@ _COST_OF_EVALUATION = (
 
 @dataclass(frozen=True)
 class Page:
-    """The parts of a report that differ by what it is of; each takes the report's dict.
+    """The parts of a report that differ by what it is of; each takes the report.
 
     Attributes:
         draw: The verdict.

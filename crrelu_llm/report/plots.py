@@ -10,25 +10,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from scipy.special import erf
 
 from crrelu_llm.report import over_training, sparsity, text
-from crrelu_llm.report.contents import (
-    Grid,
-    Report,
-    find_arm,
-    grids,
-    runs,
-)
+from crrelu_llm.report.contents import find_arm, grids, runs
 from crrelu_llm.report.differences import changes, forest
 from crrelu_llm.report.drawing import Key, Picture, arm_key, line_style, new_axes
-from crrelu_llm.report.svg import (
-    INK,
-    MUTED,
-    PAPER,
-    RULE,
-    arm_colour,
-    css_variable,
-    drawing_style,
-    inline_svg,
-)
+from crrelu_llm.report.schema import Arm, Grid, Report, Run, Values
+from crrelu_llm.report.svg import INK, MUTED, PAPER, RULE, arm_colour, css_variable, drawing_style, inline_svg
 from crrelu_llm.report.tables import arm_slot
 
 _POINTS = 200  # of a curve: more cannot be told apart at this size
@@ -53,15 +39,15 @@ def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]
 def _loss_curves(report: Report, grid: Grid, index: int) -> Picture | None:
     figure, axes = new_axes(3.2)
     drawn, lowest, highest = [], np.inf, -np.inf
-    for arm in report.get("arms", []):
+    for arm in report.arms:
         steps, losses = _curves(runs(arm, grid))
         if not len(steps):
             continue
         mean, low, high = np.nanmean(losses, 0), np.nanmin(losses, 0), np.nanmax(losses, 0)
-        style = line_style(report, arm["arm"])
+        style = line_style(report, arm.arm)
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.16, linewidth=0)
         axes.plot(steps, mean, **style)
-        drawn.append(arm["arm"])
+        drawn.append(arm.arm)
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
     if not drawn:
         return None
@@ -80,12 +66,9 @@ def _loss_curves(report: Report, grid: Grid, index: int) -> Picture | None:
     )
 
 
-def _curves(done: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _curves(done: list[Run]) -> tuple[np.ndarray, np.ndarray]:
     """Steps `(points,)` and losses `(runs, points)`, NaN where a run has none, thinned by averaging neighbours."""
-    logs = [
-        {entry["step"]: entry["loss"] for entry in run.get("history") or [] if entry.get("loss") is not None}
-        for run in done
-    ]
+    logs = [{entry["step"]: entry["loss"] for entry in run.history if entry.get("loss") is not None} for run in done]
     steps = np.array(sorted({step for log in logs for step in log}), dtype=float)
     logs = [log for log in logs if log]
     losses = np.array([[log.get(step, np.nan) for step in steps] for log in logs])
@@ -112,11 +95,12 @@ def _log_scale(axes: Axes, ratio: float) -> None:
 def _epsilons(report: Report, grid: Grid) -> Picture | None:
     figure, axes = new_axes(3.0)
     drawn = []
-    for arm in report.get("arms", []):
-        before, after = (_site_values(arm, grid, key) for key in ("epsilon_start", "epsilon"))
+    for arm in report.arms:
+        done = runs(arm, grid)
+        before, after = _by_site([run.epsilon_start for run in done]), _by_site([run.epsilon for run in done])
         if not any(any(values) for values in after.values()):
             continue
-        style = line_style(report, arm["arm"])
+        style = line_style(report, arm.arm)
         x = np.arange(len(after))
         mean = [statistics.fmean(values) for values in after.values()]
         low, high = [min(values) for values in after.values()], [max(values) for values in after.values()]
@@ -124,14 +108,14 @@ def _epsilons(report: Report, grid: Grid) -> Picture | None:
         axes.plot(x, mean, marker="o", markersize=4.5, **style)
         start = [statistics.fmean(before[path]) if before.get(path) else np.nan for path in after]
         axes.plot(x, start, "o", color=style["color"], markerfacecolor=PAPER, markersize=4.5, markeredgewidth=1.2)
-        drawn.append(arm["arm"])
+        drawn.append(arm.arm)
     if not drawn:
         return None
     axes.set(xlabel="MLP site, in the model's order", ylabel="ε (mean of the site)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color=MUTED, linewidth=0.8)
     keys = [arm_key(report, name) for name in drawn]
-    if not any(_site_values(find_arm(report, name) or {}, grid, "epsilon_start") for name in drawn):  # nothing trained
+    if not any(run.epsilon_start for name in drawn for run in runs(find_arm(report, name), grid)):  # nothing trained
         words = ("ε of each site", "", f"ε by site for {', '.join(drawn)}.")
     else:
         keys += [Key("before training", "--muted", mark="ring"), Key("after", "--muted", mark="disc")]
@@ -144,10 +128,11 @@ def _epsilons(report: Report, grid: Grid) -> Picture | None:
     return Picture("epsilon", *words, inline_svg(figure, "epsilon"), keys)
 
 
-def _site_values(arm: dict[str, Any], grid: Grid, key: str) -> dict[str, list[float]]:
+def _by_site(seeds: list[Values]) -> dict[str, list[float]]:
+    """The values of each site."""
     values: dict[str, list[float]] = {}
-    for run in runs(arm, grid):
-        for path, value in (run.get(key) or {}).items():
+    for sites in seeds:
+        for path, value in sites.items():
             if value is not None:
                 values.setdefault(path, []).append(value)
     return values
@@ -171,25 +156,22 @@ _ORIGINALS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-def _site_curves(arm: dict[str, Any], grid: Grid) -> dict[str, np.ndarray]:
+def _site_curves(arm: Arm | None, grid: Grid) -> dict[str, np.ndarray]:
     """The curve of each site that the runs have kept one of, mean over seeds."""
     found: dict[str, list[list[float]]] = {}
     for run in runs(arm, grid):
-        for path, curve in (run.get("curves") or {}).items():
+        for path, curve in run.curves.items():
             if None not in curve:
-                found.setdefault(path, []).append(curve)
+                found.setdefault(path, []).append([value or 0.0 for value in curve])
     return {path: np.mean(curves, axis=0) for path, curves in found.items()}
 
 
 def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     arm = find_arm(report, candidate)
-    curves = _site_curves(arm, grid) if arm else {}
-    if arm is None or not curves:
+    curves = _site_curves(arm, grid)
+    if arm is None or not curves or not arm.sites:  # of an evaluated checkpoint what it replaced is not known
         return None
-    sites = {site.get("path"): site for site in (arm.get("patch") or {}).get("sites") or []}
-    if not sites:  # an evaluated checkpoint: what it replaced and at what scale are not known
-        return None
-    replaced = next((str(site.get("original")) for site in sites.values()), "gelu")
+    replaced = str(arm.sites[0].get("original"))
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
     figure, axes = new_axes(3.0)
     count = len(next(iter(curves.values())))

@@ -1,4 +1,4 @@
-"""Renders the report's dict through the templates to HTML and Markdown."""
+"""Renders the report through the templates to HTML and Markdown."""
 
 import csv
 import html
@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crrelu_llm.report import over_training, sparsity, tables, text
-from crrelu_llm.report.contents import Report
 from crrelu_llm.report.drawing import arm_key
 from crrelu_llm.report.examples import examples
 from crrelu_llm.report.headline import headline, interval
 from crrelu_llm.report.pages import page_of
 from crrelu_llm.report.plots import pictures
+from crrelu_llm.report.schema import Report
 
 
 def render_html(report: Report) -> str:
@@ -45,23 +45,23 @@ def render_csv(report: Report) -> str:
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
     table.writerow(["arm", "activation", "grid", "seed", "status", "when", "metric", "value"])
-    for arm in report.get("arms", []):
-        for run in arm["runs"]:
-            grid = " ".join(f"{key}={value}" for key, value in (run.get("grid") or {}).items())
-            about = [arm["arm"], arm["activation"], grid, run["seed"], run["status"]]
-            for when, metrics in (("before", run.get("before")), ("after", run.get("metrics"))):
-                table.writerows([*about, when, name, value] for name, value in (metrics or {}).items())
+    for arm in report.arms:
+        for run in arm.runs:
+            grid = " ".join(f"{key}={value}" for key, value in run.grid.items())
+            about = [arm.arm, arm.activation, grid, run.seed, run.status]
+            for when, metrics in (("before", run.before), ("after", run.metrics)):
+                table.writerows([*about, when, name, value] for name, value in metrics.items())
     return lines.getvalue()
 
 
 def _contents(report: Report) -> dict[str, Any]:
-    environment = dict(report.get("environment") or {})
+    environment = dict(report.environment)
     versions = environment.pop("versions", None)
     page = page_of(report)
     verdict = page.draw(report)
     return {
-        "title": text.one_line(report.get("title") or "Comparison"),
-        "created": str(report.get("created") or ""),
+        "title": text.one_line(report.title),
+        "created": report.created,
         "verdict": verdict,
         "headline": headline(report, verdict),
         "interval": interval(report, verdict),
@@ -83,14 +83,14 @@ def _contents(report: Report) -> dict[str, Any]:
         "tuning_hint": tables.tuning_hint(report),
         "failures": tables.failures(report),
         "data": tables.data(report),
-        "baseline": str(report.get("baseline")),
+        "baseline": report.baseline,
         "reading": tables.reading(report),
         "examples": examples(report, verdict.candidate, verdict.grid),
         "candidate": verdict.candidate,
-        "command": str(report.get("command") or ""),
+        "command": report.command,
         "versions": tables.settings(versions),
         "machine": tables.settings(environment),
-        "recipe": tables.settings(report.get("recipe")),
+        "recipe": tables.settings(report.recipe),
     }
 
 

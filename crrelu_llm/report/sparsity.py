@@ -1,33 +1,32 @@
 """The report's table and figure of sparsity: the share of exact zeros after the activation of each layer."""
 
 import statistics
-from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from crrelu_llm.report import text
-from crrelu_llm.report.contents import Grid, Report, grids, is_evaluation, runs
+from crrelu_llm.report.contents import everything, grids, is_evaluation, runs
 from crrelu_llm.report.drawing import Key, Picture, arm_key, line_style, new_axes
+from crrelu_llm.report.schema import Arm, Grid, Report
 from crrelu_llm.report.svg import PAPER, inline_svg
 from crrelu_llm.report.tables import Cell, Table
 
 _WORTH = 0.01  # a share of zeros that a reader would be told of
 _FORMAT = "{:.1%}"
-_ZEROS, _OFFSET = "zeros", "at_offset"
 
 
 def table(report: Report) -> Table:
     """Layers by arms (and grid values), all layers first; no rows where no arm is sparse in any way."""
     if not _is_worth_it(report):
         return Table([])
-    places = [(arm, grid) for arm in report.get("arms", []) for grid in grids(report) if _layers(arm, grid, _ZEROS)]
-    names = [", ".join(filter(None, (arm["arm"], text.grid_label(grid)))) for arm, grid in places]
+    places = [(arm, grid) for arm in report.arms for grid in grids(report) if _layers(arm, grid)]
+    names = [", ".join(filter(None, (arm.arm, text.grid_label(grid)))) for arm, grid in places]
     made = Table(["layer", *names])
-    if any(_layers(arm, grid, _ZEROS, "sparsity_before") for arm, grid in places):
-        made.rows.append([Cell("all, before"), *(Cell(_mean(arm, grid, "sparsity_before")) for arm, grid in places)])
+    if any(_layers(arm, grid, before=True) for arm, grid in places):
+        made.rows.append([Cell("all, before"), *(Cell(_mean(arm, grid, before=True)) for arm, grid in places)])
     made.rows.append([Cell("all"), *(Cell(_mean(arm, grid)) for arm, grid in places)])
-    columns = [(_layers(arm, grid, _ZEROS), _layers(arm, grid, _OFFSET)) for arm, grid in places]
+    columns = [(_layers(arm, grid), _layers(arm, grid, at_offset=True)) for arm, grid in places]
     for layer in sorted({layer for zeros, _ in columns for layer in zeros}):
         row = [Cell(_share(zeros.get(layer), offset.get(layer))) for zeros, offset in columns]
         made.rows.append([Cell(str(layer)), *row])
@@ -36,24 +35,20 @@ def table(report: Report) -> Table:
 
 def hint(report: Report) -> list[str]:
     """What is counted, and what is to know of calibrated arms and of CRReLU."""
-    arms, values = report.get("arms", []), grids(report)
-    found = [run.get("sparsity") or {} for arm in arms for grid in values for run in runs(arm, grid)]
-    tokens = max((entry["tokens"] for entry in found if entry), default=0)
-    evaluated = is_evaluation(report)
+    values, evaluated = grids(report), is_evaluation(report)
+    tokens = max((run.sparsity.tokens for run in everything(report) if run.done), default=0)
     said = [
         f"The share of entries that are exactly 0 in what the activation of a layer gives, on {tokens} tokens of the "
         f"{'text' if evaluated else 'evaluation data; mean over the seeds that finished'}. Of a gated MLP that is "
         "before the product with the other projection."
     ]
-    if any(_worth(arm, grid, _OFFSET) for arm in arms for grid in values):
+    if any(_worth(arm, grid, at_offset=True) for arm in report.arms for grid in values):
         said.append(
             "A calibrated activation computes gain·f(scale·(x + shift)) + offset: where f is 0 it gives the offset of "
             "its channel, which no matrix product can skip. In brackets, what is exactly at its offset; with "
             "calibration=none it would be 0."
         )
-    own = [
-        f"{arm['arm']} {_mean(arm, grid)}" for arm in arms for grid in values[:1] if arm.get("activation") == "crrelu"
-    ]
+    own = [f"{arm.arm} {_mean(arm, values[0])}" for arm in report.arms if arm.activation == "crrelu"]
     if own:
         said.append(
             f"CRReLU itself is not sparse ({'; '.join(own)}): below 0 it is ε·x·exp(−x²/2), which is 0 only where "
@@ -68,17 +63,17 @@ def picture(report: Report, grid: Grid) -> Picture | None:
         return None
     figure, axes = new_axes(3.0)
     drawn, hollow = [], False
-    for arm in report.get("arms", []):
-        zeros, offset = _layers(arm, grid, _ZEROS), _layers(arm, grid, _OFFSET)
+    for arm in report.arms:
+        zeros, offset = _layers(arm, grid), _layers(arm, grid, at_offset=True)
         if not zeros:
             continue
-        style = line_style(report, arm["arm"])
+        style = line_style(report, arm.arm)
         axes.plot(list(zeros), list(zeros.values()), marker="o", markersize=4, **style)
-        if _worth(arm, grid, _OFFSET):
+        if _worth(arm, grid, at_offset=True):
             hollow = True
             marks = {"markerfacecolor": PAPER, "markersize": 4.5, "markeredgewidth": 1.2}
             axes.plot(list(offset), list(offset.values()), "o", color=style["color"], **marks)
-        drawn.append(arm["arm"])
+        drawn.append(arm.arm)
     if not drawn:
         return None
     axes.set(xlabel="layer", ylabel="share of exact zeros")
@@ -98,30 +93,29 @@ def picture(report: Report, grid: Grid) -> Picture | None:
 
 
 def _is_worth_it(report: Report) -> bool:
-    places = [(arm, grid) for arm in report.get("arms", []) for grid in grids(report)]
-    return any(_worth(arm, grid, what) for arm, grid in places for what in (_ZEROS, _OFFSET))
+    places = [(arm, grid) for arm in report.arms for grid in grids(report)]
+    return any(_worth(arm, grid, at_offset) for arm, grid in places for at_offset in (False, True))
 
 
-def _worth(arm: dict[str, Any], grid: Grid, what: str) -> bool:
-    return any(
-        np.mean(list(layers.values())) >= _WORTH
-        for key in ("sparsity", "sparsity_before")
-        if (layers := _layers(arm, grid, what, key))
-    )
+def _worth(arm: Arm, grid: Grid, at_offset: bool) -> bool:
+    found = [_layers(arm, grid, at_offset, before) for before in (False, True)]
+    return any(np.mean(list(layers.values())) >= _WORTH for layers in found if layers)
 
 
-def _layers(arm: dict[str, Any], grid: Grid, what: str, key: str = "sparsity") -> dict[int, float]:
-    """The mean over seeds, and over the sites of a layer, by the layer's number."""
+def _layers(arm: Arm, grid: Grid, at_offset: bool = False, before: bool = False) -> dict[int, float]:
+    """The mean over seeds, and over the sites of a layer, by the layer's number: of zeros, or of what is at its
+    offset; after training, or before it."""
     values: dict[int, list[float]] = {}
     for run in runs(arm, grid):
-        for path, share in ((run.get(key) or {}).get(what) or {}).items():
+        found = run.sparsity_before if before else run.sparsity
+        for path, share in (found.at_offset if at_offset else found.zeros).items():
             layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
             values.setdefault(layer, []).append(share)
     return {layer: statistics.fmean(values[layer]) for layer in sorted(values)}
 
 
-def _mean(arm: dict[str, Any], grid: Grid, key: str = "sparsity") -> str:
-    zeros, offset = (list(_layers(arm, grid, what, key).values()) for what in (_ZEROS, _OFFSET))
+def _mean(arm: Arm, grid: Grid, before: bool = False) -> str:
+    zeros, offset = (list(_layers(arm, grid, at_offset, before).values()) for at_offset in (False, True))
     return _share(statistics.fmean(zeros) if zeros else None, statistics.fmean(offset) if offset else None)
 
 

@@ -5,16 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crrelu_llm.report import text
-from crrelu_llm.report.contents import (
-    Report,
-    describe,
-    find_arm,
-    grids,
-    items_word,
-    metrics,
-    paired_over,
-    runs,
-)
+from crrelu_llm.report.contents import describe, everything, find_arm, grids, metrics, of_runs, paired_over, runs
+from crrelu_llm.report.schema import Report
+from crrelu_llm.statistics.paired import Comparison
 
 _TESTS = {"mcnemar": " (McNemar)", "t": " (t)"}
 
@@ -39,16 +32,15 @@ class Table:
 
 def overview(report: Report) -> list[tuple[str, str]]:
     """What was compared, as name and value."""
-    recipe, environment = report.get("recipe") or {}, report.get("environment") or {}
-    everything = [run for arm in report.get("arms", []) for run in arm.get("runs", [])]
-    seeds = sorted({run["seed"] for run in everything})
-    steps = [entry["step"] for run in everything for entry in run.get("history") or []]
-    data = {str(entry.get("name")): None for entry in report.get("data", [])}
+    recipe, environment = report.recipe, report.environment
+    seeds = sorted({run.seed for run in everything(report)})
+    steps = [entry["step"] for run in everything(report) for entry in run.history]
+    data = dict.fromkeys(entry.name for entry in report.data)
     facts = [
         ("Model", recipe.get("model_name_or_path")),
-        ("Trainer", report.get("trainer_label") or report.get("trainer")),
+        ("Trainer", report.trainer_label or report.trainer),
         ("Data", ", ".join(data) or recipe.get("dataset_name")),
-        ("Baseline", report.get("baseline")),
+        ("Baseline", report.baseline),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Steps", max(steps) if steps else recipe.get("max_steps")),
         ("Grid", "; ".join(text.grid_label(grid) for grid in grids(report) if grid)),
@@ -63,31 +55,31 @@ def results(report: Report) -> Table:
     described, gridded = metrics(report), grids(report) != [{}]
     before = _before_metrics(report)
     columns = ["arm", *(["grid"] if gridded else []), "runs"]
-    columns += [f"{described[m]['label']} right after the swap" for m in before]
+    columns += [f"{described[m].label} right after the swap" for m in before]
     wilson = _accuracy_intervals(report)
     measured = {metric for metric, _, _ in wilson}
     columns += [
-        d["label"] + (" (reference)" if d["reference"] else "") + (" [Wilson interval]" if metric in measured else "")
+        d.label + (" (reference)" if d.reference else "") + (" [Wilson interval]" if metric in measured else "")
         for metric, d in described.items()
     ]
     table = Table([*columns, "training time", "tokens/s", "peak memory"], words=2 if gridded else 1)
-    for arm in report.get("arms", []):
+    for arm in report.arms:
         for grid in grids(report):
             done, planned = runs(arm, grid), runs(arm, grid, finished=False)
             if gridded and not planned:
                 continue
-            row = [Cell(arm["arm"], arm=arm["arm"]), *([Cell(text.grid_label(grid))] if gridded else [])]
+            row = [Cell(arm.arm, arm=arm.arm), *([Cell(text.grid_label(grid))] if gridded else [])]
             row.append(Cell(f"{len(done)} of {len(planned)}"))
             # A grid may change the patch, so a run's own numbers come first.
-            swapped = next((run["before"] for run in planned if run.get("before")), arm.get("before") or {})
-            row += [Cell(text.number(swapped.get(m), described[m]["format"])) for m in before]
+            swapped = next((run.before for run in planned if run.before), arm.before)
+            row += [Cell(text.number(swapped.get(m), described[m].format)) for m in before]
             for metric, description in described.items():
-                values = [(run.get("metrics") or {}).get(metric) for run in done]
-                ends = wilson.get((metric, arm["arm"], text.grid_label(grid)), "")
-                row.append(Cell(text.spread(values, description["format"]) + ends))
-            row += [Cell(text.duration(_mean(done, "train_seconds")))]
-            row += [Cell(text.spread([run.get("tokens_per_second") for run in done], "{:,.0f}"))]
-            row += [Cell(text.memory(_largest(done, "peak_memory_bytes")))]
+                values = [run.metrics.get(metric) for run in done]
+                ends = wilson.get((metric, arm.arm, text.grid_label(grid)), "")
+                row.append(Cell(text.spread(values, description.format) + ends))
+            seconds, _, peak = of_runs(done)
+            row += [Cell(text.duration(seconds))]
+            row += [Cell(text.spread([run.tokens_per_second for run in done], "{:,.0f}")), Cell(text.memory(peak))]
             table.rows.append(row)
     return table
 
@@ -95,30 +87,29 @@ def results(report: Report) -> Table:
 def _accuracy_intervals(report: Report) -> dict[tuple[str, str, str], str]:
     """Wilson's intervals over items in brackets, by metric, arm and grid value."""
     found = {}
-    for entry in report.get("comparisons", []):
-        for side in ("baseline", "candidate"):
-            if entry.get(f"{side}_interval"):
-                place = (entry["metric"], entry[side], text.grid_label(entry.get("grid") or {}))
-                low, high = entry[f"{side}_interval"]
-                found[place] = f" [{text.ends(low, high, describe(report, entry['metric'])['format'])}]"
+    for entry in report.comparisons:
+        sides = (entry.baseline, entry.baseline_interval), (entry.candidate, entry.candidate_interval)
+        for arm, ends in sides:
+            if ends:
+                said = text.ends(ends[0], ends[1], describe(report, entry.metric).format)
+                found[entry.metric, arm, text.grid_label(entry.grid)] = f" [{said}]"
     return found
 
 
-def decisive_entries(report: Report) -> list[dict[str, Any]]:
+def decisive_entries(report: Report) -> list[Comparison]:
     """The comparisons of the headline metrics, over seeds and items where there is such a one."""
-    about = report.get("headline") or {}
-    wanted = {about.get("metric"), *(about.get("metrics") or {}).values()}
-    entries = [entry for entry in report.get("comparisons", []) if entry["metric"] in wanted]
-    units = {entry["unit"] for entry in entries}
+    wanted = {report.headline.metric, *report.headline.metrics.values()}
+    entries = [entry for entry in report.comparisons if entry.metric in wanted]
+    units = {entry.unit for entry in entries}
     unit = next((unit for unit in ("both", "item", "seed") if unit in units), None)
-    return [entry for entry in entries if entry["unit"] == unit]
+    return [entry for entry in entries if entry.unit == unit]
 
 
 def comparisons(report: Report, decisive: bool = False) -> Table:
     """The paired differences; the headline metric first, references without a verdict.
 
     Args:
-        report: The report's dict.
+        report: The report.
         decisive: Only those of the headline metrics, over seeds and items where there is such a one.
     """
     gridded = grids(report) != [{}]
@@ -126,21 +117,21 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
     table = Table(
         [*columns, "difference", "interval", "p", "adjusted p", "detectable", "no worse"], words=5 if gridded else 4
     )
-    headline = (report.get("headline") or {}).get("metric")
-    for entry in in_order(decisive_entries(report) if decisive else report.get("comparisons", []), headline):
-        description = describe(report, entry["metric"])
-        pattern = description["format"]
-        verdict = "reference" if description["reference"] else entry["verdict"]
-        row = [Cell(description["label"]), Cell(entry["candidate"], arm=entry["candidate"])]
-        row += [Cell(text.grid_label(entry.get("grid") or {}))] if gridded else []
+    entries = decisive_entries(report) if decisive else report.comparisons
+    for entry in in_order(entries, report.headline.metric):
+        description = describe(report, entry.metric)
+        pattern = description.format
+        verdict = "reference" if description.reference else entry.verdict
+        row = [Cell(description.label), Cell(entry.candidate, arm=entry.candidate)]
+        row += [Cell(text.grid_label(entry.grid))] if gridded else []
         row += [
             Cell(paired_over(report, entry)),
             Cell(verdict, verdict=verdict),
-            Cell(text.signed(entry["difference"], pattern)),
-            Cell(text.interval(entry["ci_low"], entry["ci_high"], pattern)),
-            Cell(text.p_value(entry["p_value"]) + _TESTS.get(str(entry.get("test")), "")),
-            Cell(text.p_value(entry["p_adjusted"])),
-            Cell(text.size(entry.get("smallest_detectable"), pattern)),
+            Cell(text.signed(entry.difference, pattern)),
+            Cell(text.interval(entry.ci_low, entry.ci_high, pattern)),
+            Cell(text.p_value(entry.p_value) + _TESTS.get(entry.test, "")),
+            Cell(text.p_value(entry.p_adjusted)),
+            Cell(text.size(entry.smallest_detectable, pattern)),
             Cell(_margin(entry, pattern)),
         ]
         table.rows.append(row)
@@ -149,17 +140,17 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
 
 def reading(report: Report) -> str:
     """How to read the table of differences: only of the kinds of rows that it has."""
-    entries, items = report.get("comparisons", []), items_word(report)
-    units = {entry["unit"] for entry in entries}
-    confidence = f"{max(entry['confidence'] for entry in entries):.0%} " if entries else ""
+    entries, items = report.comparisons, report.items
+    units = {entry.unit for entry in entries}
+    confidence = f"{max(entry.confidence for entry in entries):.0%} " if entries else ""
     said = {
         "both": f"Rows over {items} × seeds speak of models trained anew and of other {items} (Student's interval of "
         "two sources of error).",
         "item": f"Rows over {items} alone speak of these trained models (bootstrap interval).",
         "seed": f"Rows over seeds alone speak of models trained anew, on these {items} (Student's interval).",
     }
-    margins = any(entry.get("equivalence_margin") is not None for entry in entries)
-    alone = "; the rows that the verdict counts by themselves" if any(e.get("primary") for e in entries) else ""
+    margins = any(entry.equivalence_margin is not None for entry in entries)
+    alone = "; the rows that the verdict counts by themselves" if any(entry.primary for entry in entries) else ""
     return " ".join(
         [
             f"Candidate minus baseline, with the {confidence}interval.",
@@ -176,12 +167,12 @@ def reading(report: Report) -> str:
     ).strip()
 
 
-def in_order(entries: list[dict[str, Any]], headline: str | None) -> list[dict[str, Any]]:
+def in_order(entries: list[Comparison], headline: str) -> list[Comparison]:
     """Comparisons by metric, the headline first; both, items, seeds for each candidate and grid value."""
-    metric_order = list(dict.fromkeys([headline, *(entry["metric"] for entry in entries)]))
+    metric_order = list(dict.fromkeys([headline, *(entry.metric for entry in entries)]))
     row_order = list(dict.fromkeys(_row(entry) for entry in entries))
     return sorted(
-        entries, key=lambda entry: (metric_order.index(entry["metric"]), row_order.index(_row(entry)), entry["unit"])
+        entries, key=lambda entry: (metric_order.index(entry.metric), row_order.index(_row(entry)), entry.unit)
     )
 
 
@@ -189,18 +180,18 @@ def swaps(report: Report) -> Table:
     """What the patch did to each arm before any training; no rows where no arm has a patch report."""
     columns = ["arm", "original", "calibration", "sites", "left alone", "relative error"]
     table = Table(columns, words=3)
-    for arm in report.get("arms", []):
-        patch = arm.get("patch")
+    for arm in report.arms:
+        patch = arm.patch
         if not patch:
             continue
-        sites, options = patch.get("sites") or [], patch.get("options") or {}
-        originals = sorted({str(site.get("original")) for site in sites})
-        row = [Cell(arm["arm"], arm=arm["arm"]), Cell(", ".join(originals) or text.MISSING)]
-        errors = [site["relative_error"] for site in sites if site.get("relative_error") is not None]
+        options = patch.get("options") or {}
+        originals = sorted({str(site.get("original")) for site in arm.sites})
+        row = [Cell(arm.arm, arm=arm.arm), Cell(", ".join(originals) or text.MISSING)]
+        errors = [site["relative_error"] for site in arm.sites if site.get("relative_error") is not None]
         level = options.get("calibration", "none") if errors else "none"
-        per = f", ε per {patch.get('epsilon_per')}" if arm.get("activation") == "crrelu" else ""
+        per = f", ε per {patch.get('epsilon_per')}" if arm.activation == "crrelu" else ""
         row += [Cell("none" if level == "none" else level + per)]
-        row += [Cell(str(len(sites))), Cell(str(len(patch.get("skipped") or [])))]
+        row += [Cell(str(len(arm.sites))), Cell(str(len(patch.get("skipped") or [])))]
         row += [Cell(text.number(statistics.fmean(errors) if errors else None, "{:.3f}"))]
         table.rows.append(row)
     return table
@@ -208,46 +199,47 @@ def swaps(report: Report) -> Table:
 
 def tuning(report: Report) -> Table:
     """The headline metric of every try on the held-out training rows, and what was chosen; no rows without tuning."""
-    tries = (report.get("tuning") or {}).get("tries") or []
-    names = list(dict.fromkeys(name for entry in tries for name in entry["values"]))
-    gridded = any(entry["grid"] for entry in tries)
+    tries = report.tuning.tries if report.tuning else []
+    names = list(dict.fromkeys(name for entry in tries for name in entry.values))
+    gridded = any(entry.grid for entry in tries)
     table = Table(["arm", *(["grid"] if gridded else []), "chosen", *names], words=3 if gridded else 2)
     for entry in tries:
-        chosen = ", ".join(f"{key}={value}" for key, value in (entry["chosen"] or {}).items()) or text.MISSING
-        row = [Cell(entry["arm"], arm=entry["arm"]), *([Cell(text.grid_label(entry["grid"]))] if gridded else [])]
-        row += [Cell(chosen + (" (at the edge of what was tried)" if entry["at_edge"] else ""))]
-        table.rows.append(row + [Cell(text.number(entry["values"].get(name), "{:.4f}")) for name in names])
+        chosen = ", ".join(f"{key}={value}" for key, value in (entry.chosen or {}).items()) or text.MISSING
+        row = [Cell(entry.arm, arm=entry.arm), *([Cell(text.grid_label(entry.grid))] if gridded else [])]
+        row += [Cell(chosen + (" (at the edge of what was tried)" if entry.at_edge else ""))]
+        table.rows.append(row + [Cell(text.number(entry.values.get(name), "{:.4f}")) for name in names])
     return table
 
 
 def tuning_hint(report: Report) -> str:
     """What the tries were judged on."""
-    about = report.get("tuning") or {}
-    metric = describe(report, about.get("metric", "loss"))["label"]
+    about = report.tuning
+    if about is None:
+        return ""
     return (
-        f"The {metric} on {about.get('rows')} training rows that no run trains on, seed {about.get('seed')}, the same "
-        "tries for each arm; the best is taken for all seeds."
+        f"The {describe(report, about.metric).label} on {about.rows} training rows that no run trains on, seed "
+        f"{about.seed}, the same tries for each arm; the best is taken for all seeds."
     )
 
 
 def failures(report: Report) -> Table:
     """Runs that did not finish, with their error on one line."""
     table = Table(["arm", "seed", "grid", "error"], words=4)
-    for arm in report.get("arms", []):
-        for run in arm.get("runs", []):
-            if run.get("status") != "done":
-                error = text.one_line(run.get("error") or text.MISSING)
-                grid = text.grid_label(run.get("grid") or {}) or text.MISSING
-                table.rows.append([Cell(arm["arm"], arm=arm["arm"]), Cell(str(run["seed"])), Cell(grid), Cell(error)])
+    for arm in report.arms:
+        for run in arm.runs:
+            if not run.done:
+                error = text.one_line(run.error or text.MISSING)
+                grid = text.grid_label(run.grid) or text.MISSING
+                table.rows.append([Cell(arm.arm, arm=arm.arm), Cell(str(run.seed)), Cell(grid), Cell(error)])
     return table
 
 
 def data(report: Report) -> Table:
     """The data sets, with what identifies them."""
     table = Table(["data", "split", "SHA-256", "rows"], words=3)
-    for entry in report.get("data", []):
-        values = (entry.get("name"), entry.get("split"), entry.get("sha256"), entry.get("rows"))
-        table.rows.append([Cell(text.MISSING if value is None else str(value)) for value in values])
+    for entry in report.data:
+        split = text.MISSING if entry.split is None else entry.split
+        table.rows.append([Cell(entry.name), Cell(split), Cell(entry.sha256), Cell(str(entry.rows))])
     return table
 
 
@@ -266,38 +258,29 @@ def arm_slot(report: Report, name: str | None) -> int | None:
     """The number of an arm's colour: 0 for the baseline, then in the report's order; None if there is no such arm."""
     if find_arm(report, name) is None:
         return None
-    others = [arm["arm"] for arm in report["arms"] if arm["arm"] != report.get("baseline")]
+    others = [arm.arm for arm in report.arms if arm.arm != report.baseline]
     return others.index(name) + 1 if name in others else 0
 
 
-def _margin(entry: dict[str, Any], pattern: str) -> str:
+def _margin(entry: Comparison, pattern: str) -> str:
     """What the interval says against the margin: `equivalent`, `yes`, `not shown` or `no`, and the margin."""
-    if entry.get("no_worse") is None or entry.get("equivalence_margin") is None:
+    margin, ends = entry.equivalence_margin, (entry.ci_low, entry.ci_high)
+    if entry.no_worse is None or margin is None:
         return text.MISSING
-    margin = entry["equivalence_margin"]
-    says = "equivalent" if entry.get("equivalent") else "yes" if entry["no_worse"] else "not shown"
-    if entry["verdict"] == "worse" and min(abs(entry["ci_low"]), abs(entry["ci_high"])) >= margin:
+    says = "equivalent" if entry.equivalent else "yes" if entry.no_worse else "not shown"
+    if entry.verdict == "worse" and all(end is not None and abs(end) >= margin for end in ends):
         says = "no"
     return f"{says} ({text.size(margin, pattern)})"
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, str]:
-    return entry["candidate"], text.grid_label(entry.get("grid") or {})
+def _row(entry: Comparison) -> tuple[str, str]:
+    return entry.candidate, text.grid_label(entry.grid)
 
 
 def _before_metrics(report: Report) -> list[str]:
     """The metrics measured right after the swap: the headline and perplexity, or else all there are."""
-    present = [metric for arm in report.get("arms", []) for metric in arm.get("before") or {}]
+    present = [metric for arm in report.arms for metric in arm.before]
     known = metrics(report)
-    wanted = dict.fromkeys(((report.get("headline") or {}).get("metric"), "perplexity"))
+    wanted = dict.fromkeys((report.headline.metric, "perplexity"))
     chosen = [metric for metric in wanted if metric in present] or list(dict.fromkeys(present))
     return [metric for metric in chosen if metric in known]
-
-
-def _mean(done: list[dict[str, Any]], key: str) -> float | None:
-    values = [run[key] for run in done if run.get(key) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _largest(done: list[dict[str, Any]], key: str) -> float | None:
-    return max((run[key] for run in done if run.get(key) is not None), default=None)

@@ -1,22 +1,20 @@
 """Trained arms: the verdict in one sentence, and the notes a sceptical reader needs beside it."""
 
 import statistics
-from typing import Any
 
 from crrelu_llm.report import text
 from crrelu_llm.report.contents import (
-    Grid,
-    Report,
     Verdict,
     by_seed,
     candidates,
     describe,
+    everything,
     find_arm,
     grids,
-    items_word,
     paired_over,
 )
-from crrelu_llm.statistics.paired import smallest_possible_p
+from crrelu_llm.report.schema import Arm, Grid, Report
+from crrelu_llm.statistics.paired import Comparison, Outcome, smallest_possible_p
 
 # Perplexity is no mean over documents; where it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
@@ -29,9 +27,8 @@ def draw(report: Report) -> Verdict:
     flatters the candidate least), and says "better" or "worse" only if the corrected test over seeds and evaluation
     items says so and every seed agrees.
     """
-    baseline = str(report.get("baseline"))
-    metric = (report.get("headline") or {}).get("metric", "loss")
-    label = describe(report, metric)["label"]
+    baseline, metric = report.baseline, report.headline.metric
+    label = describe(report, metric).label
     names = candidates(report)
     subject = names[0] if len(names) == 1 else "any arm"
     doubt = f"Whether {subject} is better or worse than {baseline} in {label} cannot be decided, because "
@@ -49,25 +46,24 @@ def draw(report: Report) -> Verdict:
     metric, comparison = _comparison(report, name, grid, metric)
     if comparison is None:
         return Verdict(doubt + f"the report holds no comparison of {label}.", candidate=name, grid=grid)
-    if comparison.get("difference") is None:
-        note = comparison.get("note", "there is no difference of two numbers")
+    if comparison.difference is None:
+        note = comparison.note or "there is no difference of two numbers"
         return Verdict(doubt + f"{note}.", candidate=name, grid=grid)
-    statement, outcome = _statement(report, base, name, grid, metric, comparison, names)
+    statement, outcome = _statement(report, base, name, grid, comparison, comparison.difference, names)
     return Verdict(statement, outcome, name, grid, comparison, len(paired_seeds(report, base, name, grid, metric)))
 
 
-def paired_seeds(report: Report, base: dict[str, Any], name: str, grid: Grid, metric: str) -> list[float]:
+def paired_seeds(report: Report, base: Arm, name: str, grid: Grid, metric: str) -> list[float]:
     """Candidate minus baseline of each seed that gave both."""
-    arm = find_arm(report, name)
-    before, after = by_seed(base, grid, metric), by_seed(arm, grid, metric) if arm else {}
+    before, after = by_seed(base, grid, metric), by_seed(find_arm(report, name), grid, metric)
     return [after[seed] - before[seed] for seed in before if seed in after]
 
 
-def _best_placed(report: Report, base: dict[str, Any], names: list[str], metric: str) -> tuple[str, Grid] | None:
+def _best_placed(report: Report, base: Arm, names: list[str], metric: str) -> tuple[str, Grid] | None:
     """The best candidate at the baseline's best grid value that has a seed in common."""
-    sign = 1 if describe(report, metric)["higher_is_better"] else -1
+    sign = 1 if describe(report, metric).higher_is_better else -1
 
-    def score(arm: dict[str, Any], grid: Grid) -> float:
+    def score(arm: Arm | None, grid: Grid) -> float:
         return sign * statistics.fmean(by_seed(arm, grid, metric).values())
 
     for grid in sorted(
@@ -75,43 +71,38 @@ def _best_placed(report: Report, base: dict[str, Any], names: list[str], metric:
     ):
         paired = [name for name in names if paired_seeds(report, base, name, grid, metric)]
         if paired:
-            return max(paired, key=lambda name: score(find_arm(report, name) or {}, grid)), grid
+            return max(paired, key=lambda name: score(find_arm(report, name), grid)), grid
     return None
 
 
-def _comparison(report: Report, name: str, grid: Grid, metric: str) -> tuple[str, dict[str, Any] | None]:
+def _comparison(report: Report, name: str, grid: Grid, metric: str) -> tuple[str, Comparison | None]:
     """The comparison over seeds and items, of the metric or what stands in for it; or else over items; over seeds."""
     chosen = [(name, unit) for unit in ("both", "item") for name in (metric, _STAND_IN.get(metric))]
     for wanted, unit in (*chosen, (metric, "seed")):
-        for entry in report.get("comparisons", []):
-            place = (entry["metric"], entry["unit"], entry["candidate"], entry.get("grid") or {})
-            if place == (wanted, unit, name, grid) and entry["baseline"] == report.get("baseline"):
-                return entry["metric"], entry
+        for entry in report.comparisons:
+            place = (entry.metric, entry.unit, entry.candidate, entry.grid, entry.baseline)
+            if place == (wanted, unit, name, grid, report.baseline):
+                return entry.metric, entry
     return metric, None
 
 
 def _statement(
-    report: Report,
-    base: dict[str, Any],
-    name: str,
-    grid: Grid,
-    metric: str,
-    comparison: dict[str, Any],
-    names: list[str],
-) -> tuple[str, str]:
-    description, difference = describe(report, metric), comparison["difference"]
-    label, baseline = description["label"], base["arm"]
+    report: Report, base: Arm, name: str, grid: Grid, comparison: Comparison, difference: float, names: list[str]
+) -> tuple[str, Outcome]:
+    metric, baseline = comparison.metric, base.arm
+    label, pattern = describe(report, metric).label, describe(report, metric).format
     seeds = paired_seeds(report, base, name, grid, metric)
     agree = sum(1 for seed in seeds if seed * difference > 0)
-    change = f"{text.size(difference, description['format'])} {'higher' if difference > 0 else 'lower'} than"
+    change = f"{text.size(difference, pattern)} {'higher' if difference > 0 else 'lower'} than"
     if difference == 0:
         change = "the same as"
     who = f"{name}'s {label} is {change} {baseline}'s"
     if len(names) > 1:
-        kind = "CRReLU arms" if (find_arm(report, name) or {}).get("activation") == "crrelu" else "arms"
+        arm = find_arm(report, name)
+        kind = "CRReLU arms" if arm and arm.activation == "crrelu" else "arms"
         who = f"the {label} of {name} (best-placed of {len(names)} {kind}) is {change} that of {baseline}"
     where = f" with {text.grid_label(grid)}, where {baseline} does best" if len(grids(report)) > 1 else ""
-    evidence = _perplexities(report, base, name, grid, metric) + _evidence(report, comparison, description["format"])
+    evidence = _perplexities(report, base, name, grid, metric) + _evidence(report, comparison, pattern)
     if len(seeds) < 2:
         return (
             f"Whether {name} is better or worse than {baseline} cannot be decided, because only one seed finished in "
@@ -120,35 +111,35 @@ def _statement(
         )
     outcome, reason = _outcome(comparison, agree, len(seeds))
     agreement = f"{agree} of {len(seeds)} seeds agree"
-    after = "training" if (report.get("recipe") or {}).get("model_config") is not None else "fine-tuning"
+    after = "training" if report.recipe.get("model_config") is not None else "fine-tuning"
     return f"After {after}{where}, {who} ({evidence}; {agreement}): {outcome}{reason}.", outcome
 
 
-def _outcome(comparison: dict[str, Any], agree: int, seeds: int) -> tuple[str, str]:
-    if comparison.get("note"):
-        return "undecided", f", because {comparison['note']}"
-    if comparison["verdict"] != "undecided" and agree < seeds:
+def _outcome(comparison: Comparison, agree: int, seeds: int) -> tuple[Outcome, str]:
+    if comparison.note:
+        return "undecided", f", because {comparison.note}"
+    if comparison.verdict != "undecided" and agree < seeds:
         return "undecided", ", because the seeds disagree"
-    if comparison["verdict"] == "undecided" and comparison["unit"] == "seed":
+    if comparison.verdict == "undecided" and comparison.unit == "seed":
         floor = smallest_possible_p(seeds)
-        if floor >= 1 - comparison["confidence"]:
+        if floor >= 1 - comparison.confidence:
             return "undecided", f", because a test over {seeds} seeds cannot go below p = {text.p_value(floor)}"
-    return comparison["verdict"], ""
+    return comparison.verdict, ""
 
 
-def _perplexities(report: Report, base: dict[str, Any], name: str, grid: Grid, metric: str) -> str:
+def _perplexities(report: Report, base: Arm, name: str, grid: Grid, metric: str) -> str:
     """Beside a difference of language-modelling losses, the perplexities: few readers think in nats."""
-    after, before = by_seed(find_arm(report, name) or {}, grid, "perplexity"), by_seed(base, grid, "perplexity")
+    after, before = by_seed(find_arm(report, name), grid, "perplexity"), by_seed(base, grid, "perplexity")
     both = after.keys() & before.keys()
     if metric != "loss" or not both:
         return ""
-    pattern = describe(report, "perplexity")["format"]
+    pattern = describe(report, "perplexity").format
     means = [text.number(statistics.fmean(side[seed] for seed in both), pattern) for side in (after, before)]
     return f"perplexity {means[0]} against {means[1]}; "
 
 
-def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:
-    low, high = comparison.get("ci_low"), comparison.get("ci_high")
+def _evidence(report: Report, comparison: Comparison, pattern: str) -> str:
+    low, high = comparison.ci_low, comparison.ci_high
     over = f"paired over {paired_over(report, comparison)}"
     if low is None or high is None:
         return over
@@ -158,18 +149,18 @@ def _evidence(report: Report, comparison: dict[str, Any], pattern: str) -> str:
         near, far = sorted((abs(low), abs(high)))
         ends = f"{text.size(near, pattern).removesuffix(' points')} to {text.size(far, pattern)}"
     adjusted = ""
-    if comparison["verdict"] == "undecided" and comparison["unit"] != "seed":
-        adjusted = f", adjusted p = {text.p_value(comparison.get('p_adjusted'))}"
-    return f"{comparison['confidence']:.0%} interval {ends}, {over}{adjusted}{_detectable(comparison, pattern)}"
+    if comparison.verdict == "undecided" and comparison.unit != "seed":
+        adjusted = f", adjusted p = {text.p_value(comparison.p_adjusted)}"
+    return f"{comparison.confidence:.0%} interval {ends}, {over}{adjusted}{_detectable(comparison, pattern)}"
 
 
-def _detectable(comparison: dict[str, Any], pattern: str) -> str:
-    smallest, margin = comparison.get("smallest_detectable"), comparison.get("equivalence_margin")
+def _detectable(comparison: Comparison, pattern: str) -> str:
+    smallest, margin = comparison.smallest_detectable, comparison.equivalence_margin
     said = f"; true differences from {text.size(smallest, pattern)} on are found 4 times in 5" if smallest else ""
-    if margin is not None and comparison["verdict"] == "undecided" and comparison["unit"] != "item":
-        if comparison.get("equivalent"):
+    if margin is not None and comparison.verdict == "undecided" and comparison.unit != "item":
+        if comparison.equivalent:
             said += f"; differences beyond {text.size(margin, pattern)} are ruled out"
-        elif comparison.get("no_worse"):
+        elif comparison.no_worse:
             said += f"; worse by more than {text.size(margin, pattern)} is ruled out"
     return said
 
@@ -177,33 +168,33 @@ def _detectable(comparison: dict[str, Any], pattern: str) -> str:
 def notes(report: Report) -> list[str]:
     """What to keep in mind beside the verdict: few seeds, failed runs, controls."""
     found = []
-    seeds = [entry for entry in report.get("comparisons", []) if entry["unit"] == "seed" and entry["n"] > 1]
+    seeds = [entry for entry in report.comparisons if entry.unit == "seed" and entry.n > 1]
     if seeds:
-        fewest = min(entry["n"] for entry in seeds)
-        floor, confidence = smallest_possible_p(fewest), seeds[0]["confidence"]
+        fewest = min(entry.n for entry in seeds)
+        floor, confidence = smallest_possible_p(fewest), seeds[0].confidence
         if floor >= 1 - confidence:
             found.append(
                 f"With {fewest} seeds no permutation test over seeds can go below p = {text.p_value(floor)}, and no "
                 f"bootstrap interval over them can promise more than {1 - floor:.0%}; the intervals over seeds are "
                 f"Student's instead, and hold only if such differences are about normal. The rows over "
-                f"{items_word(report)} alone are sharper, but speak of these trained models, not of training anew."
+                f"{report.items} alone are sharper, but speak of these trained models, not of training anew."
             )
         if fewest == 2:
             found.append(
                 "With 2 seeds the spread between trainings is known from one difference: the intervals over seeds "
                 "are some six times as wide as with many seeds, and nothing can be checked of what they assume."
             )
-    everything = [run for arm in report.get("arms", []) for run in arm.get("runs", [])]
-    failed = sum(1 for run in everything if run.get("status") != "done")
+    planned = everything(report)
+    failed = sum(1 for run in planned if not run.done)
     if failed:
         found.append(
-            f"{failed} of {len(everything)} runs did not finish; comparisons use the seeds that finished in both arms."
+            f"{failed} of {len(planned)} runs did not finish; comparisons use the seeds that finished in both arms."
         )
-    for metric, description in (report.get("metrics") or {}).items():
-        if description.get("reference"):
-            places = [(arm, grid) for arm in report.get("arms", []) for grid in grids(report)]
+    for metric, description in report.metrics.items():
+        if description.reference:
+            places = [(arm, grid) for arm in report.arms for grid in grids(report)]
             values = [value for arm, grid in places for value in by_seed(arm, grid, metric).values()]
             if values:
-                mean = text.number(statistics.fmean(values), description["format"])
-                found.append(f"For reference: {description['label']} stands at {mean}, a control beside the results.")
+                mean = text.number(statistics.fmean(values), description.format)
+                found.append(f"For reference: {description.label} stands at {mean}, a control beside the results.")
     return found

@@ -11,24 +11,20 @@ What is paired decides what the answer is about, and how it is found:
 - `"both"`: models trained anew, on other items. Interval and p-value are Student's with two sources of error
   (`intervals.half_width`), and assume that the differences of seeds are about normal.
 
-Fields of an entry beside those that the report's readers know: `test` (`"permutation"`, `"mcnemar"`, `"t"`, `"none"`);
-`smallest_detectable`, the true difference that this test, before any correction for several comparisons, finds with
-probability 0.8 if the spread is as observed (None where it finds none, however large); `equivalent` and `no_worse`,
-whether the interval lies within `equivalence_margin` on both sides, or on the worse one, which is two one-sided tests
-or one, each at half the level; `baseline_interval` and `candidate_interval`, Wilson's, of binary outcomes over items;
-`n_seeds` where `unit` is `"both"`, whose `n` counts the items. `eval/results/2026-11-25-statistics` has measured how
-often the intervals cover and the verdicts are false.
+`eval/results/2026-11-25-statistics` has measured how often the intervals cover and the verdicts are false.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from crrelu_llm.records import Record
 from crrelu_llm.statistics.intervals import (
     Part,
     accuracy_interval,
@@ -41,10 +37,57 @@ from crrelu_llm.statistics.intervals import (
 )
 
 Unit = Literal["seed", "item", "both"]
+Outcome = Literal["better", "worse", "undecided"]
 RESAMPLES = 9999
 _ALIKE = "all {} seeds gave exactly the same differences, so they are not trainings anew"
 _MANY = 2000  # beyond: the large-sample forms, as BCa grows as n² and resampled signs take minutes
 _BATCH_NUMBERS = 10_000_000  # numbers held at once while resampling: bounded memory, few batches
+
+
+class Comparison(Record):
+    """One entry of `comparisons` in report.json. What cannot be computed is None.
+
+    Attributes:
+        unit: What is paired; `n` counts the pairs, or the items where it is `"both"`, and then `n_seeds` the seeds.
+        test: `"permutation"`, `"mcnemar"`, `"t"` or `"none"`.
+        smallest_detectable: The true difference that this test, before any correction for several comparisons, finds
+            with probability 0.8 if the spread is as observed; None where it finds none, however large.
+        equivalence_margin: The largest difference that counts as none.
+        equivalent: Whether the interval lies within the margin on both sides: two one-sided tests, each at half the
+            level.
+        no_worse: Whether it does on the worse side.
+        baseline_interval: Wilson's, of binary outcomes over items; `candidate_interval` likewise.
+        note: Why no verdict can be given.
+        grid: The grid values of the runs.
+        primary: Whether a verdict over several metrics counts it.
+    """
+
+    metric: str
+    higher_is_better: bool
+    baseline: str
+    candidate: str
+    baseline_mean: float | None
+    candidate_mean: float | None
+    difference: float | None
+    ci_low: float | None
+    ci_high: float | None
+    confidence: float
+    p_value: float | None
+    p_adjusted: float | None
+    unit: Unit
+    n: int
+    verdict: Outcome
+    test: str
+    smallest_detectable: float | None = None
+    equivalence_margin: float | None = None
+    equivalent: bool | None = None
+    no_worse: bool | None = None
+    baseline_interval: list[float] | None = None
+    candidate_interval: list[float] | None = None
+    n_seeds: int = 0
+    note: str | None = None
+    grid: dict[str, Any] = field(default_factory=dict)
+    primary: bool | None = None
 
 
 def smallest_possible_p(n: int) -> float:
@@ -71,7 +114,7 @@ def compare_metric(
     candidate_name: str,
     margin: float | None = None,
     shares: tuple[ArrayLike, ArrayLike] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Compares the paired numbers of two arms; the module's docstring says how.
 
     Args:
@@ -90,24 +133,35 @@ def compare_metric(
         shares: Of a ratio of sums over items, each item's share of the baseline's and of the candidate's, with the
             same means as `baseline` and `candidate`; the permutation test is over their differences.
 
-    Returns:
-        One entry of `comparisons` in report.json. What cannot be computed is None; where no verdict can be given, a
-        `note` says why.
-
     Raises:
         ValueError: If the shapes differ or do not fit `unit`, `confidence` is not between 0 and 1, or `margin` is
             not positive.
     """
     before, after = np.asarray(baseline, dtype=float), np.asarray(candidate, dtype=float)
     _check(metric, before, after, unit, confidence, margin)
-    comparison = _blank(metric, higher_is_better, unit, before.shape, confidence, margin)
-    comparison |= {"baseline": baseline_name, "candidate": candidate_name}
-    comparison |= {"baseline_mean": _mean(before), "candidate_mean": _mean(after)}
+    unknown: tuple[str, ...] = ("difference", "ci_low", "ci_high", "p_value", "p_adjusted", "smallest_detectable")
+    unknown += ("equivalent", "no_worse", "baseline_interval", "candidate_interval")
+    more: dict[str, Any] = dict.fromkeys(unknown) | ({"n_seeds": len(before)} if unit == "both" else {})
+    comparison = Comparison(
+        metric=metric,
+        higher_is_better=higher_is_better,
+        baseline=baseline_name,
+        candidate=candidate_name,
+        baseline_mean=_mean(before),
+        candidate_mean=_mean(after),
+        confidence=confidence,
+        unit=unit,
+        n=before.shape[-1],
+        verdict="undecided",
+        test="none",
+        equivalence_margin=margin,
+        **more,
+    )
     flipped = None if shares is None else np.subtract(shares[1], shares[0], dtype=float)
-    return comparison | _compare(comparison, before, after, binary, seed, flipped)
+    return _compare(comparison, before, after, binary, seed, flipped)
 
 
-def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Corrects a report's p-values for their number, and draws the verdicts anew.
 
     Benjamini-Hochberg over all p-values of the same unit: the seeds' and the items' rows ask the same questions
@@ -115,23 +169,21 @@ def adjust(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     `primary`: many other rows that differ would let chance into it.
 
     Args:
-        comparisons: What `compare_metric` returned, for the whole report. Left unchanged.
+        comparisons: What `compare_metric` returned, for the whole report.
 
     Returns:
         Copies, in the same order, with `p_adjusted` and `verdict` filled.
     """
-    adjusted = [comparison | {"p_adjusted": None} for comparison in comparisons]
-    families: dict[Any, list[dict[str, Any]]] = {}
-    for comparison in adjusted:
-        if comparison["p_value"] is not None:
-            families.setdefault((comparison["unit"], comparison.get("primary")), []).append(comparison)
+    families: dict[Any, list[int]] = {}
+    for i, comparison in enumerate(comparisons):
+        if comparison.p_value is not None:
+            families.setdefault((comparison.unit, comparison.primary), []).append(i)
+    values: dict[int, float] = {}
     for family in families.values():
-        values = stats.false_discovery_control([comparison["p_value"] for comparison in family], method="bh")
-        for comparison, value in zip(family, values, strict=True):
-            comparison["p_adjusted"] = float(value)
-    for comparison in adjusted:
-        comparison["verdict"] = _verdict(comparison)
-    return adjusted
+        corrected = stats.false_discovery_control([comparisons[i].p_value for i in family], method="bh")
+        values |= zip(family, map(float, corrected), strict=True)
+    adjusted = [comparison.but(p_adjusted=values.get(i)) for i, comparison in enumerate(comparisons)]
+    return [comparison.but(verdict=_verdict(comparison)) for comparison in adjusted]
 
 
 def _check(
@@ -146,48 +198,38 @@ def _check(
         raise ValueError(f"{metric}: the margin must be a positive number, not {margin}.")
 
 
-def _blank(
-    metric: str, higher_is_better: bool, unit: Unit, shape: tuple[int, ...], confidence: float, margin: float | None
-) -> dict[str, Any]:
-    found = {
-        **{"metric": metric, "higher_is_better": higher_is_better},
-        **dict.fromkeys(("baseline", "candidate", "baseline_mean", "candidate_mean")),
-        **dict.fromkeys(("difference", "ci_low", "ci_high")),
-        **{"confidence": confidence, "p_value": None, "p_adjusted": None, "unit": unit, "n": shape[-1]},
-        **{"verdict": "undecided", "test": "none", "smallest_detectable": None, "equivalence_margin": margin},
-        **dict.fromkeys(("equivalent", "no_worse", "baseline_interval", "candidate_interval")),
-    }
-    return found | ({"n_seeds": shape[0]} if unit == "both" else {})
-
-
 def _compare(
-    comparison: dict[str, Any],
+    comparison: Comparison,
     before: np.ndarray,
     after: np.ndarray,
     binary: bool,
     seed: int,
     flipped: np.ndarray | None,
-) -> dict[str, Any]:
+) -> Comparison:
     """All that depends on both arms."""
-    unit, confidence = comparison["unit"], comparison["confidence"]
+    unit, confidence = comparison.unit, comparison.confidence
     broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
     if broken:
-        return {"note": f"{broken} of {before.size} pairs hold a value that is not a finite number"}
+        return comparison.but(note=f"{broken} of {before.size} pairs hold a value that is not a finite number")
     differences = _differences(before, after)
-    found: dict[str, Any] = {"difference": _mean(differences)}
+    found = comparison.but(difference=_mean(differences))
     if binary and unit == "item" and len(before):
-        found["baseline_interval"] = accuracy_interval(before, confidence)
-        found["candidate_interval"] = accuracy_interval(after, confidence)
+        found = found.but(
+            baseline_interval=accuracy_interval(before, confidence),
+            candidate_interval=accuracy_interval(after, confidence),
+        )
     note = _obstacle(differences, unit)
     if note:
-        return found | {"note": note}
+        return found.but(note=note)
     mcnemar = binary and unit == "item" and bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
-    found |= _evidence(differences, unit, mcnemar, confidence, seed, flipped)
+    (low, high), test, p = _evidence(differences, unit, mcnemar, confidence, seed, flipped)
+    found = found.but(ci_low=low, ci_high=high, test=test, p_value=p, p_adjusted=p)
     sources = parts(differences, mcnemar)
-    found |= {"p_adjusted": found["p_value"]}
-    found |= {"smallest_detectable": _smallest_detectable(comparison | found, sources)}
-    found |= _equivalence(comparison | found, sources)
-    return found | {"verdict": _verdict(comparison | found)}
+    found = found.but(smallest_detectable=_smallest_detectable(found, sources))
+    if found.equivalence_margin is not None and sources:
+        equivalent, no_worse = _equivalence(found, (low, high), found.equivalence_margin, sources)
+        found = found.but(equivalent=equivalent, no_worse=no_worse)
+    return found.but(verdict=_verdict(found))
 
 
 def _obstacle(differences: np.ndarray, unit: Unit) -> str | None:
@@ -207,50 +249,46 @@ def _obstacle(differences: np.ndarray, unit: Unit) -> str | None:
 
 def _evidence(
     differences: np.ndarray, unit: Unit, mcnemar: bool, confidence: float, seed: int, flipped: np.ndarray | None
-) -> dict[str, Any]:
+) -> tuple[tuple[float, float], str, float]:
     """Interval, test and p-value."""
     mean = float(differences.mean())
     if unit == "item":
-        low, high = _interval(differences, confidence, seed)
+        ends = _interval(differences, confidence, seed)
     else:
         width = half_width(parts(differences), confidence)
-        low, high = mean - width, mean + width
+        ends = mean - width, mean + width
     if unit == "both":
-        test, p = "t", p_value(mean, parts(differences))
-    elif mcnemar:
-        test, p = "mcnemar", _mcnemar(differences)
-    else:
-        test, p = "permutation", _permutation(differences if flipped is None else flipped, seed)
-    return {"ci_low": low, "ci_high": high, "test": test, "p_value": p}
+        return ends, "t", p_value(mean, parts(differences))
+    if mcnemar:
+        return ends, "mcnemar", _mcnemar(differences)
+    return ends, "permutation", _permutation(differences if flipped is None else flipped, seed)
 
 
-def _smallest_detectable(comparison: dict[str, Any], sources: list[Part]) -> float | None:
+def _smallest_detectable(comparison: Comparison, sources: list[Part]) -> float | None:
     """None where nothing varied, or no difference, however large, could have been found."""
     level = _level(comparison)
-    if comparison["test"] == "permutation":
-        level = attainable_level(comparison["n"], level)
+    if comparison.test == "permutation":
+        level = attainable_level(comparison.n, level)
     if not sources or level <= 0:
         return None
     found = smallest_detectable(sources, level)
-    if comparison["test"] == "mcnemar":
-        share = fewest_disagreements(comparison["n"], level)
+    if comparison.test == "mcnemar":
+        share = fewest_disagreements(comparison.n, level)
         return None if share is None else max(found, share)
     return found
 
 
-def _equivalence(comparison: dict[str, Any], sources: list[Part]) -> dict[str, bool]:
+def _equivalence(
+    comparison: Comparison, ends: tuple[float, float], margin: float, sources: list[Part]
+) -> tuple[bool, bool]:
     """Two one-sided tests, as an interval against a margin; of two intervals (bootstrap, Student) the wider ends."""
-    margin, mean = comparison["equivalence_margin"], comparison["difference"]
-    if margin is None or not sources:
-        return {}
-    width = half_width(sources, comparison["confidence"])
-    low, high = min(comparison["ci_low"], mean - width), max(comparison["ci_high"], mean + width)
-    above, below = low > -margin, high < margin
-    return {"equivalent": above and below, "no_worse": above if comparison["higher_is_better"] else below}
+    width, mean = half_width(sources, comparison.confidence), comparison.difference or 0.0
+    above, below = min(ends[0], mean - width) > -margin, max(ends[1], mean + width) < margin
+    return above and below, above if comparison.higher_is_better else below
 
 
-def _level(comparison: dict[str, Any]) -> float:
-    return round(1 - comparison["confidence"], 12)  # 1 - 0.95 is a little more than 0.05
+def _level(comparison: Comparison) -> float:
+    return round(1 - comparison.confidence, 12)  # 1 - 0.95 is a little more than 0.05
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -314,10 +352,10 @@ def _mcnemar(differences: np.ndarray) -> float:
     return float(stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 
 
-def _verdict(comparison: dict[str, Any]) -> str:
-    p, low, high = comparison["p_adjusted"], comparison["ci_low"], comparison["ci_high"]
-    if p is None or low is None or high is None:
+def _verdict(comparison: Comparison) -> Outcome:
+    p, low, high, mean = comparison.p_adjusted, comparison.ci_low, comparison.ci_high, comparison.difference
+    if p is None or low is None or high is None or mean is None:
         return "undecided"
     if p >= _level(comparison) or low <= 0 <= high:
         return "undecided"
-    return "better" if (comparison["difference"] > 0) == comparison["higher_is_better"] else "worse"
+    return "better" if (mean > 0) == comparison.higher_is_better else "worse"

@@ -9,6 +9,7 @@ import numpy as np
 from crrelu_llm.comparison.results import build_report
 from crrelu_llm.eafo.density import Array
 from crrelu_llm.errors import InputError
+from crrelu_llm.report.contents import everything
 
 MIN_ARMS = 4
 """With fewer, no order of the arms is rare enough to mean anything: 3 arms have 6 orders."""
@@ -33,28 +34,28 @@ def read_losses(directory: Path) -> dict[str, Any]:
     """
     report = build_report(directory)
     arms, left_out = [], []
-    seeds: list[int] = sorted({run["seed"] for arm in report["arms"] for run in arm["runs"]})
+    seeds: list[int] = sorted({run.seed for run in everything(report)})
     levels = {}
-    for arm in report["arms"]:
-        runs = {run["seed"]: run for run in arm["runs"]}
-        if any(run["grid"] for run in arm["runs"]):
+    for arm in report.arms:
+        runs = {run.seed: run for run in arm.runs}
+        if any(run.grid for run in arm.runs):
             raise InputError(
                 f"{directory}: a comparison over a grid; give one without, so that arms differ in one way"
             )
-        if arm["activation"] == "native":
-            left_out.append({"arm": arm["arm"], "reason": "not swapped"})
-        elif set(runs) != set(seeds) or any("loss" not in run["metrics"] for run in runs.values()):
-            left_out.append({"arm": arm["arm"], "reason": "runs that are not finished"})
+        losses = [runs[seed].metrics.get("loss") for seed in seeds if seed in runs]
+        if arm.activation == "native":
+            left_out.append({"arm": arm.arm, "reason": "not swapped"})
+        elif len(losses) < len(seeds) or None in losses:
+            left_out.append({"arm": arm.arm, "reason": "runs that are not finished"})
         else:
-            losses = [float(runs[seed]["metrics"]["loss"]) for seed in seeds]
-            arms.append({"arm": arm["arm"], "activation": arm["activation"], "losses": losses})
-            more = {key: value for key, value in arm["options"].items() if not key.startswith("calibration")}
+            arms.append({"arm": arm.arm, "activation": arm.activation, "losses": losses})
+            more = {key: value for key, value in arm.options.items() if not key.startswith("calibration")}
             if more:
                 raise InputError(
-                    f"{directory}: the arm {arm['arm']} differs from others of its activation in {', '.join(more)}; "
+                    f"{directory}: the arm {arm.arm} differs from others of its activation in {', '.join(more)}; "
                     "compare activations, and leave other options to the recipe"
                 )
-            levels[arm["arm"]] = arm["options"].get("calibration", report["recipe"].get("calibration"))
+            levels[arm.arm] = arm.options.get("calibration", report.recipe.get("calibration"))
     if len(arms) < MIN_ARMS:
         raise InputError(
             f"{directory}: {len(arms)} arms with finished runs of a swapped activation, and a rank correlation needs "

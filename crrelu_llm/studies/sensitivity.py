@@ -10,6 +10,7 @@ from crrelu_llm.columns import aligned
 from crrelu_llm.comparison.arms import NATIVE
 from crrelu_llm.comparison.results import NOT_RUN
 from crrelu_llm.errors import InputError
+from crrelu_llm.report.schema import Arm, Report, Run
 
 FROZEN, LEARNED_LAYER, LEARNED_CHANNEL = WAYS = ("frozen", "learned per layer", "learned per channel")
 # Above the first, CRReLU falls around x = √3; below the second, it falls right of 0 too.
@@ -58,11 +59,11 @@ def check_recipe(values: dict[str, Any], source: str) -> None:
         )
 
 
-def study(report: dict[str, Any]) -> dict[str, Any]:
+def study(report: Report) -> dict[str, Any]:
     """The document of the study, as in epsilon.json.
 
     Args:
-        report: A comparison's report, as in report.json, with the arms that `arm_names` gives.
+        report: A comparison's report, with the arms that `arm_names` gives.
 
     Returns:
         `{command, environment, recipe, native: {before, after}, cases, shapes}`. A case is a way and a start
@@ -71,14 +72,14 @@ def study(report: dict[str, Any]) -> dict[str, Any]:
         that were not run yet, `failed` a list of `{seed, reason}`. A run whose loss is no number has failed too. What
         no run has measured is None.
     """
-    cases = [case for arm in report["arms"] if (case := _case(arm)) is not None]
+    cases = [case for arm in report.arms if (case := _case(arm)) is not None]
     cases.sort(key=lambda case: (WAYS.index(case["way"]), case["epsilon_init"]))
-    native = next((arm for arm in report["arms"] if arm["arm"] == NATIVE), None)
-    losses = [] if native is None else _finite(run["metrics"].get("loss") for run in native["runs"])
+    native = next((arm for arm in report.arms if arm.arm == NATIVE), None)
+    losses = [] if native is None else _finite(run.metrics.get("loss") for run in native.runs)
     return {
-        **{key: report[key] for key in ("command", "environment", "recipe")},
+        **{"command": report.command, "environment": report.environment, "recipe": report.recipe},
         "native": {
-            "before": None if native is None else native["before"].get("loss"),
+            "before": None if native is None else native.before.get("loss"),
             "after": statistics.fmean(losses) if losses else None,
         },
         "cases": cases,
@@ -86,18 +87,18 @@ def study(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _case(arm: dict[str, Any]) -> dict[str, Any] | None:
+def _case(arm: Arm) -> dict[str, Any] | None:
     """An arm of the study; None for any other."""
-    options = arm["options"]
-    if arm["activation"] != "crrelu" or "epsilon_init" not in options:
+    options = arm.options
+    if arm.activation != "crrelu" or "epsilon_init" not in options:
         return None
     frozen = float(options.get("epsilon_learning_rate", 1)) == 0
     way = FROZEN if frozen else f"learned per {options.get('epsilon_per', 'layer')}"
-    reasons = {run["seed"]: reason for run in arm["runs"] if (reason := _why_failed(run))}
-    good = [run for run in arm["runs"] if run["seed"] not in reasons]
-    losses = [run["metrics"]["loss"] for run in good]
-    epsilons = _finite(value for run in good for value in run["epsilon"].values())
-    before = _finite([arm["before"].get("loss")])
+    reasons = {run.seed: reason for run in arm.runs if (reason := _why_failed(run))}
+    good = [run for run in arm.runs if run.seed not in reasons]
+    losses = _finite(run.metrics.get("loss") for run in good)
+    epsilons = _finite(value for run in good for value in run.epsilon.values())
+    before = _finite([arm.before.get("loss")])
     return {
         "way": way,
         "epsilon_init": float(options["epsilon_init"]),
@@ -108,16 +109,16 @@ def _case(arm: dict[str, Any]) -> dict[str, Any] | None:
         "epsilon_end": statistics.fmean(epsilons) if epsilons else None,
         "epsilon_low": min(epsilons, default=None),
         "epsilon_high": max(epsilons, default=None),
-        "seeds": [run["seed"] for run in good],
+        "seeds": [run.seed for run in good],
         "missing": [seed for seed, reason in reasons.items() if reason == NOT_RUN],
         "failed": [{"seed": seed, "reason": reason} for seed, reason in reasons.items() if reason != NOT_RUN],
     }
 
 
-def _why_failed(run: dict[str, Any]) -> str | None:
-    if run["status"] != "done":
-        return str(run.get("error") or run["status"])
-    return None if _finite([run["metrics"].get("loss")]) else "the loss after training is no number"
+def _why_failed(run: Run) -> str | None:
+    if not run.done:
+        return run.error or run.status
+    return None if _finite([run.metrics.get("loss")]) else "the loss after training is no number"
 
 
 def _finite(values: Any) -> list[float]:

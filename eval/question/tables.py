@@ -9,8 +9,8 @@ texts of its data. What is not finished is named.
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from run import BETAS, PLAIN, SETTINGS, tasks
@@ -18,12 +18,22 @@ from run import BETAS, PLAIN, SETTINGS, tasks
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.matrix import is_done
 from crrelu_llm.comparison.tuning import TUNING
-from crrelu_llm.statistics.paired import adjust
+from crrelu_llm.report.contents import grids, runs
+from crrelu_llm.report.schema import Report
+from crrelu_llm.statistics.paired import Comparison, adjust
 
-Entry = dict[str, Any]
 NAMES = {PLAIN: "crrelu, plain swap"}
 REACH = 0.05  # nats; what lies beyond is said in numbers alone
 COLOURS = {"better": "#0b7a53", "worse": "#b03a12", "undecided": "#5c626b"}
+
+
+@dataclass
+class Row:
+    """A comparison of one model on one task."""
+
+    model: str
+    task: str
+    found: Comparison
 
 
 def main() -> None:
@@ -45,12 +55,14 @@ def main() -> None:
             target.mkdir(parents=True, exist_ok=True)
             for name in ("report.json", "report.md"):
                 (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
-            reports[model, task] = json.loads((place / "report.json").read_text())
-    entries = adjust([entry for key, report in reports.items() for entry in _losses(*key, report)])
+            reports[model, task] = Report.read(place / "report.json")
+    rows = [row for key, report in reports.items() for row in _losses(*key, report)]
+    for row, found in zip(rows, adjust([row.found for row in rows]), strict=True):
+        row.found = found
     tried = sum(_seconds(path) for path in args.output_dir.glob("*/*/tuning/**/run.json"))
-    text = "\n\n".join(["# All comparisons", _differences(entries), *_details(reports, tried), _missing(reports)])
+    text = "\n\n".join(["# All comparisons", _differences(rows), *_details(reports, tried), _missing(reports)])
     (args.results_dir / "question.md").write_text(text + "\n", encoding="utf-8")
-    _draw(entries, args.results_dir / "question.png")
+    _draw(rows, args.results_dir / "question.png")
     print(args.results_dir / "question.md")
 
 
@@ -58,12 +70,12 @@ def _seconds(path: Path) -> float:
     return json.loads(path.read_text()).get("train_seconds") or 0.0
 
 
-def _losses(model: str, task: str, report: dict[str, Any]) -> list[Entry]:
+def _losses(model: str, task: str, report: Report) -> list[Row]:
     """The tests of the loss over seeds and items, which are those that the study corrects together."""
     return [
-        entry | {"model": model, "task": task + "".join(f", β {value:g}" for value in (entry["grid"] or {}).values())}
-        for entry in report["comparisons"]
-        if (entry["metric"], entry["unit"]) == ("loss", "both")
+        Row(model, task + "".join(f", β {value:g}" for value in found.grid.values()), found)
+        for found in report.comparisons
+        if (found.metric, found.unit) == ("loss", "both")
     ]
 
 
@@ -79,7 +91,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _differences(entries: list[Entry]) -> str:
+def _differences(rows: list[Row]) -> str:
     lines = [
         "Candidate minus baseline in loss (nats a token, mean over documents; of DPO nats a pair), with the 95 % "
         "interval over seeds and items; p is corrected (Benjamini-Hochberg) for all rows. Detectable: the true "
@@ -90,18 +102,19 @@ def _differences(entries: list[Entry]) -> str:
         ),
         _row(*["---"] * 4, *["---:"] * 3, "---", "---:", "---"),
     ]
-    for entry in entries:
-        interval = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
-        p = "–" if entry["p_adjusted"] is None else f"{entry['p_adjusted']:.2g}"
-        detectable = entry.get("smallest_detectable")
-        cells = [entry["model"], entry["task"], _arm(entry["baseline"]), _arm(entry["candidate"])]
-        cells += [_signed(entry["difference"]), interval, p, entry["verdict"]]
-        cells += ["–" if detectable is None else f"{detectable:.4f}", "yes" if entry.get("equivalent") else ""]
+    for row in rows:
+        found = row.found
+        interval = f"{_signed(found.ci_low)} to {_signed(found.ci_high)}"
+        p = "–" if found.p_adjusted is None else f"{found.p_adjusted:.2g}"
+        detectable = found.smallest_detectable
+        cells = [row.model, row.task, _arm(found.baseline), _arm(found.candidate)]
+        cells += [_signed(found.difference), interval, p, found.verdict]
+        cells += ["–" if detectable is None else f"{detectable:.4f}", "yes" if found.equivalent else ""]
         lines.append(_row(*cells))
     return "\n".join(lines)
 
 
-def _details(reports: dict[tuple[str, str], dict[str, Any]], tried: float) -> list[str]:
+def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
     """Of each arm: the loss before and after, the learning rate that was chosen, time and memory."""
     lines = [
         "## Arms",
@@ -114,23 +127,24 @@ def _details(reports: dict[tuple[str, str], dict[str, Any]], tried: float) -> li
     ]
     total = 0.0
     for (model, task), report in reports.items():
-        tries = {(entry["arm"], str(entry["grid"])): entry for entry in (report["tuning"] or {"tries": []})["tries"]}
-        for arm in report["arms"]:
-            for grid in {str(run["grid"]): run["grid"] for run in arm["runs"]}.values():
-                planned = [run for run in arm["runs"] if run["grid"] == grid]
-                done = [run for run in planned if run["status"] == "done"]
-                chosen = tries.get((arm["arm"], str(grid)), {})
-                rate = (chosen.get("chosen") or {}).get("learning_rate", "–")
-                edge = "*" if chosen.get("at_edge") else ""
-                losses = [run["metrics"]["loss"] for run in done]
-                before = next((run["before"]["loss"] for run in planned if run.get("before")), None)
-                seconds = [run["train_seconds"] for run in done if run["train_seconds"]]
-                peak = max((run["peak_memory_bytes"] or 0 for run in done), default=0)
+        tries = report.tuning.tries if report.tuning else []
+        for arm in report.arms:
+            for grid in grids(report):
+                planned, done = runs(arm, grid, finished=False), runs(arm, grid)
+                if not planned:
+                    continue
+                tuned = next((entry for entry in tries if (entry.arm, entry.grid) == (arm.arm, grid)), None)
+                rate = (tuned.chosen if tuned and tuned.chosen else {}).get("learning_rate", "–")
+                edge = "*" if tuned and tuned.at_edge else ""
+                losses = [run.metrics["loss"] for run in done]
+                before = next((run.before["loss"] for run in planned if run.before), None)
+                seconds = [run.train_seconds for run in done if run.train_seconds]
+                peak = max((run.peak_memory_bytes or 0 for run in done), default=0)
                 total += sum(seconds)
                 cells = [
                     model,
                     task + "".join(f", β {value:g}" for value in grid.values()),
-                    _arm(arm["arm"]),
+                    _arm(arm.arm),
                     rate + edge,
                 ]
                 cells += ["–" if before is None else f"{before:.4f}", _spread(losses)]
@@ -153,38 +167,37 @@ def _spread(values: list[float]) -> str:
     return f"{mean:.4f} ± {math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)):.4f}"
 
 
-def _missing(reports: dict[tuple[str, str], dict[str, Any]]) -> str:
+def _missing(reports: dict[tuple[str, str], Report]) -> str:
     left = [f"{model}/{task}" for model in SETTINGS for task in tasks(model) if (model, task) not in reports]
     return f"Not run: {', '.join(left) or 'nothing'}. β of DPO: {BETAS.replace(',', ' and ')}."
 
 
-def _draw(entries: list[Entry], path: Path) -> None:
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(f"{entry['model']}, {entry['task']}: loss minus {_arm(entry['baseline'])}'s", []).append(
-            entry
-        )
-    rows: list[tuple[str, Entry | None]] = []
+def _draw(rows: list[Row], path: Path) -> None:
+    groups: dict[str, list[Comparison]] = {}
+    for row in rows:
+        title = f"{row.model}, {row.task}: loss minus {_arm(row.found.baseline)}'s"
+        groups.setdefault(title, []).append(row.found)
+    lines: list[tuple[str, Comparison | None]] = []
     for title, members in groups.items():
-        rows += [(title, None), *((_arm(entry["candidate"]), entry) for entry in members)]
-    figure = Figure(figsize=(8, 0.27 * len(rows) + 0.9), layout="constrained")
+        lines += [(title, None), *((_arm(entry.candidate), entry) for entry in members)]
+    figure = Figure(figsize=(8, 0.27 * len(lines) + 0.9), layout="constrained")
     axes = figure.subplots()
     left = axes.get_yaxis_transform()
-    for y, (label, entry) in zip(range(0, -len(rows), -1), rows, strict=True):
+    for y, (label, entry) in zip(range(0, -len(lines), -1), lines, strict=True):
         axes.text(0.0, y, label, transform=left, va="center", fontsize=8, weight="normal" if entry else "bold")
-        if entry is None or entry["ci_low"] is None:
+        if entry is None or entry.ci_low is None:
             continue
-        colour = COLOURS[entry["verdict"]]
-        said = f"{_signed(entry['difference'])} ({_signed(entry['ci_low'])} to {_signed(entry['ci_high'])})"
+        colour = COLOURS[entry.verdict]
+        said = f"{_signed(entry.difference)} ({_signed(entry.ci_low)} to {_signed(entry.ci_high)})"
         axes.text(1.01, y, said, transform=left, va="center", fontsize=8, color=colour)
-        ends = [min(max(entry[end], -REACH), REACH) for end in ("ci_low", "ci_high")]
+        ends = [min(max(end, -REACH), REACH) for end in (entry.ci_low, entry.ci_high)]
         axes.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        if abs(entry["difference"]) <= REACH:
-            axes.plot(entry["difference"], y, "o", color=colour, markersize=4.5)
+        if abs(entry.difference) <= REACH:
+            axes.plot(entry.difference, y, "o", color=colour, markersize=4.5)
     axes.axvline(0, color="#1d2024", linewidth=0.8)
     axes.axvspan(-REACH, 0, color=COLOURS["better"], alpha=0.06, linewidth=0)
     ticks = [-REACH, -REACH / 2, 0, REACH / 2, REACH]
-    axes.set(xlim=(-2.4 * REACH, REACH), ylim=(0.7 - len(rows), 0.7), yticks=[], xticks=ticks)
+    axes.set(xlim=(-2.4 * REACH, REACH), ylim=(0.7 - len(lines), 0.7), yticks=[], xticks=ticks)
     axes.set_xlabel("left of 0 is better; 95 % interval over seeds and items", fontsize=8)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)

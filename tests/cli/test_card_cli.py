@@ -4,6 +4,7 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
+from synthetic import report_of
 
 from crrelu_llm.cli.main import main
 from crrelu_llm.patching import readme
@@ -30,9 +31,8 @@ def report(tmp_path):
     path = tmp_path / "comparison" / "report.json"
     path.parent.mkdir()
     data = [{"name": "someone/news", "split": "test", "rows": 3, "sha256": "0"}]
-    path.write_text(
-        json.dumps({"arms": arms, "data": data, "verdict": "lower | by <b>0.5", "command": "crrelu compare"})
-    )
+    found = report_of(arms=arms, data=data, verdict="lower | by <b>0.5", command="crrelu compare")
+    path.write_text(json.dumps(found.as_dict()))
     return path.parent
 
 
@@ -53,9 +53,10 @@ def test_results_of_an_evaluation_name_the_data_of_their_task(checkpoint, report
     arms = [
         {"arm": "mine", "activation": "crrelu", "runs": [_run(0, **{"arc_easy/acc": 0.25, "hh/logp_margin": 1.0})]}
     ]
-    data = [{"name": "arc-easy/test.jsonl.gz", "rows": 4}, {"name": "hh-harmless/eval.jsonl.gz", "rows": 2}]
-    found = {"trainer": "eval", "recipe": {"tasks": ["arc_easy", "hh"]}, "arms": arms, "data": data}
-    path.write_text(json.dumps(found))
+    data = [{"name": "arc-easy/test.jsonl.gz"}, {"name": "hh-harmless/eval.jsonl.gz"}]
+    data = [entry | {"rows": 4, "sha256": "0"} for entry in data]
+    found = report_of(trainer="eval", recipe={"tasks": ["arc_easy", "hh"]}, arms=arms, data=data)
+    path.write_text(json.dumps(found.as_dict()))
     assert main(["card", str(checkpoint), "--report", str(path)]) == 0
     card = ModelCard.load(checkpoint / "README.md")
     results = {result.metric_type: result.dataset_name for result in card.data.eval_results}
@@ -137,7 +138,6 @@ def test_files_of_another_shape_are_one_line(checkpoint, report, capsys):
         {"data": ["x"]},
         {"data": [{}]},
         {"data": {"name": "x"}},
-        {"recipe": {"tasks": 3}},
         {"recipe": [1]},
         {"arms": [{"arm": "crrelu", "runs": [{}]}]},
         {"arms": [{"arm": "crrelu", "runs": [{"status": "done"}]}]},

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from crrelu_llm.cli.main import main
-from crrelu_llm.comparison.results import compare_runs
+from crrelu_llm.comparison.results import Outcome, compare_runs
+from crrelu_llm.report.schema import Metric, Run
 
 METRICS = {
-    "loss": {"higher_is_better": False, "reference": False},
-    "reward_accuracy": {"higher_is_better": True, "reference": False},
-    "longer_answer_accuracy": {"higher_is_better": True, "reference": True},
+    "loss": Metric(label="loss"),
+    "reward_accuracy": Metric(label="reward accuracy", higher_is_better=True),
+    "longer_answer_accuracy": Metric(label="longer", higher_is_better=True, reference=True),
 }
 
 
@@ -24,17 +25,14 @@ def comparison(seeds=3, items=12, arms=("gelu", "crrelu")):
         for seed in range(seeds):
             losses = rng.normal(3 + 0.2 * (arm != "gelu"), 0.1, items)
             right = (rng.random(items) < 0.6).astype(float)
-            runs[arm, "", seed] = {
-                "seed": seed,
-                "status": "done",
-                "metrics": {"loss": losses.mean(), "reward_accuracy": right.mean(), "longer_answer_accuracy": 0.6},
-                "items": {"loss": losses.tolist(), "reward_accuracy": right.tolist()},
-            }
+            metrics = {"loss": losses.mean(), "reward_accuracy": right.mean(), "longer_answer_accuracy": 0.6}
+            values = {"loss": losses.tolist(), "reward_accuracy": right.tolist()}
+            runs[arm, "", seed] = Outcome(Run(seed=seed, status="done", metrics=metrics), values)
     return settings, runs
 
 
 def rows(settings, runs, **margins):
-    return {(row["metric"], row["unit"]): row for row in compare_runs(settings, runs, METRICS, margins)}
+    return {(row.metric, row.unit): row for row in compare_runs(settings, runs, METRICS, margins)}
 
 
 def test_each_metric_is_compared_over_seeds_over_items_and_over_both():
@@ -42,10 +40,10 @@ def test_each_metric_is_compared_over_seeds_over_items_and_over_both():
     found = rows(settings, runs)
     assert set(found) == {(m, unit) for m in ("loss", "reward_accuracy") for unit in ("seed", "item", "both")}
     both = found["loss", "both"]
-    tables = [np.array([runs[arm, "", s]["items"]["loss"] for s in range(3)]) for arm in ("gelu", "crrelu")]
-    assert both["difference"] == pytest.approx((tables[1] - tables[0]).mean()) == found["loss", "item"]["difference"]
-    assert (both["n"], both["n_seeds"], both["test"]) == (12, 3, "t")
-    assert both["verdict"] == "worse"
+    tables = [np.array([runs[arm, "", s].items["loss"] for s in range(3)]) for arm in ("gelu", "crrelu")]
+    assert both.difference == pytest.approx((tables[1] - tables[0]).mean()) == found["loss", "item"].difference
+    assert (both.n, both.n_seeds, both.test) == (12, 3, "t")
+    assert both.verdict == "worse"
 
 
 def test_one_seed_has_no_row_over_both():
@@ -55,33 +53,33 @@ def test_one_seed_has_no_row_over_both():
 @pytest.mark.parametrize("bad", [math.nan, None])
 def test_an_item_that_is_not_a_number_is_named(bad):
     settings, runs = comparison()
-    runs["crrelu", "", 1]["items"]["loss"][4] = bad
+    runs["crrelu", "", 1].items["loss"][4] = bad
     found = rows(settings, runs)
-    assert found["loss", "both"]["note"] == "1 of 36 pairs hold a value that is not a finite number"
-    assert found["loss", "item"]["note"] == "1 of 12 pairs hold a value that is not a finite number"
-    assert found["loss", "both"]["verdict"] == "undecided"
-    assert found["reward_accuracy", "both"]["p_value"] is not None
+    assert found["loss", "both"].note == "1 of 36 pairs hold a value that is not a finite number"
+    assert found["loss", "item"].note == "1 of 12 pairs hold a value that is not a finite number"
+    assert found["loss", "both"].verdict == "undecided"
+    assert found["reward_accuracy", "both"].p_value is not None
 
 
 def test_runs_on_other_numbers_of_items_are_compared_by_seed_alone():
     settings, runs = comparison()
-    runs["crrelu", "", 2]["items"]["loss"].pop()
+    runs["crrelu", "", 2].items["loss"].pop()
     assert {unit for metric, unit in rows(settings, runs) if metric == "loss"} == {"seed"}
 
 
 def test_without_the_baseline_nothing_is_compared():
     settings, runs = comparison()
     for seed in range(3):
-        runs["gelu", "", seed]["status"] = "failed"
+        runs["gelu", "", seed].run = Run(seed=seed, status="failed", metrics={})
     assert rows(settings, runs) == {}
 
 
 def test_margins_are_the_users_or_the_usual_ones():
     settings, runs = comparison()
     found = rows(settings, runs, loss=0.5)
-    assert (found["loss", "both"]["equivalence_margin"], found["loss", "both"]["equivalent"]) == (0.5, True)
-    assert found["reward_accuracy", "both"]["equivalence_margin"] == 0.01
-    assert rows(settings, runs)["loss", "both"]["no_worse"] is False
+    assert (found["loss", "both"].equivalence_margin, found["loss", "both"].equivalent) == (0.5, True)
+    assert found["reward_accuracy", "both"].equivalence_margin == 0.01
+    assert rows(settings, runs)["loss", "both"].no_worse is False
 
 
 @pytest.mark.parametrize("argument", ["loss", "loss=", "=1", "loss=-1", "loss=nan", "loss=inf", "loss=x"])

@@ -115,8 +115,10 @@ def test_what_was_chosen_stays_chosen(folder, tuned):
     path = tuned / "tuning" / tuning.CHOSEN
     chosen = json.loads(path.read_text())
     assert set(chosen) == {"native", "crrelu"}
-    entries = tuning.read_tries(tuned, ["native"], [{}], [{"learning_rate": rate} for rate in RATES], "loss", True)
-    assert entries[0]["chosen"] == chosen["native"], "also where another try looks better now"
+    ((_, entry),) = tuning.read_tries(
+        tuned, ["native"], [{}], [{"learning_rate": rate} for rate in RATES], "loss", True
+    )
+    assert entry.chosen == chosen["native"], "also where another try looks better now"
 
 
 @pytest.mark.parametrize(

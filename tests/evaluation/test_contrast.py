@@ -68,11 +68,11 @@ def test_nothing_of_a_task_without_items():
 
 def test_what_is_shown_of_an_item():
     found = shown(example([-1.0, -2.0, -3.0]), example([-1.5, -1.0, -3.0]))
-    assert found["prompt"] == "?"
-    assert [(o["text"], o["right"], o["baseline"], o["candidate"]) for o in found["options"]] == [
+    assert found.prompt == "?"
+    assert [(o.text, o.right, o.baseline, o.candidate) for o in found.options] == [
         ("a", False, -1.0, -1.5),
         ("b", True, -2.0, -1.0),
         ("c", False, -3.0, -3.0),
     ]
     written = shown(example(["four"], "4", []), example(["five"], "4", []))
-    assert written["options"] == [{"text": "", "right": None, "baseline": "four", "candidate": "five"}]
+    assert written.as_dict()["options"] == [{"text": "", "right": None, "baseline": "four", "candidate": "five"}]

@@ -20,7 +20,7 @@ def test_single_items_of_a_metric_that_is_no_number_are_left_out():
     assert _single_items(results, settings) == ([], [])
     results["b"]["f1"]["items"]["f1"] = [1.0, 1.0]
     changes, examples = _single_items(results, settings)
-    assert (changes[0]["better"], changes[0]["same"], len(examples)) == (1, 1, 1)
+    assert (changes[0].better, changes[0].same, len(examples)) == (1, 1, 1)
 
 
 def test_single_items_are_compared_by_what_both_have():
@@ -30,9 +30,9 @@ def test_single_items_are_compared_by_what_both_have():
     pairs = {"a": {"logp_margin": [1.0, 2.0]}, "b": {"logp_margin": [2.0, 1.0], "reward_margin": [0.1, -0.1]}}
     results = {model: {"pairs": task | {"items": items}} for model, items in pairs.items()}
     settings = {"baseline": "a", "tasks": ["pairs"], "tokenizers": {"a": "x", "b": "x"}}
-    assert [entry["metric"] for entry in _single_items(results, settings)[0]] == ["pairs/logp_margin"]
+    assert [entry.metric for entry in _single_items(results, settings)[0]] == ["pairs/logp_margin"]
     for side in results.values():
         side["pairs"]["items"] = {"bits_per_byte": [1.0, 2.0]}
     results["b"]["pairs"]["shares"] = {"bits_per_byte": [0.2, 2.8]}
     changes, _ = _single_items(results, settings)
-    assert changes[0]["same"] == 2
+    assert changes[0].same == 2

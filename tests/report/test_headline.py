@@ -3,31 +3,40 @@
 import re
 
 import pytest
+from synthetic import report_of
 
 from crrelu_llm.report.arms import arms
 from crrelu_llm.report.contents import Verdict
 from crrelu_llm.report.headline import headline, interval
 from crrelu_llm.report.pages import page_of
+from crrelu_llm.report.schema import Headline, Metric
 from crrelu_llm.report.tables import comparisons
+from crrelu_llm.statistics.paired import Comparison
 
-ENTRY = {
-    "metric": "loss",
-    "candidate": "crrelu",
-    "baseline": "gelu",
-    "difference": -0.0031,
-    "ci_low": -0.005,
-    "ci_high": -0.001,
-    "confidence": 0.95,
-    "unit": "both",
-    "n": 60,
-    "verdict": "better",
-}
-LOSS = {"loss": {"label": "loss", "higher_is_better": False, "format": "{:.4f}"}}
-REPORT = {"baseline": "gelu", "metrics": LOSS, "arms": []}
+ENTRY = Comparison(
+    metric="loss",
+    higher_is_better=False,
+    candidate="crrelu",
+    baseline="gelu",
+    baseline_mean=3.0,
+    candidate_mean=2.9969,
+    difference=-0.0031,
+    ci_low=-0.005,
+    ci_high=-0.001,
+    confidence=0.95,
+    p_value=0.5,
+    p_adjusted=0.5,
+    unit="both",
+    n=60,
+    n_seeds=3,
+    verdict="better",
+    test="t",
+)
+REPORT = report_of(baseline="gelu").but(metrics={"loss": Metric(label="loss", format="{:.4f}")})
 
 
 def about(outcome="undecided", seeds=3, **entry):
-    return Verdict("…", outcome, "crrelu", {}, ENTRY | entry, seeds)
+    return Verdict("…", outcome, "crrelu", {}, ENTRY.but(**entry), seeds)
 
 
 @pytest.mark.parametrize(
@@ -68,25 +77,23 @@ def test_there_is_no_picture_without_an_interval():
 
 
 def test_the_picture_escapes_what_the_report_says():
-    report = REPORT | {"metrics": {"loss": LOSS["loss"] | {"label": '"><script>'}}}
+    report = REPORT.but(metrics={"loss": Metric(label='"><script>')})
     assert "<script>" not in str(interval(report, about()))
 
 
 def test_arms_are_told_in_plain_words():
     def arm(name, activation, **options):
         sites = [{"original": "gelu_new"}]
-        return {"arm": name, "activation": activation, "options": options, "patch": {"sites": sites}}
+        return {"arm": name, "activation": activation, "options": options, "patch": {"sites": sites}, "runs": []}
 
-    report = {
-        "arms": [
-            {"arm": "native", "activation": "native", "options": {}, "patch": None},
-            arm("relu", "relu", calibration="fit"),
-            arm("plain", "crrelu", calibration="none", epsilon_per="layer", epsilon_learning_rate="0"),
-            arm("some", "crrelu", calibration="refit", epsilon_per="channel", layers="0-5"),
-            arm("mixed", "0-2,5=relu,3-=mish", calibration="fit", activation_l1="0.1"),
-        ]
-    }
-    told = [row[1].text for row in arms(report).rows]
+    told_of = [
+        {"arm": "native", "activation": "native", "options": {}, "patch": None, "runs": []},
+        arm("relu", "relu", calibration="fit"),
+        arm("plain", "crrelu", calibration="none", epsilon_per="layer", epsilon_learning_rate="0"),
+        arm("some", "crrelu", calibration="refit", epsilon_per="channel", layers="0-5"),
+        arm("mixed", "0-2,5=relu,3-=mish", calibration="fit", activation_l1="0.1"),
+    ]
+    told = [row[1].text for row in arms(report_of(arms=told_of)).rows]
     assert told == [
         "The model as it is, with its own activation (gelu_new).",
         "ReLU, fitted to compute what the model's own activation computed.",
@@ -96,17 +103,14 @@ def test_arms_are_told_in_plain_words():
         "ReLU in layers 0-2,5, Mish in layers 3-, fitted to compute what the model's own activation computed; an L1 "
         "term draws its outputs to 0.",
     ]
-    assert page_of({"trainer": "eval", "arms": report["arms"]}).arms(report).rows == []
+    evaluated = report_of(trainer="eval", arms=told_of)
+    assert page_of(evaluated).arms(evaluated).rows == []
 
 
 def test_the_short_table_has_the_headline_over_seeds_and_items_alone():
     units = ("both", "item", "seed")
-    entries = [
-        ENTRY | {"unit": unit, "metric": metric, "p_value": 0.5} for unit in units for metric in ("loss", "other")
-    ]
-    report = REPORT | {"comparisons": entries, "headline": {"metric": "loss"}}
-    for entry in entries:
-        entry |= {"p_adjusted": 0.5, "n_seeds": 3}
+    entries = [ENTRY.but(unit=unit, metric=metric) for unit in units for metric in ("loss", "other")]
+    report = REPORT.but(comparisons=entries, headline=Headline(metric="loss"))
     assert len(comparisons(report).rows) == 6
     ((metric, candidate, over, *_),) = comparisons(report, decisive=True).rows
     assert (metric.text, candidate.text, over.text) == ("loss", "crrelu", "60 items × 3 seeds")

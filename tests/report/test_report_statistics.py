@@ -7,13 +7,18 @@ import pytest
 import synthetic
 
 from crrelu_llm.report import tables, verdict_sentence
+from crrelu_llm.report.schema import Report
 from crrelu_llm.report.trained import notes
 from crrelu_llm.statistics.paired import compare_metric
 
 
 def test_two_seeds_come_with_a_stronger_warning():
-    assert any("known from one difference" in note for note in notes(synthetic.sft_report(seeds=2, items=20)))
-    assert not any("known from one difference" in note for note in notes(synthetic.sft_report(seeds=3, items=20)))
+    assert any(
+        "known from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=2, items=20)))
+    )
+    assert not any(
+        "known from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=3, items=20)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_sentence_says_what_an_undecided_comparison_rules_out(ends, said):
         low, high = ends
         entry |= {"difference": -0.1, "ci_low": low, "ci_high": high, "verdict": "undecided"}
         entry |= {"equivalence_margin": 0.5, "equivalent": low > -0.5 and high < 0.5, "no_worse": high < 0.5}
-    sentence = verdict_sentence(report)
+    sentence = verdict_sentence(Report.of(report))
     assert "undecided" in sentence
     assert re.findall(r"; ([^;]* ruled out)", sentence) == ([said] if said else [])
 
@@ -50,15 +55,15 @@ def test_the_table_says_whether_worse_is_ruled_out(ends, verdict, said):
     low, high = ends
     entry |= {"ci_low": low, "ci_high": high, "difference": (low + high) / 2, "verdict": verdict}
     entry |= {"equivalence_margin": 0.5, "equivalent": low > -0.5 and high < 0.5, "no_worse": high < 0.5}
-    row = tables.comparisons(report | {"comparisons": [entry]}).rows[0]
+    row = tables.comparisons(Report.of(report | {"comparisons": [entry]})).rows[0]
     assert row[-1].text == said
-    assert "equivalent, if better by more than that is ruled out too" in tables.reading(report)
+    assert "equivalent, if better by more than that is ruled out too" in tables.reading(Report.of(report))
 
 
 def test_the_table_is_explained_by_the_rows_it_has():
     report = synthetic.sft_report(arms=("gelu", "crrelu"), seeds=1, items=20)
     report["comparisons"] = [c | {"equivalence_margin": None} for c in report["comparisons"] if c["unit"] == "item"]
-    reading = tables.reading(report)
+    reading = tables.reading(Report.of(report))
     assert "Rows over documents alone" in reading
     assert "× seeds" not in reading and "Rows over seeds" not in reading and "No worse" not in reading
 
@@ -68,8 +73,8 @@ def test_seeds_that_are_copies_of_one_another_decide_nothing():
     table = np.tile(np.linspace(3, 4, 20), (3, 1))
     names = {"baseline_name": "gelu", "candidate_name": "crrelu"}
     row = compare_metric("perplexity", False, table, table * 1.1, "both", **names)
-    report["comparisons"] = [row]
-    assert verdict_sentence(report).endswith(
+    report["comparisons"] = [row.as_dict()]
+    assert verdict_sentence(Report.of(report)).endswith(
         "undecided, because all 3 seeds gave exactly the same differences, so they are not trainings anew."
     )
 
@@ -77,7 +82,7 @@ def test_seeds_that_are_copies_of_one_another_decide_nothing():
 def test_accuracies_stand_beside_their_intervals():
     report = synthetic.dpo_report(seeds=1, items=80)
     (item,) = [c for c in report["comparisons"] if c["unit"] == "item"]
-    table = tables.results(report)
+    table = tables.results(Report.of(report))
     place = table.columns.index("reward accuracy [Wilson interval]")
     low, high = (100 * end for end in item["baseline_interval"])
     value = 100 * report["arms"][0]["runs"][0]["metrics"]["reward_accuracy"]

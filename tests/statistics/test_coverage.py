@@ -83,8 +83,8 @@ def test_bits_per_byte_of_documents_of_unequal_length():
             entry = paired.compare_metric(
                 "bits", False, *columns, "item", baseline_name="a", candidate_name="b", shares=shares
             )
-            assert entry["difference"] == pytest.approx(np.mean(parts[1]) - np.mean(parts[0]), abs=1e-9)
-            false[name] += entry["p_value"] < LEVEL
+            assert entry.difference == pytest.approx(np.mean(parts[1]) - np.mean(parts[0]), abs=1e-9)
+            false[name] += entry.p_value < LEVEL
     assert false["shares"] <= most(trials, LEVEL) < false["linearised"]
 
 

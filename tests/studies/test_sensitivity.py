@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import Workshop, write_recipe
 from scipy.integrate import quad
+from synthetic import report_of
 
 from crrelu_llm.activation import crrelu
 from crrelu_llm.cli.main import main
@@ -92,7 +93,7 @@ def report():
     ]
     arms[-1]["runs"][0] |= {"status": "failed", "error": "RuntimeError: out of memory", "metrics": {}, "epsilon": {}}
     arms[-1]["runs"][1] |= {"status": "failed", "error": "not run yet", "metrics": {}, "epsilon": {}}
-    return {"command": "crrelu", "environment": {}, "recipe": {}, "arms": arms}
+    return report_of(command="crrelu", arms=arms)
 
 
 def test_runs_that_failed_are_shown_and_kept_out_of_the_means(tmp_path):

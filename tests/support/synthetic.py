@@ -1,11 +1,12 @@
-"""Builds realistic report dicts, as the run matrix would, from a known truth."""
+"""Builds realistic reports, as report.json has them, from a known truth."""
 
 import math
 from typing import Any
 
 import numpy as np
 
-from crrelu_llm.statistics.paired import adjust, compare_metric
+from crrelu_llm.report.schema import Report
+from crrelu_llm.statistics.paired import Comparison, adjust, compare_metric
 
 SITES = [f"transformer.h.{layer}.mlp.act" for layer in range(6)]
 SFT_METRICS = {
@@ -44,7 +45,7 @@ def sft_report(arms: tuple[str, ...] = tuple(ARMS), seeds: int = 3, items: int =
         report["arms"].append(_arm(arm, [_sft_metrics(losses[arm][seed]) for seed in range(seeds)], {}))
     for arm in arms[1:]:
         report["comparisons"] += _compare(report, arm, {}, {"loss": losses, "perplexity": losses})
-    report["comparisons"] = adjust(report["comparisons"])
+    report["comparisons"] = [entry.as_dict() for entry in adjust(report["comparisons"])]
     return report
 
 
@@ -68,8 +69,15 @@ def dpo_report(seeds: int = 3, items: int = 300, betas: tuple[float, ...] = ()) 
             ]
             _merge(report["arms"], _arm(arm, metrics, grid))
         report["comparisons"] += _compare(report, arms[1], grid, {"reward_accuracy": wins})
-    report["comparisons"] = adjust(report["comparisons"])
+    report["comparisons"] = [entry.as_dict() for entry in adjust(report["comparisons"])]
     return report
+
+
+def report_of(**fields: Any) -> Report:
+    """A report of nothing but these fields, as report.json has them."""
+    empty: dict[str, Any] = dict.fromkeys(("title", "command", "created", "trainer", "baseline"), "")
+    empty |= {key: {} for key in ("recipe", "environment", "headline", "metrics")}
+    return Report.of({"schema_version": 1, "arms": [], "comparisons": [], "data": []} | empty | fields)
 
 
 def fail(report: dict[str, Any], arm: str, seed: int, error: str = "OutOfMemoryError: 2.1 GiB were asked for") -> None:
@@ -96,7 +104,7 @@ def _sft_metrics(losses: np.ndarray) -> dict[str, float]:
 
 def _compare(
     report: dict[str, Any], candidate: str, grid: dict[str, Any], items: dict[str, dict[str, np.ndarray]]
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     by_name = {arm["arm"]: arm for arm in report["arms"]}
     comparisons = []
     for metric, description in report["metrics"].items():
@@ -119,7 +127,7 @@ def _compare(
                 candidate_name=candidate,
                 margin=MARGINS.get(metric),
             )
-            comparisons.append(comparison | {"grid": grid})
+            comparisons.append(comparison.but(grid=grid))
     return comparisons
 
 

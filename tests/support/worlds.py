@@ -41,7 +41,7 @@ class Draw:
             sides = [side.mean(axis=1 if unit == "seed" else 0) for side in sides]
         names = {"baseline_name": "gelu", "candidate_name": "crrelu"}
         row = compare_metric("metric", True, *sides, unit, binary, margin=margin, **names)
-        return row | {"covers": row["ci_low"] <= self.truths[unit] <= row["ci_high"]}
+        return row.as_dict() | {"covers": row.ci_low <= self.truths[unit] <= row.ci_high}
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ def run(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its logs; only the result goes to stdout
         failed = run_matrix(comparison, recipe_argv, command)
     directory = Path(args.output_dir)
-    report = build_report(directory)
-    write_report(report, directory)
+    report = write_report(build_report(directory), directory)
     document = plain(sensitivity.study(report))
     write_json(directory / DOCUMENT, document)
     sensitivity_plot.plot(document, directory / sensitivity_plot.PLOT)

@@ -32,6 +32,6 @@ for documents in (8, 20, 60):
                     paired.compare_metric("bits", False, *values, "item", **names, shares=given)
                     for given in (shares, None)
                 )
-                false += [new["p_value"] < 0.05, new["verdict"] != "undecided", old["p_value"] < 0.05]
+                false += [new.p_value < 0.05, new.verdict != "undecided", old.p_value < 0.05]
             cells = " | ".join(f"{share:.1%}" for share in false / TRIALS)
             print(f"| {documents} | {sigma} | {name} | {cells} |", flush=True)
