@@ -65,7 +65,7 @@ def skeleton(recipe: Recipe) -> Any:
     config, attention = image_config(recipe), recipe.model.attn_implementation
     where = str(recipe.model.model_name_or_path or f"{recipe.source}: model_config")
     options = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"), reading(f"{where}: no model can be built of its config", "check the options"):
+    with torch.device("meta"), reading(f"{where}: no model can be built from its config", "check the options"):
         try:
             model = getattr(transformers, loading.IMAGE_CLASSIFIER).from_config(config, **options)
         except ImportError as error:
@@ -153,7 +153,7 @@ def _draw(recipe: Recipe, config: Any, names: list[str]) -> Any:
     model, before = recipe.model.model_name_or_path, config.num_labels
     config.id2label = dict(enumerate(names))
     config.label2id = {label: number for number, label in config.id2label.items()}
-    with reading(f"{recipe.source}: no model can be built of its config", "check the options"):
+    with reading(f"{recipe.source}: no model can be built from its config", "check the options"):
         torch.manual_seed(recipe.training.seed)
         drawn = auto.from_config(config)
         if model is None:

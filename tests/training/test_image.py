@@ -390,7 +390,7 @@ _TNT = {"model_type": "timm_wrapper", "architecture": "tnt_s_patch16_224"}
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_a_model_of_timm_says_what_to_install(place):
-    with pytest.raises(InputError, match=r"a model of timm needs timm and the torchvision that belongs .*pip install"):
+    with pytest.raises(InputError, match=r"a timm model needs timm and the torchvision that matches .*pip install"):
         run(place, "timm", model_config=_TNT)
 
 
