@@ -1,4 +1,4 @@
-"""The activation section of a recipe: its keys, and what they may be."""
+"""The activation section of a recipe: its keys and their allowed values."""
 
 from dataclasses import dataclass, field, fields
 
@@ -15,66 +15,67 @@ class ActivationArguments:
 
     Parameters:
         activation (`str`, *optional*):
-            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN; or one for some layers and
-            another for others, counted from 0: `{0-5: relu, 6-: crrelu}`, on the command line `0-5=relu,6-=crrelu`;
-            layers that are not named keep theirs. If not set, the model is trained as it is.
+            Activation to patch every MLP to: `crrelu`, or any name of transformers' ACT2FN. Different layers, counted
+            from 0, may get different activations: `{0-5: relu, 6-: crrelu}`, on the command line `0-5=relu,6-=crrelu`;
+            layers that are not named keep their activation. If not set, the model is trained without a patch.
         epsilon_init (`float`, *optional*, defaults to `0.01`):
             Start value of ε where no calibration sets it.
         epsilon_per (`str`, *optional*, defaults to `"layer"`):
             One ε per `"layer"` or per `"channel"`.
         epsilon_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of ε, on the recipe's own schedule. 0 keeps ε where it starts.
+            Learning rate of ε, on the recipe's own schedule. 0 freezes ε at its start value.
         epsilon_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay of ε.
         affine_learning_rate (`float`, *optional*, defaults to `0.0`):
-            Learning rate of scale, shift, gain and offset of each channel, which calibration sets inside the
-            activation, of whatever name; on the recipe's own schedule, without weight decay. 0 leaves them as they
-            are calibrated. Above 0, training keeps more of each activation for the backward pass.
+            Learning rate of scale, shift, gain and offset of each channel, which calibration sets inside any
+            activation; on the recipe's own schedule, without weight decay. 0 keeps the calibrated values. Above 0,
+            training stores more of each activation for the backward pass.
         calibration (`str`, *optional*, defaults to `"fit"`):
             How the patch is fitted to the original model before training: `"none"` (a plain swap, as in the paper),
-            `"fit"` (ε, and scale, shift, gain and offset of each channel, inside the activation: no weight is
-            touched) or `"refit"` (then also the projection that follows, in closed form).
+            `"fit"` (fits ε, and scale, shift, gain and offset of each channel, inside the activation; no weight
+            changes) or `"refit"` (then also changes the projection after it, in closed form).
         calibration_data (`str`, *optional*, defaults to `"builtin:docstrings"`):
             Hub name, local file or directory, or `builtin:docstrings`.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
             Number of calibration tokens.
         density (`str`, *optional*, defaults to `"standard"`):
-            The density that CRReLU is the correction for: `"standard"`, N(0, 1), as in the paper, or `"fitted"`,
+            The density for which CRReLU is the correction: `"standard"`, N(0, 1), as in the paper, or `"fitted"`,
             N(μ, σ²) with the moments of each site's pre-activations on the calibration text.
         density_update_steps (`int`, *optional*, defaults to `0`):
-            With `density: fitted`: every so many optimiser steps, set μ and σ of each site to the running mean and
-            standard deviation of the pre-activations in training. 0 keeps them where the patch has put them. What a
-            calibration has fitted to the first μ and σ stays, as far as it is not trained.
+            With `density: fitted`: the number of optimiser steps between updates of each site's μ and σ to the running
+            mean and standard deviation of the pre-activations in training. 0 keeps the values set by the patch. The
+            other calibrated numbers, fitted to the first μ and σ, change only if they are trained.
         density_momentum (`float`, *optional*, defaults to `0.9`):
-            Share of the running moments that each optimiser step keeps; the rest comes from its own tokens.
+            Share of the running moments that each optimiser step keeps; the rest comes from the tokens of the step.
         recompute_activation (`bool`, *optional*, defaults to `False`):
-            Keep no output of CRReLU for the backward pass, but compute it again there: less memory, the same gradients
-            bit for bit, one more elementwise pass. A checkpoint that was patched so stays so.
+            Recompute the output of CRReLU in the backward pass instead of storing it: less memory, the same gradients
+            bit for bit, one more elementwise pass. A checkpoint patched with this option keeps it.
         layers (`str`, *optional*, defaults to `"all"`):
-            Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`.
+            Which layers to patch, counted from 0: `"all"`, or numbers and ranges such as `"0-5,8"`.
         every (`int`, *optional*, defaults to `1`):
-            Of these, the first and every so many after it.
+            Patch only every nth of these layers, starting with the first.
         parts (`str`, *optional*, defaults to `"main"`):
             Which part of a model to patch: `"main"`, the `"vision"` tower of a multimodal model, or `"all"`.
         calibration_images (`int`, *optional*, defaults to `256`):
-            Number of calibration images, of an image model.
+            Number of calibration images, for an image model.
         blend_steps (`int`, *optional*, defaults to `0`):
             Gradual swap: over this many optimiser steps, train (1 − λ)·original + λ·new with λ from 0 to 1. Evaluation
-            and everything that is saved have the new activation alone. DPO's reference is then the model that training
-            starts from: the original activation in the patched checkpoint.
+            and all saved checkpoints use only the new activation. DPO's reference is then the model at the start of
+            training: the patched checkpoint with the original activation.
         blend_schedule (`str`, *optional*, defaults to `"linear"`):
-            How λ grows: `"linear"` or `"cosine"`.
+            How λ increases: `"linear"` or `"cosine"`.
         distill_weight (`float`, *optional*, defaults to `0.0`):
-            SFT: weight of an added term, the KL divergence from the original (unpatched) model's predictions, per
-            trained token. Evaluation measures the cross-entropy alone.
+            SFT: weight of a term added to the loss, the KL divergence from the original (unpatched) model's
+            predictions, per trained token. Evaluation measures only the cross-entropy.
         activation_l1 (`float`, *optional*, defaults to `0.0`):
-            Weight of an added term, the mean absolute output of the swapped activations over sites, tokens and
-            channels, which draws them to 0: with `activation: relu` and `calibration: none`, more of them become
-            exactly 0. Logged as `activation_l1`, without the weight. Evaluation measures the task's loss alone.
+            Weight of a term added to the loss, the mean absolute output of the swapped activations over sites, tokens
+            and channels. It draws the outputs towards 0: with `activation: relu` and `calibration: none`, more of them
+            become exactly 0. The unweighted term is logged as `activation_l1`. Evaluation measures only the task's
+            loss.
     """
 
     activation: str | None = field(
-        default=None, metadata={"help": "Activation to patch every MLP to. Not set: train the model as it is."}
+        default=None, metadata={"help": "Activation to patch every MLP to. If not set, the model is not patched."}
     )
     epsilon_init: float = field(default=0.01, metadata={"help": "Start value of epsilon without calibration."})
     epsilon_per: str = field(default="layer", metadata={"help": "One epsilon per `layer` or per `channel`."})
@@ -100,24 +101,24 @@ class ActivationArguments:
     )
     density_update_steps: int = field(
         default=0,
-        metadata={"help": "With density: fitted, set centre and width to running moments every so many steps."},
+        metadata={"help": "With density: fitted, steps between updates of centre and width to running moments."},
     )
     density_momentum: float = field(
         default=0.9, metadata={"help": "Share of the running moments that each optimiser step keeps."}
     )
     recompute_activation: bool = field(
         default=False,
-        metadata={"help": "Keep no output of CRReLU for the backward pass: less memory, the same gradients."},
+        metadata={"help": "Recompute CRReLU's output in the backward pass: less memory, the same gradients."},
     )
     layers: str = field(default="all", metadata={"help": "Layers to patch: `all`, or numbers and ranges (0-5,8)."})
-    every: int = field(default=1, metadata={"help": "Of these layers, the first and every so many after it."})
+    every: int = field(default=1, metadata={"help": "Patch every nth of these layers, starting with the first."})
     parts: str = field(default="main", metadata={"help": "`main`, the `vision` tower, or `all`."})
     calibration_images: int = field(default=256, metadata={"help": "Number of calibration images."})
     blend_steps: int = field(
         default=0,
         metadata={
             "help": "Steps over which training goes from the original activation to the new one. The reference of DPO "
-            "then has the original activation, as the model at the first step."
+            "then has the original activation, like the model at the first step."
         },
     )
     blend_schedule: str = field(default="linear", metadata={"help": "`linear` or `cosine`."})
@@ -129,11 +130,11 @@ class ActivationArguments:
     )
 
     def __post_init__(self) -> None:
-        """Makes one text of an activation for each layer."""
+        """Converts a mapping of layers to activations into text."""
         self.activation = text_of(self.activation)
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
-        """The patch that this section asks for, checked; None where the model is trained as it is."""
+        """The checked patch configuration of this section; None if the model is not patched."""
         positive = ("epsilon_learning_rate", "epsilon_weight_decay", "affine_learning_rate", "blend_steps")
         for key in (*positive, "distill_weight", "density_update_steps", "activation_l1"):
             if not 0 <= getattr(self, key) < float("inf"):
@@ -147,7 +148,7 @@ class ActivationArguments:
         options = {key: getattr(self, key) for key in keys}
         try:
             if self.density in DENSITIES and "crrelu" not in names_of(self.activation or "crrelu"):
-                options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
+                options["density"] = "standard"  # an arm of a comparison: all arms share the recipe
             config = PatchConfig("crrelu" if self.activation is None else self.activation, **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
@@ -159,15 +160,15 @@ class ActivationArguments:
         if self.activation is not None and self.density_update_steps and self.density != "fitted":
             raise InputError(
                 f"{where}density_update_steps moves a centre and a width, which density: {self.density} does not "
-                "have; set density: fitted, or leave it out"
+                "have; set density: fitted, or leave density_update_steps out"
             )
         return None if self.activation is None else config
 
     def require_activation(self, where: str = "") -> None:
-        """Raises InputError for options that do nothing without a swap; a comparison's arms share them, one run not.
+        """Raises InputError for options that have no effect without a swap; not called for the arms of a comparison.
 
         Args:
-            where: Put before the message.
+            where: The prefix of the message.
         """
         if self.activation is None and self.blend_steps:
             raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")
