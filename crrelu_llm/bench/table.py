@@ -5,7 +5,7 @@ from typing import Any
 
 
 def text(document: dict[str, Any]) -> str:
-    """A document as in bench.json, as tables."""
+    """Tables of a document as in bench.json."""
     environment = document["environment"]
     lines = [f"{document['device']}, {environment['processor']}, {environment['threads']} threads"]
     for about, cases in groupby(document["cases"], lambda entry: tuple(map(str, map(entry.get, _GROUP)))):
@@ -58,11 +58,11 @@ def _errors(rows: list[dict[str, Any]]) -> list[str]:
         [row["name"], row["backend"], row["dtype"], *("" if row[key] is None else f"{row[key]:.1e}" for key in keys)]
         for row in rows
     ]
-    return ["absolute errors against float64 (of epsilon's gradient: relative)", *_aligned([header, *cells])]
+    return ["absolute errors against float64 (epsilon gradient: relative)", *_aligned([header, *cells])]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Text to the left, numbers to the right."""
+    """Aligns text to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<", "<", "<", *">" * (len(widths) - 3)]
     return [
@@ -73,5 +73,5 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 
 def _short(milliseconds: float) -> str:
-    """Three digits, more only before the point."""
+    """Formats a number with three digits, or more only before the decimal point."""
     return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"

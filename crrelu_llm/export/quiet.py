@@ -1,4 +1,4 @@
-"""Silence while other libraries talk."""
+"""Silences the output of other libraries."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps from the terminal what the exporters, and the libraries below them, say of each of their steps."""
+    """A context that hides the progress output of the exporters and of the libraries that they use."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

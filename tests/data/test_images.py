@@ -29,7 +29,7 @@ def test_columns_are_told_by_what_they_hold(tmp_path):
     assert label_names(texts, "kind", "x") == ["u", "v"] and label_names(texts, "number", "x") == ["0", "1", "2"]
     with pytest.raises(InputError, match=r"the column score holds no labels but 0\.5; set label_column_name"):
         label_names(texts, "score", "x")
-    with pytest.raises(InputError, match=r"the column score holds no images but .*; set image_column_name"):
+    with pytest.raises(InputError, match=r"the column score holds .*, not images; set image_column_name"):
         undecoded(texts, "score", "x")
     with pytest.raises(InputError, match="x: no column holds images: found text, score, kind, number"):
         image_column(texts, "x")

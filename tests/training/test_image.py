@@ -302,7 +302,7 @@ def sixteen_bits(path):
     [
         (broken_first, "dark/0.png: cannot be read as an image"),
         (broken, "dark/1.png: cannot be read as an image"),
-        (sixteen_bits, "dark/1.png: an image of mode I;16; give 8 bits a channel"),
+        (sixteen_bits, "dark/1.png: an image of mode I;16; give 8 bits per channel"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_named(change, words, place, tmp_path):
