@@ -1,1 +1,1 @@
-"""What the method says of real models: the density of their pre-activations, entropies, and what ε does."""
+"""The method on real models: the density of their pre-activations, entropies, and the effect of ε."""
