@@ -1,5 +1,5 @@
-"""CRReLU for users: the functions that check their input, and the `nn.Module` with a learnable ε. And what fits CRReLU
-or any other activation to its place in a model: the four numbers a channel around it."""
+"""The public CRReLU: functions that check their input, and the `nn.Module` with a learnable ε. Also the calibrated
+form of any activation, with scale, shift, gain and offset per channel (the four) around it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -11,7 +11,7 @@ from crrelu_llm import kernels
 from crrelu_llm.errors import InputError
 from crrelu_llm.kernels.recompute import note
 
-# The buffers of a calibrated activation, which computes gain·f(scale·(x + shift)) + offset; and what they start from.
+# The buffers of a calibrated activation, which computes gain·f(scale·(x + shift)) + offset, and their start values.
 AFFINE = ("scale", "shift", "gain", "offset")
 _START = {"scale": 1.0, "shift": 0.0, "gain": 1.0, "offset": 0.0}
 
@@ -64,12 +64,12 @@ def _checked_affine(x: Tensor, affine: Tensor | None) -> Tensor | None:
 def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """Computes `f(x) = max(0, x) + ε·x·exp(−x²/2)` elementwise (arXiv 2405.12954).
 
-    With `affine` it computes `gain·f(scale·(x + shift)) + offset`, each of the four one number a channel. The
-    computation runs in float32 (float64 for a float64 `x`) whatever the dtypes are, and only the inputs are kept for
+    With `affine` it computes `gain·f(scale·(x + shift)) + offset`, with one value of each of the four per channel. The
+    computation runs in float32 (float64 for a float64 `x`) whatever the dtypes are, and only the inputs are stored for
     the backward pass. The value of f at ±inf is relu(x); NaN stays NaN.
 
     Args:
-        x: floating point, any shape; with one ε a channel or with `affine`, `(..., channels)`.
+        x: floating point, any shape; with one ε per channel or with `affine`, `(..., channels)`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
         affine: floating point, `(4, channels)`, the rows scale, shift, gain and offset; gets no gradient.
 
@@ -77,7 +77,7 @@ def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
         Shape and dtype of `x`.
 
     Raises:
-        InputError: An input is no floating-point tensor, or the shape of one does not fit.
+        InputError: An input is not a floating-point tensor, or has the wrong shape.
     """
     _check(x, epsilon)
     return kernels.crrelu(x, epsilon, _checked_affine(x, affine))
@@ -86,11 +86,11 @@ def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
 def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     """Computes `crrelu(gate, epsilon, affine) · up`, the product of a gated MLP, in one pass.
 
-    The computation runs in float32 (float64 for float64) and is rounded once; only the inputs are kept for the
-    backward pass. Where `gate` and `up` are the halves of one tensor, its gradient is written in one piece.
+    The computation runs in float32 (float64 for float64) and is rounded once; only the inputs are stored for the
+    backward pass. If `gate` and `up` are the halves of one tensor, its gradient is written in one piece.
 
     Args:
-        gate: floating point, any shape; with one ε a channel or with `affine`, `(..., channels)`.
+        gate: floating point, any shape; with one ε per channel or with `affine`, `(..., channels)`.
         up: shape and dtype of `gate`.
         epsilon: floating point, shape `(1,)` or `(channels,)`.
         affine: as for `crrelu`.
@@ -99,7 +99,7 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | Non
         Shape and dtype of `gate`.
 
     Raises:
-        InputError: An input as for `crrelu`, or `up` is not like `gate`.
+        InputError: As for `crrelu`, or `up` is not like `gate`.
     """
     _check(gate, epsilon)
     _check_up(gate, up)
@@ -107,12 +107,12 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | Non
 
 
 def surrounded(function: Callable[[Tensor], Tensor], x: Tensor, four: Sequence[Tensor]) -> Tensor:
-    """Computes `gain·function(scale·(x + shift)) + offset` in several passes, differentiable in everything.
+    """Computes `gain·function(scale·(x + shift)) + offset` in several passes, differentiable in every input.
 
     Args:
-        function: elementwise; is given and gives float32, float64 for a float64 `x`.
-        x: floating point, `(..., channels)`, any shape where there are none of the four.
-        four: scale, shift, gain and offset, `(channels,)` each; or empty: `function` alone.
+        function: elementwise; receives and returns float32, or float64 for a float64 `x`.
+        x: floating point, `(..., channels)`; any shape without the four.
+        four: scale, shift, gain and offset, `(channels,)` each; or empty for `function` alone.
 
     Returns:
         Shape of `x`, float32 or float64: not rounded to the dtype of `x`.
@@ -134,10 +134,10 @@ def _learned_gated(gate: Tensor, up: Tensor, epsilon: Tensor, *four: Tensor) -> 
 
 
 class AffineModule(nn.Module):
-    """What CRReLU and `Calibrated` share: the buffers that calibration sets, float32 whatever is cast around them.
+    """The base class of CRReLU and `Calibrated`: the buffers set by calibration, which stay float32 in every cast.
 
-    The four of `AFFINE`, of shape `(channels,)`, are None where nothing is calibrated. They start at 1, 0, 1, 0, are
-    in the state dict, and are left float32 by a cast: nothing that trains would bring back the digits.
+    The four buffers of `AFFINE`, of shape `(channels,)`, are None without calibration. They start at 1, 0, 1, 0 and
+    are in the state dict. A cast leaves them float32, because no training would restore the lost digits.
     """
 
     scale: Tensor | None
@@ -147,37 +147,37 @@ class AffineModule(nn.Module):
     _float32: tuple[str, ...] = AFFINE
 
     def _add_buffers(self, names: Iterable[str], size: int | None, device: torch.device | str | None) -> None:
-        """Registers buffers of `(size,)`, not filled; None for each where there is no size."""
+        """Registers uninitialised buffers of shape `(size,)`, or None for each without a size."""
         for name in names:
-            # .float(): while ZeRO-3 builds a model, torch.empty gives its dtype, whatever is asked for.
+            # .float(): while ZeRO-3 builds a model, torch.empty ignores the dtype and uses ZeRO-3's.
             value = None if size is None else torch.empty(size, dtype=torch.float32, device=device).float()
             self.register_buffer(name, value)
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether it has the four."""
+        """Whether the activation has the four."""
         return self.scale is not None
 
     @property
     def start_values(self) -> dict[str, float]:
-        """What its own parameters and buffers start from, by name."""
+        """The start values of the module's own parameters and buffers, by name."""
         return dict(_START) if self.is_calibrated else {}
 
     def reset_parameters(self, names: Iterable[str] | None = None) -> None:
-        """Sets its own parameters and buffers to their start values, or only those of these names."""
+        """Sets the module's own parameters and buffers, or only the named ones, to their start values."""
         start = self.start_values
-        # Not nn.init.constant_: transformers turns the nn.init functions off while it builds a model.
+        # Not nn.init.constant_: transformers disables the nn.init functions while it builds a model.
         with torch.no_grad():
             for name in start if names is None else names:
                 getattr(self, name).fill_(start[name])
 
     def train_affine(self) -> None:
-        """Makes the four trainable: parameters of the same names, still float32. Does nothing where they are.
+        """Makes the four trainable, as float32 parameters of the same names. Does nothing if they already are.
 
-        CRReLU then gives gradients to them too, in several passes, which keep more for the backward pass than x.
+        CRReLU then computes their gradients too, in several passes, and stores more than x for the backward pass.
 
         Raises:
-            InputError: It is not calibrated.
+            InputError: The activation is not calibrated.
         """
         if not self.is_calibrated:
             raise InputError(f"{type(self).__name__}: there is no {', '.join(AFFINE)} to train; it is not calibrated.")
@@ -188,14 +188,14 @@ class AffineModule(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Loads that are not strict leave out what has no place, PEFT's among them, and the model would be another one.
+        # A load that is not strict, such as PEFT's, would silently drop these values and change the model.
         *_, unexpected, _ = args
-        wrapper = prefix.partition("modules_to_save.")[0]  # PEFT's, where the names of an adapter end
+        wrapper = prefix.partition("modules_to_save.")[0]  # PEFT's wrapper, where the names in an adapter end
         found = [name for name in AFFINE if prefix + name in state_dict or wrapper + name in unexpected]
         if found and not self.is_calibrated:
             raise InputError(
-                f"{wrapper.rstrip('.')}: what is loaded has {', '.join(found)} for it, and the model has not, so it "
-                "was patched without calibration; load the checkpoint that these belong to"
+                f"{wrapper.rstrip('.')}: the loaded state has {', '.join(found)} for it, but the model was patched "
+                "without calibration; load the matching checkpoint"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -210,7 +210,7 @@ class AffineModule(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to()`, `.bfloat16()`, … do to it; the buffers go along to the device, but stay float32."""
+        """Implements `.to()`, `.bfloat16()`, …: the buffers move to the device, but stay float32."""
         before = {name: value.detach() for name in self._float32 if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -227,18 +227,17 @@ class AffineModule(nn.Module):
 
 
 class CRReLU(AffineModule):
-    """CRReLU with a learnable ε, one for the whole module or one a channel.
+    """CRReLU with a learnable ε, one for the whole module or one per channel.
 
-    The parameter `epsilon` is created in float32 even where torch's default dtype is lower, as it is while
-    transformers builds a bfloat16 model: in bfloat16 an ε of 0.01 ignores updates of 1e-5. `module.to(dtype)`
-    casts ε like every other parameter; a lower-precision ε is widened for the computation, but no longer learns
-    small updates.
+    The parameter `epsilon` is created in float32 even if torch's default dtype is lower, as while transformers builds
+    a bfloat16 model: in bfloat16 an ε of 0.01 ignores updates of 1e-5. `module.to(dtype)` casts ε like every other
+    parameter; a lower-precision ε is widened for the computation, but no longer learns small updates.
 
-    A calibrated one also has the buffers `scale`, `shift`, `gain` and `offset`, float32, one value a channel, and
+    A calibrated CRReLU also has the float32 buffers `scale`, `shift`, `gain` and `offset`, one value per channel, and
     computes `gain·f(scale·(x + shift)) + offset`. They start at 1, 0, 1 and 0, and a cast leaves them float32.
 
     Args:
-        num_channels: size of the last dimension of the input for one ε a channel; `None` for a single ε.
+        num_channels: size of the last dimension of the input for one ε per channel; `None` for a single ε.
         epsilon_init: start value of ε, 0.01 in the paper.
         device: where the parameter is created.
         calibrated: size of the last dimension of the input, for the four buffers; `None` for none.
@@ -266,21 +265,21 @@ class CRReLU(AffineModule):
             )
         self.num_channels = num_channels
         self.epsilon_init = epsilon_init
-        # 1-D also for a single ε: FSDP2 and ZeRO refuse 0-dimensional parameters.
+        # A single ε is 1-D too: FSDP2 and ZeRO refuse 0-dimensional parameters.
         self.epsilon = nn.Parameter(torch.empty(num_channels or 1, dtype=torch.float32, device=device))
         self._add_buffers(AFFINE, calibrated, device)
         self.reset_parameters()
 
     @property
     def start_values(self) -> dict[str, float]:
-        """What its parameter and buffers start from, by name."""
+        """The start values of the parameter and buffers, by name."""
         return {"epsilon": self.epsilon_init, **super().start_values}
 
     def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """Applies CRReLU to `x`, shape `(..., num_channels)` or, with a single ε, any; see `crrelu`.
 
-        With `up`, of the same shape, it gives the product of the two, in one pass; see `crrelu_gated`. A hook on this
-        module in a patched gated MLP therefore sees two arguments, gate and up, and their product.
+        With `up`, of the same shape, it returns the product with `up` in one pass; see `crrelu_gated`. A hook on this
+        module in a patched gated MLP therefore sees two arguments, gate and up, and the product as output.
         """
         if up is not None and up.dtype != x.dtype:
             return self(x) * up
@@ -296,8 +295,8 @@ class CRReLU(AffineModule):
         if any(part.requires_grad for part in four):
             functions = (_learned, _learned_gated)
         elif four:
-            # Copied each time, a small operation: whoever changes them, by whatever way, has nothing to tell, and may
-            # do so between the forward and the backward pass.
+            # Copied on every call, which is cheap: the buffers may be changed in any way without notice, even between
+            # the forward and the backward pass.
             four = [torch.stack(four)]
         function, arguments = functions[len(inputs) - 1], (*inputs, self.epsilon, *four)
         y = function(*arguments)
@@ -312,12 +311,13 @@ class CRReLU(AffineModule):
 class Calibrated(AffineModule):
     """Any elementwise activation f with the four around it: `gain·f(scale·(x + shift)) + offset`.
 
-    Scale, shift, gain and offset are float32 buffers of one value a channel; they start at 1, 0, 1 and 0, and a cast
-    leaves them float32. The computation runs in float32 (float64 for a float64 `x`) and is rounded once. While it
-    trains, f is given float32 and keeps what it keeps of that: for a low-precision `x` twice what f alone would.
+    Scale, shift, gain and offset are float32 buffers with one value per channel; they start at 1, 0, 1 and 0, and a
+    cast leaves them float32. The computation runs in float32 (float64 for a float64 `x`) and is rounded once. In
+    training f receives float32, so for a low-precision `x` it stores twice the memory that f alone would.
 
     Args:
-        activation: f; a child module of this name. Parameters of a lower precision are widened for the computation.
+        activation: f, which becomes the child `activation`. Its lower-precision parameters are widened for the
+            computation.
         num_channels: size of the last dimension of the input.
         device: where the buffers are created.
 
@@ -335,10 +335,10 @@ class Calibrated(AffineModule):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies it to `x`, `(..., num_channels)`, floating point; the result has the shape and dtype of `x`.
+        """Applies the calibrated f to `x`, `(..., num_channels)`, floating point; the result has its shape and dtype.
 
         Raises:
-            InputError: `x` is no floating-point tensor, or has another number of channels.
+            InputError: `x` is not a floating-point tensor, or has the wrong number of channels.
         """
         _check_float("x", x)
         self._check_channels(x)
@@ -350,7 +350,7 @@ class Calibrated(AffineModule):
             for name, value in (*self.activation.named_parameters(), *self.activation.named_buffers())
             if value.is_floating_point() and value.dtype != t.dtype
         }
-        if narrow:  # torch's PReLU, for one, takes no other dtype than its own
+        if narrow:  # torch's PReLU, for example, accepts only its own dtype
             return torch.func.functional_call(self.activation, narrow, (t,))
         return self.activation(t)
 

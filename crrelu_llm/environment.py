@@ -15,13 +15,13 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, where they are installed; of this one in any case."""
+    """Versions of this package and of the installed packages that can affect a result."""
     return dict(_versions())
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {"crrelu_llm": __version__}  # a checkout that is on the path alone has no metadata
+    found = {"crrelu_llm": __version__}  # a checkout that is only on the path has no metadata
     for name in _PACKAGES:
         try:
             found[name] = version(name)

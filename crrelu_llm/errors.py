@@ -1,39 +1,39 @@
-"""The two error classes whose messages are one line: wrong input (exit status 2), and a disk that fails (1); and what
-makes one line of whatever the libraries raise while they read a user's input."""
+"""The two error classes with one-line messages: wrong input (exit status 2) and a failing disk (1). Also turns any
+error that a library raises while it reads a user's input into such a message."""
 
 import contextlib
 from collections.abc import Iterator
 
 _LONGEST = 300
-# Where the machine gives way, the input need not be wrong.
+# Failures of the machine, which do not mean that the input is wrong.
 _MACHINE = (MemoryError, RecursionError)
 
 
 class InputError(ValueError):
     """The user's input is wrong.
 
-    The message is a single line that says what is wrong (with the value), where it came from, and what to do.
+    The message is a single line that says what is wrong (with the value), where the value came from, and what to do.
     """
 
 
 class DiskError(RuntimeError):
-    """Something could not be written: a full disk, a limit, a directory that has become read-only.
+    """A file could not be written: the disk is full, a limit is reached, or a directory has become read-only.
 
-    The message is a single line that says what could not be written and why, what is safe, and how to go on.
+    The message is a single line that says what could not be written and why, what is safe, and how to continue.
     """
 
 
 @contextlib.contextmanager
 def reading(what: str, remedy: str = "", ours: bool = False) -> Iterator[None]:
-    """Turns whatever a library raises while it reads what the user gave into an InputError: "`what`: why; `remedy`".
+    """Turns any error that a library raises while it reads a user's input into an InputError: "`what`: why; `remedy`".
 
-    The libraries have no common class for wrong input, and a list of those seen so far would always lack one. With
+    The libraries have no common class for wrong input, and a list of their classes would never be complete. With
     `--debug` the traceback is shown as well.
 
     Args:
         what: The file, the row or the option that is being read.
         remedy: What to do about it.
-        ours: Whether an InputError, which says by itself what is wrong, is told where, too.
+        ours: Whether `what` is also put before the message of an InputError, which otherwise passes unchanged.
     """
     try:
         yield
@@ -50,9 +50,9 @@ def reading(what: str, remedy: str = "", ours: bool = False) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line that is not too long; its class where the text alone says nothing.
+    """The message of an error in one short line, with the name of its class where the message alone is not clear.
 
-    Of a chain of errors the one that the others were made from: it was raised where the fault was met.
+    For a chain of errors, the message of the first one, which was raised where the fault occurred.
     """
     while isinstance(error.__cause__, Exception):
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: JSON without NaN, and what to do where the disk is full or read-only."""
+"""Atomic writes of files, JSON without NaN, and errors for a full or read-only disk."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ _LOCK = ".lock"
 
 
 def plain(value: Any) -> Any:
-    """Copies a value into plain JSON values; numbers that are not finite become None, as JSON has none."""
+    """Copies a value into plain JSON values; non-finite numbers, which JSON lacks, become None."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -41,10 +41,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all; the directory is made if it does not exist.
+    """Writes a text file, whole or not at all; creates the directory if it does not exist.
 
     Raises:
-        DiskError: The disk is full or read-only; the file that was there before still is.
+        DiskError: The disk is full or read-only; the previous file, if any, is unchanged.
     """
     with writing(str(path)), replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
@@ -81,13 +81,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or directory is what a killed writer of ours left behind, or the file that `alone` locks."""
+    """Whether a file or directory is a leftover of a killed writer, or the lock file of `alone`."""
     return path.name.endswith(_LOCK) or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what killed writers of `path` left beside it, `.NAME.PROCESS.tmp`; nobody else may be writing it."""
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.(\d+|removed)\.tmp")  # not of what is called `NAME.MORE`
+    """Removes the leftovers of killed writers of `path`, `.NAME.PROCESS.tmp`; nobody else may be writing `path`."""
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.(\d+|removed)\.tmp")  # not those of `NAME.MORE`
     for other in path.parent.glob(".*.tmp"):
         if leftover.fullmatch(other.name):
             remove(other)
@@ -95,31 +95,31 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
-    """Within it no other call works in the directory: each would replace what the other writes.
+    """A context that locks a directory, because two calls there would overwrite each other's files.
 
-    The directory is made, and removed again if nothing came into it.
+    The directory is created, and removed again if it stays empty.
 
     Args:
         directory: An output directory.
-        command: What to call the work, `crrelu eval`.
-        name: Of the file that is locked there; it ends in `.lock`.
+        command: The name of the command for messages, `crrelu eval`.
+        name: The name of the lock file there; it ends in `.lock`.
 
     Raises:
-        InputError: Another call does, or something that is no directory of ours stands in the way.
-        DiskError: The directory cannot be made or written to.
+        InputError: Another call holds the lock, or a file or link is in the place of the directory or the lock file.
+        DiskError: The directory cannot be created or written to.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: nothing guards it there
+    except ImportError:  # Windows: no lock
         yield
         return
     lock = directory.resolve() / name
     absent = [path for path in (lock.parent, *lock.parent.parents) if not path.exists()]
     try:
         with writing(str(directory)):
-            directory.mkdir(parents=True, exist_ok=True)  # refuses a link to nothing
+            directory.mkdir(parents=True, exist_ok=True)  # refuses a dangling link
             file = open(lock, "a")  # noqa: SIM115
-    except (FileExistsError, IsADirectoryError) as error:  # a link to nothing, or something else called as ours are
+    except (FileExistsError, IsADirectoryError) as error:  # a dangling link, or something else of that name
         reason = str(error.strerror).lower()
         raise InputError(
             f"output_dir {directory}: {error.filename} stands in the way ({reason}); remove it, or give another "
@@ -127,7 +127,7 @@ def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process gives it back
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock of a killed process is released
         except BlockingIOError:
             raise InputError(
                 f"output_dir {directory}: another `{command}` is at work there; wait until it has ended, or give "
@@ -136,13 +136,13 @@ def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
-            # Whoever held it has taken it away in between; who comes now takes another.
+            # The previous holder has removed the lock file in the meantime; a new call would create another one.
             raise InputError(f"output_dir {directory}: another `{command}` has just ended there; run it again")
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # directories made for nothing; those that hold something stay
+            with contextlib.suppress(OSError):  # removes only empty directories
                 for path in absent:
                     path.rmdir()
 
@@ -150,7 +150,7 @@ def alone(directory: Path, command: str, name: str = _LOCK) -> Iterator[None]:
 def remove(path: Path) -> None:
     """Removes a file or a whole directory, present or not.
 
-    A directory loses its name first, so that what bears it is whole also where this is killed half-way.
+    A directory is renamed first, so that a directory of that name is complete even if the removal is killed.
     """
     if path.is_dir() and not path.is_symlink():
         gone = path if is_leftover(path) else path.with_name(f".{path.name}.removed.tmp")
@@ -164,9 +164,9 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or every file below a directory, is on the disk: a rename must not overtake its content.
+    """Waits until a file, or every file below a directory, is on disk, so that a rename does not precede the content.
 
-    Files that a library made for their owner alone, as safetensors does, may be read by whom the umask admits.
+    Files that a library created for their owner only, as safetensors does, get the permissions of the umask.
     """
     for file in [path, *path.rglob("*")]:
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
@@ -175,14 +175,14 @@ def sync(path: Path) -> None:
         try:
             os.fsync(number)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems cannot
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems do not support it
                 raise
         finally:
             os.close(number)
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # there is no other way to ask
+    mask = os.umask(0)  # the only way to read it
     os.umask(mask)
     return mask
 
@@ -202,10 +202,10 @@ def writing(what: str) -> Iterator[None]:
 
 
 def disk_trouble(error: BaseException, permission: bool = False) -> str | None:
-    """Why the disk refused, where that is what an error says, else None.
+    """Why the disk refused, if an error is one of the disk, else None.
 
     Args:
-        error: From Python, safetensors or torch.save; each says it in its own way.
+        error: From Python, safetensors or torch.save; each reports it differently.
         permission: Whether a lack of permission counts too.
     """
     refused = _DISK + (_PERMISSION if permission else ())
@@ -216,6 +216,6 @@ def disk_trouble(error: BaseException, permission: bool = False) -> str | None:
     if found and type(error).__name__ == "SafetensorError" and int(found[1]) in refused:
         return os.strerror(int(found[1])).lower()
     if isinstance(error, RuntimeError) and ("inline_container.cc" in text or "iostream error" in text):
-        return "the disk is full, or a limit on file sizes is reached"  # torch.save does not know why
+        return "the disk is full, or a limit on file sizes is reached"  # torch.save does not report the reason
     before = error.__cause__ or error.__context__
     return None if before is None else disk_trouble(before, permission)

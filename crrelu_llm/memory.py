@@ -1,4 +1,4 @@
-"""Peak memory of one run: the accelerator's where there is one, else the process's resident memory."""
+"""Peak memory of one run: on an accelerator if there is one, else the process's resident memory."""
 
 import threading
 from typing import Self
@@ -6,14 +6,14 @@ from typing import Self
 import psutil
 import torch
 
-_INTERVAL = 0.05  # seconds between two looks at the resident memory
+_INTERVAL = 0.05  # seconds between two samples of the resident memory
 
 
 class PeakMemory:
-    """Measures between `with` and its end; `.bytes` is then the peak.
+    """Measures the peak memory inside a `with` block; `.bytes` is then the peak.
 
-    On an accelerator this is what torch allocated. On a CPU it is the process's resident set, sampled 20 times a
-    second, so that it includes the interpreter and the libraries.
+    On an accelerator the peak is the memory allocated by torch. On a CPU it is the process's resident set, sampled 20
+    times a second, which includes the interpreter and the libraries.
     """
 
     bytes: int = 0

@@ -1,4 +1,4 @@
-"""The dtype of weights where nobody says: float32, or a checkpoint's own 16 bits where these are faster here."""
+"""The default dtype of weights: float32, or a checkpoint's own 16-bit dtype where that is faster on this machine."""
 
 import functools
 import time
@@ -7,28 +7,28 @@ from typing import Any
 
 import torch
 
-_ROWS, _WIDTH = 256, 1024  # a prompt, and a small model's projection
+_ROWS, _WIDTH = 256, 1024  # the size of a prompt, and of a small model's projection
 _SECONDS = 0.1
-_WORTH_IT = 1.25  # how much faster 16 bits must be: below it, rounding decides
+_WORTH_IT = 1.25  # the speed-up that 16 bits must reach to outweigh their rounding
 
 
 def choose_dtype(configs: Iterable[Any], device: str) -> tuple[str, str | None]:
-    """What models are best loaded in, all of them alike.
+    """Chooses one dtype in which to load all of the models.
 
-    16 bits are taken only where every checkpoint has them already, so that nothing is rounded that was not.
+    A 16-bit dtype is chosen only if every checkpoint is already stored in it, so that no weight is rounded.
 
     Args:
-        configs: The models' configs, of which `dtype` is what the weights are stored in.
-        device: Where they will compute.
+        configs: The models' configs; their `dtype` is the dtype of the stored weights.
+        device: The device of the computation.
 
     Returns:
-        The name of the dtype, and a line that says why; None where there was nothing to choose.
+        The name of the dtype, and a line that says why; None if there was no choice.
     """
     stored = {getattr(config, "dtype", None) or torch.float32 for config in configs}
     own = next(iter(stored)) if len(stored) == 1 else torch.float32
     name = str(own).removeprefix("torch.")
     if own not in (torch.bfloat16, torch.float16):
-        why = "the checkpoints differ in theirs" if len(stored) > 1 else None
+        why = "the checkpoints differ in dtype" if len(stored) > 1 else None
         return "float32", why and _line("float32", why)
     ratio = seconds(torch.float32, device) / seconds(own, device)
     if ratio >= _WORTH_IT:
@@ -43,7 +43,7 @@ def _line(name: str, why: str) -> str:
 
 @functools.cache
 def seconds(dtype: torch.dtype, device: str) -> float:
-    """The time of one projection of a prompt, measured for about a tenth of a second."""
+    """The time of one projection of a prompt; the measurement takes about a tenth of a second."""
     weight = torch.randn(_WIDTH, _WIDTH, device=device).to(dtype)
     rows = torch.randn(_ROWS, _WIDTH, device=device).to(dtype)
 

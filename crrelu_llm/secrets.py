@@ -1,4 +1,4 @@
-"""What of a recipe and of a command line may be published: no tokens, no values that nobody vouches for."""
+"""The parts of a recipe and of a command line that may be published: no tokens, and no values not known to be safe."""
 
 import contextlib
 import hashlib
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 HIDDEN = "…"
-# Options that are secrets by themselves; never written.
+# Options that are secrets; never written.
 _SECRETS = ("hub_token", "push_to_hub_token")
-# Keys of nested maps (`model_init_kwargs`, `datasets`, …) whose texts may be shown; numbers always are. Of `env` the
-# names of its variables are, alone.
+# Keys of nested maps (`model_init_kwargs`, `datasets`, …) whose text values may be shown; numbers always are. For
+# `env` only the names of the variables are shown.
 _SHOWN = frozenset(
     (
         *("dtype", "torch_dtype", "attn_implementation", "revision", "device_map", "use_safetensors"),
@@ -26,7 +26,7 @@ _IN_A_QUERY = re.compile(r"([?&](?:[\w-]*(?:token|key|signature|secret|password|
 
 
 def publishable(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values without secrets: of nested maps only what is known to be harmless, the rest as "…"."""
+    """A recipe's values without secrets: in nested maps only values known to be harmless, the others as "…"."""
     return {
         key: {name: HIDDEN for name in value} if key == "env" and isinstance(value, dict) else _shown(value)
         for key, value in values.items()
@@ -35,12 +35,12 @@ def publishable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def publishable_map(values: dict[str, Any]) -> dict[str, Any]:
-    """The same of one of its nested maps."""
+    """One nested map of a recipe without secrets, as in `publishable`."""
     return {key: _shown(entry, key in _SHOWN) if _is_harmless(key, entry) else HIDDEN for key, entry in values.items()}
 
 
 def _shown(value: Any, texts: bool = True) -> Any:
-    """A value; where texts are not to be shown, its numbers alone."""
+    """A value, with its text values hidden unless `texts` is set."""
     if isinstance(value, str):
         if not texts:
             return HIDDEN
@@ -62,7 +62,7 @@ def _is_harmless(key: str, value: Any) -> bool:
 
 
 def without_secrets(argv: list[str]) -> list[str]:
-    """A command line that may be published."""
+    """A command line without secrets."""
     result, hide = [], False
     for argument in argv:
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -80,9 +80,9 @@ def without_secrets(argv: list[str]) -> list[str]:
 
 
 def hidden_part(values: dict[str, Any]) -> str | None:
-    """A hash of what `publishable` hides of a recipe, but for access tokens; None where it hides nothing.
+    """A hash of the values that `publishable` hides, except access tokens; None if it hides nothing.
 
-    Two recipes that differ in it are not one, though they look so.
+    Two recipes with different hashes differ, although their published values may be equal.
     """
     shown = publishable(values)
     left = {key: _without_tokens(value) for key, value in values.items() if key in shown and shown[key] != value}
@@ -99,7 +99,7 @@ def _without_tokens(value: Any) -> Any:
 
 @contextlib.contextmanager
 def hidden(args: Any) -> Iterator[None]:
-    """Within it the training arguments hold no secret: the Trainer pickles them beside the model."""
+    """A context in which the training arguments hold no secret: the Trainer pickles them beside the model."""
     kept = {name: getattr(args, name) for name in (*_SECRETS, "model_init_kwargs") if hasattr(args, name)}
     try:
         for name, value in kept.items():

@@ -20,7 +20,7 @@ def stored_in(*dtypes):
         ([torch.float16, torch.float16], 1.3, ("float16", "the checkpoint's own, 1.3 times faster than float32 here")),
         ([torch.bfloat16], 1.1, ("float32", "the checkpoint's bfloat16 is no faster here")),
         ([torch.bfloat16], 0.2, ("float32", "the checkpoint's bfloat16 is 5.0 times slower here")),
-        ([torch.bfloat16, torch.float32], 9.0, ("float32", "the checkpoints differ in theirs")),
+        ([torch.bfloat16, torch.float32], 9.0, ("float32", "the checkpoints differ in dtype")),
         ([torch.float32], 9.0, ("float32", None)),
         ([None], 9.0, ("float32", None)),
         ([torch.float64], 9.0, ("float32", None)),

@@ -1,1 +1,1 @@
-"""Speed and memory of CRReLU against GELU, in one process: `op`, `mlp` and `train` measure, the others help."""
+"""Speed and memory of CRReLU against GELU, in one process: measured by `op`, `mlp` and `train`."""

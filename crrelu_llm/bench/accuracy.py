@@ -1,4 +1,4 @@
-"""Errors of every function against float64, given the same rounded inputs."""
+"""Errors of every function against float64, on the same rounded inputs."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ _SHAPE = (256, 256)
 
 
 def errors(found: list[Function], dtype: str, epsilon_per: str, device: torch.device) -> list[dict[str, Any]]:
-    """The absolute errors of value and gradients, on 65 536 normal numbers of deviation 2.
+    """The absolute errors of value and gradients, on 65 536 normal numbers with standard deviation 2.
 
     Args:
-        found: The functions; one that fails is passed over.
-        dtype: Name of the torch dtype to compute in.
+        found: The functions; a function that fails is skipped.
+        dtype: Name of the torch dtype of the computation.
         epsilon_per: `"layer"` or `"channel"`.
-        device: Where.
+        device: The device of the computation.
 
     Returns:
         `{name, backend, kind, dtype, value_max, value_mean, gradient_max, gradient_mean, epsilon_gradient}` each. The
-        gradients are those of all inputs but ε; ε's, a sum, is the largest error divided by the norm of what float64
-        gives, or None for a function without ε.
+        gradients are those of all inputs except ε. `epsilon_gradient` is the largest error of ε's gradient, a sum,
+        divided by the norm of the float64 gradient; None for a function without ε.
     """
     tensors = make_tensors(_SHAPE, getattr(torch, dtype), epsilon_per, device)
     rows = []
@@ -33,7 +33,7 @@ def errors(found: list[Function], dtype: str, epsilon_per: str, device: torch.de
             given = _evaluate(function, tensors)
             if function.failed(device, getattr(torch, dtype), tensors["x"].numel()):
                 continue
-        except Exception:  # said already, when it was to be timed
+        except Exception:  # already reported by the timing
             if function.backend == "torch":
                 raise
             continue

@@ -1,4 +1,4 @@
-"""Peak memory of one call, in bytes that torch allocates: exact, and the same each time."""
+"""Peak memory of one call, in bytes allocated by torch: exact and reproducible."""
 
 import gc
 import os
@@ -10,14 +10,14 @@ import torch
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `function` holds at once, its result included, above what was allocated before.
+    """The peak memory of `function`, in bytes, including its result, relative to the memory allocated before.
 
-    On a GPU this is the caching allocator's own count. On a CPU every allocation and release of torch's allocator is
-    counted, which the profiler records; the interpreter and what libraries allocate by themselves are not.
+    On a GPU the caching allocator gives the number. On a CPU the profiler records every allocation and release of
+    torch's allocator; memory of the interpreter and of other allocators is not counted.
 
     Args:
-        function: Has run before; leaves nothing allocated, and releases nothing that was there before the call.
-        device: Where it computes.
+        function: A function that has already run; it must leave nothing allocated and release no earlier memory.
+        device: The device of the computation.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -34,7 +34,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
 
 
 def _changes(function: Callable[[], object]) -> list[int]:
-    """What was allocated (positive) and released (negative) on the CPU, in bytes, in order of time."""
+    """The allocations (positive) and releases (negative) on the CPU, in bytes, in order of time."""
     from torch.profiler import ProfilerActivity, profile
 
     with (
@@ -54,7 +54,7 @@ def _changes(function: Callable[[], object]) -> list[int]:
 
 @contextmanager
 def _keeping_garbage() -> Iterator[None]:
-    """Keeps what others left in cycles from being released within it, which would lower the count."""
+    """A context without garbage collection, which would release earlier memory and lower the count."""
     frozen = gc.get_freeze_count()
     gc.freeze()
     try:
@@ -66,7 +66,7 @@ def _keeping_garbage() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps from stderr what the profiler's C++ code writes there when it starts and stops; no option turns it off."""
+    """A context that hides the stderr messages of the profiler's C++ code, which no option turns off."""
     sys.stderr.flush()
     kept = os.dup(2)
     nothing = os.open(os.devnull, os.O_WRONLY)

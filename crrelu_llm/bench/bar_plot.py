@@ -1,4 +1,4 @@
-"""The picture of a benchmark: bandwidth against a copy's (`op`), time and memory against GELU's (the others)."""
+"""Plots a benchmark: bandwidth relative to a copy (`op`), or time and memory relative to GELU (the others)."""
 
 from itertools import groupby
 from pathlib import Path
@@ -11,11 +11,11 @@ _OURS, _OTHERS, _COPY = "#1f6f8b", "#b8b8b8", "#c4472b"
 
 
 def plot(document: dict[str, Any], path: str | Path) -> None:
-    """Draws the cases of a benchmark as horizontal bars, a panel for each shape and dtype.
+    """Draws the cases of a benchmark as horizontal bars, one panel per shape and dtype.
 
     Args:
         document: As in bench.json.
-        path: The picture to write, its ending says in which format (`.png`, `.svg`, `.pdf`).
+        path: The image file to write; the suffix sets the format (`.png`, `.svg`, `.pdf`).
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -41,7 +41,8 @@ def plot(document: dict[str, Any], path: str | Path) -> None:
 
 
 def _panels(cases: list[dict[str, Any]], bandwidth: bool) -> list[list[tuple[str, list[dict[str, Any]]]]]:
-    """Rows of panels, each a title and its cases: a row a shape, dtype and kind; of `op`, a panel a direction."""
+    """Rows of panels, each a title and its cases: one row per shape, dtype and kind; for `op`, one panel per
+    direction."""
     rows = []
     for _, group in groupby(cases, lambda entry: (entry["kind"], entry["dtype"], tuple(entry["shape"]))):
         found = list(group)
@@ -65,7 +66,12 @@ def _bars(axis: Any, title: str, cases: list[dict[str, Any]], values: list[float
     axis.set_yticks(range(len(cases)), labels)
     axis.invert_yaxis()
     for index, (value, text) in enumerate(zip(values, texts, strict=True)):
-        shadow = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}  # readable over the line
+        shadow = {
+            "facecolor": "white",
+            "edgecolor": "none",
+            "alpha": 0.8,
+            "pad": 0.4,
+        }  # text stays readable on the line
         axis.text(value, index, f" {text}", va="center", fontsize=6.5, bbox=shadow)
     axis.set_title(title, fontsize=8)
     axis.margins(x=0.15)
@@ -81,7 +87,7 @@ def _bandwidth(axis: Any, title: str, cases: list[dict[str, Any]]) -> None:
     _bars(axis, title, cases, [entry["gigabytes_per_second"] for entry in cases], texts)
     axis.axvline(cases[0]["copy_gigabytes_per_second"], color=_COPY, lw=1)
     axis.set_xlim(0, 1.3 * max(*axis.get_xlim(), cases[0]["copy_gigabytes_per_second"]))
-    axis.set_xlabel("GB/s (line: a copy; share of it, time by gelu's)", fontsize=7)
+    axis.set_xlabel("GB/s (line: a copy; share of a copy, time relative to gelu)", fontsize=7)
 
 
 def _against_gelu(axes: Any, title: str, cases: list[dict[str, Any]]) -> None:

@@ -15,18 +15,18 @@ from crrelu_llm.kernels import choice, formula
 
 @dataclass(frozen=True)
 class Function:
-    """One way of computing one function.
+    """One implementation of one function.
 
     Attributes:
-        name: Which function.
-        backend: Which way.
+        name: The name of the function.
+        backend: The implementation.
         kind: `activation` or `gated`.
-        inputs: Names of its arguments: `x`, `gate`, `up`, `gate_up`, `epsilon`; `epsilons`, one ε a channel.
-        constants: Names of those that follow and get no gradient: `affine`.
-        compute: Computes it, after `prepare`.
+        inputs: Names of its arguments: `x`, `gate`, `up`, `gate_up`, `epsilon`; `epsilons`, one ε per channel.
+        constants: Names of further arguments without a gradient: `affine`.
+        compute: Computes the function, after `prepare`.
         exact: Computes the same function in float64.
-        forced: Which of CRReLU's backends must be set while it runs.
-        overwrites: Its backward pass writes into its inputs, so that it needs copies of its own.
+        forced: The CRReLU backend that must be set while the function runs.
+        overwrites: Whether the backward pass overwrites the inputs, so that it needs copies.
     """
 
     name: str
@@ -40,24 +40,24 @@ class Function:
     constants: tuple[str, ...] = ()
 
     def prepare(self) -> None:
-        """Sets the backend, also before the backward pass, which looks at it too."""
-        if self.forced is not None and choice.forced() != self.forced:  # setting it forgets what has failed
+        """Sets the backend; also needed before the backward pass, which reads it too."""
+        if self.forced is not None and choice.forced() != self.forced:  # setting it clears the recorded failures
             choice.set_backend(self.forced)
 
     def failed(self, device: torch.device, dtype: torch.dtype, elements: int) -> str | None:
-        """Why another backend has taken over; None where none has."""
+        """Why another backend has taken over; None if none has."""
         self.prepare()
         name, reason = choice.choose(device, dtype, elements)
         return None if self.forced in (None, name) else reason
 
 
-# Name, kind, arguments, how it is computed, the same in float64.
+# Name, kind, arguments, the implementation, the same in float64.
 _CRRELU: tuple[tuple[str, str, tuple[str, ...], Any, Any], ...] = (
     ("crrelu", "activation", ("x", "epsilon"), kernels.crrelu, formula.crrelu),
     ("crrelu_gated", "gated", ("gate", "up", "epsilon"), kernels.crrelu_gated, formula.crrelu_gated),
     ("crrelu_packed", "gated", ("gate_up", "epsilon"), kernels.crrelu_packed, formula.crrelu_packed),
 )
-# The same as calibration leaves them, with one ε a channel and the four.
+# The calibrated forms, with one ε per channel and the four.
 _CALIBRATED = tuple(
     (f"{name}_calibrated", kind, (*inputs[:-1], "epsilons"), compute, exact)
     for name, kind, inputs, compute, exact in _CRRELU
@@ -65,7 +65,7 @@ _CALIBRATED = tuple(
 
 
 def functions(device: torch.device) -> tuple[list[Function], list[dict[str, str]]]:
-    """All that can be computed on a device, and what cannot, `{name, backend, reason}` each."""
+    """All functions that can run on a device, and those that cannot, `{name, backend, reason}` each."""
     found, left_out = list(_torch_functions()), []
     for backend in choice.BACKENDS:
         with choice.using(backend):
@@ -80,7 +80,7 @@ def functions(device: torch.device) -> tuple[list[Function], list[dict[str, str]
             Function(name, backend, kind, inputs, compute, exact, forced=backend)
             for name, kind, inputs, compute, exact in _CRRELU
         ]
-        if backend not in ("reference", "eager"):  # one form of these shows what they cost
+        if backend not in ("reference", "eager"):  # one form of these two is enough to show their cost
             found += [
                 Function(name, backend, kind, inputs, compute, exact, forced=backend, constants=("affine",))
                 for name, kind, inputs, compute, exact in _CALIBRATED
@@ -108,7 +108,7 @@ def _torch_functions() -> list[Function]:
 
 
 def _liger_functions(device: torch.device) -> list[Function]:
-    """Liger's GEGLU (by tanh) and SwiGLU, whose backward passes write the gradients over gate and up."""
+    """Liger's GEGLU (with tanh) and SwiGLU, whose backward passes overwrite gate and up with the gradients."""
     if device.type != "cuda":
         raise RuntimeError(f"no GPU ({device.type})")
     from liger_kernel.ops.geglu import LigerGELUMulFunction
@@ -137,5 +137,5 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Once for all sizes; with `fullgraph`, one that is compiled too often fails instead of running uncompiled."""
+    """Compiles once for all sizes; with `fullgraph`, too many recompilations raise instead of running uncompiled."""
     return torch.compile(function, fullgraph=True, dynamic=True)

@@ -1,4 +1,4 @@
-"""The tensors that the functions of `bench op` are given."""
+"""The input tensors for the functions of `bench op`."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from crrelu_llm.bench.functions import Function
 def make_tensors(
     shape: tuple[int, ...], dtype: torch.dtype, epsilon_per: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """The inputs, normal with deviation 2, that want gradients, and the gradient of the result, `grad`.
+    """The inputs, normal with standard deviation 2, which require gradients, and the gradient of the result, `grad`.
 
-    `gate_up` is `(..., 2·channels)`; ε is 0.01 in float32, `(1,)` or `(channels,)`; `epsilons` is `(channels,)`
-    whatever `epsilon_per` is. `affine`, `(4, channels)`, are scale, shift, gain and offset; it wants no gradient.
+    `gate_up` is `(..., 2·channels)`; ε is 0.01 in float32, `(1,)` or `(channels,)`; `epsilons` is always
+    `(channels,)`. `affine`, `(4, channels)`, is scale, shift, gain and offset, without a gradient.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -30,11 +30,11 @@ def make_tensors(
 
 
 def inputs_of(function: Function, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The arguments of a function that want gradients; copies where it overwrites them."""
+    """The arguments of a function that require gradients; copies if the function overwrites them."""
     found = [tensors[name] for name in function.inputs]
     return [tensor.detach().clone().requires_grad_() for tensor in found] if function.overwrites else found
 
 
 def constants_of(function: Function, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The arguments that follow them, which want none."""
+    """The further arguments, without gradients."""
     return [tensors[name] for name in function.constants]

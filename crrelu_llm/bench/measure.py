@@ -1,4 +1,4 @@
-"""From functions to the cases of bench.json: warms them up, counts their memory, times them, and divides."""
+"""Turns functions into the cases of bench.json: warms up, measures memory and time, and computes ratios."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from crrelu_llm.bench.timing import Timing, interleaved
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to time.
+    """A function to time.
 
     Attributes:
-        name: Of the case.
-        backend: Of the case.
-        kind: What is compared with each other: `activation`, `gated`, `plain`, `model`.
+        name: The name of the case.
+        backend: The backend of the case.
+        kind: The group within which cases are compared: `activation`, `gated`, `plain`, `model`.
         direction: `forward`, `backward` or `both`.
-        run: Does it once.
-        traffic: The fewest bytes that it can read and write; None where that says nothing.
-        failed: Tells after a run why the numbers would be another backend's; None where they are its own.
+        run: Runs the function once.
+        traffic: The fewest bytes that the function can read and write; None if that is not meaningful.
+        failed: Returns after a run why the numbers belong to another backend; None if they are valid.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one candidate took; `peak` in bytes."""
+    """The measurements of one candidate; `peak` in bytes."""
 
     candidate: Candidate
     timing: Timing
@@ -48,8 +48,8 @@ def measure(
     """Measures candidates against each other.
 
     Returns:
-        What each took, and those left out, `{name, backend, direction, reason}` each. One of torch's own that fails
-        is not left out: its error is raised, as there is nothing to compare with.
+        The measurements of each, and the candidates left out, `{name, backend, direction, reason}` each. If one of
+        torch's own functions fails, its error is raised, because the baseline is missing.
     """
     kept, left_out = [], []
     for candidate in candidates:
@@ -65,7 +65,7 @@ def measure(
 
 
 def _warm_up(candidate: Candidate) -> str | None:
-    """Runs it twice; why it must be left out, or None."""
+    """Runs a candidate twice; returns why it must be left out, or None."""
     try:
         for _ in range(2):  # the first run compiles
             candidate.run()
@@ -82,11 +82,11 @@ def case(
     """One case of bench.json.
 
     Args:
-        measured: What the case is about.
-        baseline: GELU's of the same kind, direction, dtype and shape.
-        copy: The copy of a tensor of this dtype and shape; None where no bandwidth is meant.
+        measured: The measurements of the case.
+        baseline: GELU's measurements for the same kind, direction, dtype and shape.
+        copy: The measured copy of a tensor of this dtype and shape; None without bandwidth.
         dtype: Name of the dtype.
-        shape: Of one input.
+        shape: The shape of one input.
     """
     candidate, timing = measured.candidate, measured.timing
     speed = _gigabytes_per_second(measured)

@@ -25,18 +25,18 @@ def run(
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measures forward and backward passes, the gradients of weights and input included.
+    """Measures forward and backward passes, including the gradients of weights and input.
 
     Args:
-        layers: How many MLPs follow each other.
+        layers: How many MLPs to stack.
         hidden: Size of the input and output.
         width: Size of the activation.
         tokens: Rows of the input.
         dtypes: Names of torch dtypes.
         epsilon_per: `"layer"` or `"channel"`.
         repeats: How many rounds.
-        device: Where.
-        say: Is told what is being done.
+        device: The device of the computation.
+        say: Called with progress messages.
 
     Returns:
         `{cases, left_out}`; a case's shape is `(layers, tokens, hidden, width)`.
@@ -61,7 +61,7 @@ def run(
 
 
 def build_mlps(kind: str, layers: int, hidden: int, width: int, config: PatchConfig | None) -> nn.Module:
-    """The MLPs of a model, one after the other, patched or as they are, in float32, the same weights each time."""
+    """A stack of a model's MLPs, patched or not, in float32, always with the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -82,7 +82,7 @@ def build_mlps(kind: str, layers: int, hidden: int, width: int, config: PatchCon
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """All weights but ε, which stays float32, as it does in a model that is loaded in a lower precision."""
+    """Casts all weights except ε, which stays float32, as in a model loaded in a lower precision."""
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] != "epsilon":
             parameter.data = parameter.data.to(dtype)
@@ -93,7 +93,7 @@ def _step(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
 
     def step() -> None:
         module(x).backward(grad[None])
-        # At the end, so that a step leaves nothing behind; at their peak the gradients are there.
+        # At the end, so that a step leaves no memory allocated; the gradients are part of the peak.
         module.zero_grad(set_to_none=True)
         x.grad = None
 

@@ -1,10 +1,10 @@
-"""`crrelu bench op`: activations and gated products by themselves, forward, backward and both."""
+"""`crrelu bench op`: activations and gated products alone, forward, backward and both."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.config  # which torch loads only when it compiles
+import torch._functorch.config  # torch loads it only when it compiles
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -16,7 +16,7 @@ from crrelu_llm.kernels import choice
 
 DIRECTIONS = ("forward", "backward", "both")
 _BASELINE = {"activation": "gelu", "gated": "geglu"}
-# How many tensors must be read and written at least: x -> y; x, grad -> grad; and so on.
+# The least number of tensors to read and write: x -> y; x, grad -> grad; and so on.
 _TENSORS = {"activation": {"forward": 2, "backward": 3}, "gated": {"forward": 3, "backward": 5}}
 
 
@@ -28,22 +28,22 @@ def run(
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measures every function of the device.
+    """Measures every function available on the device.
 
     Args:
-        shapes: Of one input.
+        shapes: Shapes of one input.
         dtypes: Names of torch dtypes.
         epsilon_per: `"layer"` or `"channel"`.
         repeats: How many rounds.
-        device: Where.
-        say: Is told what is being done.
+        device: The device of the computation.
+        say: Called with progress messages.
 
     Returns:
         `{cases, errors, left_out}`.
     """
     found, left_out = functions(device)
     cases: list[dict[str, Any]] = []
-    # A compiled backward pass may be asked for twice, as here, only where it does not reuse the memory of its inputs.
+    # A compiled backward pass can run twice, as here, only if it does not reuse the memory of its inputs.
     with choice.using(None), torch._functorch.config.patch(donated_buffer=False):
         for shape in shapes:
             for dtype in dtypes:
@@ -67,7 +67,7 @@ def _group(
     repeats: int,
     device: torch.device,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The cases of one kind, shape and dtype, timed in turns with each other and with a copy."""
+    """The cases of one kind, shape and dtype, timed in turns with a copy."""
     tensors = make_tensors(shape, getattr(torch, dtype), epsilon_per, device)
     candidates = [_copy(tensors["grad"], kind)]
     for function in found:
@@ -84,9 +84,9 @@ def _group(
 
 
 def _copy(tensor: Tensor, kind: str) -> Candidate:
-    """Measures the bandwidth the way that the functions use memory: into a new tensor each time.
+    """Measures the bandwidth of a copy that uses memory as the functions do: into a new tensor each time.
 
-    A copy into one that is there already would be faster on a CPU, where new memory must be mapped page by page.
+    A copy into an existing tensor would be faster on a CPU, where new memory must be mapped page by page.
     """
     return Candidate("copy", "torch", kind, "forward", tensor.clone, 2 * tensor.nbytes)
 

@@ -6,7 +6,7 @@ NATIVE, GELU, CRRELU, RECOMPUTE = "native", "gelu", "crrelu", "crrelu, recompute
 
 
 def arms(epsilon_per: str) -> dict[str, PatchConfig | None]:
-    """Name -> patch; None for the model as it is. No arm is calibrated: a plain swap is the activation alone."""
+    """Name -> patch; None for the unpatched model. No arm is calibrated, so that only the activation is measured."""
     return {
         NATIVE: None,
         GELU: PatchConfig("gelu", calibration="none"),
@@ -16,7 +16,7 @@ def arms(epsilon_per: str) -> dict[str, PatchConfig | None]:
 
 
 def backend_of(name: str) -> str:
-    """The case's `backend`: torch's own activations have none to choose."""
+    """The `backend` field of a case; torch's own activations have no choice of backend."""
     from crrelu_llm.kernels import choice
 
     return (choice.forced() or "auto") if name in (CRRELU, RECOMPUTE) else "torch"

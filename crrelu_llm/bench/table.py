@@ -7,7 +7,7 @@ from crrelu_llm.columns import aligned
 
 
 def text(document: dict[str, Any]) -> str:
-    """A document as in bench.json, as tables."""
+    """Tables of a document as in bench.json."""
     environment = document["environment"]
     lines = [f"{document['device']}, {environment['processor']}, {environment['threads']} threads"]
     for about, cases in groupby(document["cases"], lambda entry: tuple(map(str, map(entry.get, _GROUP)))):
@@ -62,11 +62,11 @@ def _errors(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows
     ]
     return [
-        "absolute errors against float64 (of epsilon's gradient: relative)",
+        "absolute errors against float64 (epsilon gradient: relative)",
         *aligned([header, *cells], _SIDES, "  "),
     ]
 
 
 def _short(milliseconds: float) -> str:
-    """Three digits, more only before the point."""
+    """Formats a number with three digits, or more only before the decimal point."""
     return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"

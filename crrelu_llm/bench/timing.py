@@ -1,4 +1,4 @@
-"""Times functions in turns, so that what else the machine does meets all of them: medians and quartiles."""
+"""Times functions in turns, so that other load on the machine affects all of them: medians and quartiles."""
 
 import math
 import random
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-_SAMPLE = 2.0  # milliseconds that one sample lasts at least, by calling a fast function several times
+_SAMPLE = 2.0  # the least duration of one sample in milliseconds; a fast function is called several times
 _MOST_CALLS = 1000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: the median of the samples, and their quartiles."""
+    """Milliseconds per call: the median of the samples, and their quartiles."""
 
     milliseconds: float
     low: float
@@ -23,7 +23,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Timing":
-        """Summarises samples, in milliseconds a call."""
+        """Summarises samples, in milliseconds per call."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0])
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -31,15 +31,15 @@ class Timing:
 
 
 def interleaved(functions: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[Timing]:
-    """Times each function once a round, in an order that differs from round to round.
+    """Times each function once per round, in a different order each round.
 
     Args:
-        functions: What to time; each has run at least once before, so that nothing is left to compile.
+        functions: The functions to time; each has already run, so that nothing is left to compile.
         repeats: How many rounds.
-        device: Where they compute.
+        device: The device of the computation.
 
     Returns:
-        One entry a function.
+        One entry per function.
     """
     calls = [_calls(sample(function, 1, device)) for function in functions]
     samples: list[list[float]] = [[] for _ in functions]
@@ -52,7 +52,7 @@ def interleaved(functions: Sequence[Callable[[], object]], repeats: int, device:
 
 
 def sample(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Milliseconds a call, over several calls: by events on a GPU, by the clock on a CPU."""
+    """Milliseconds per call, over several calls: by events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)

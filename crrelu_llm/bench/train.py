@@ -30,18 +30,18 @@ def run(
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         batch_size: Rows of token ids.
-        length: Tokens a row.
+        length: Tokens per row.
         dtypes: Names of torch dtypes, for the weights.
         epsilon_per: `"layer"` or `"channel"`.
         repeats: How many rounds.
-        device: Where.
-        say: Is told what is being done.
+        device: The device of the computation.
+        say: Called with progress messages.
 
     Returns:
-        `{model, cases, left_out}`; a case's shape is `(batch_size, length)`, and it has `tokens_per_second` too.
+        `{model, cases, left_out}`; a case has the shape `(batch_size, length)`, and also `tokens_per_second`.
 
     Raises:
-        InputError: A MODEL that cannot be read or patched, or takes no such length.
+        InputError: The MODEL cannot be read or patched, or does not support the length.
     """
     cases: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
@@ -61,7 +61,7 @@ def run(
 
 
 def tokens_per_second(case: dict[str, Any]) -> float:
-    """Of a case of shape `(batch_size, length)`."""
+    """Tokens per second of a case with the shape `(batch_size, length)`."""
     batch_size, length = case["shape"]
     return batch_size * length / (case["milliseconds"] / 1e3)
 
@@ -80,7 +80,7 @@ def _load(name: str, dtype: str, length: int) -> Any:
 def _steps(
     original: Any, patches: dict[str, PatchConfig | None], batch_size: int, length: int
 ) -> dict[str, Callable[[], None]]:
-    """A step for each arm. All arms share the weights and AdamW's moments, so that they are in memory once."""
+    """A step for each arm. All arms share the weights and AdamW's moments, which are in memory once."""
     models = {name: _patched(original, config) for name, config in patches.items()}
     parameters = {id(entry): entry for model in models.values() for entry in model.parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-6)
@@ -91,7 +91,7 @@ def _steps(
 
 
 def _patched(original: nn.Module, config: PatchConfig | None) -> Any:
-    """A copy of the modules around the very same weights and buffers, patched."""
+    """A patched copy of the modules that shares the weights and buffers."""
     if config is None:
         return original
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
@@ -104,7 +104,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> Callable
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()  # leaves the other arms' ε alone: they have no gradient
-        # At the end, so that a step leaves nothing behind; at their peak the gradients are there.
+        # At the end, so that a step leaves no memory allocated; the gradients are part of the peak.
         optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -1,7 +1,7 @@
-"""What we use of other libraries beyond their public interface: one small file a library, each with the list of it.
+"""The private parts of other libraries that we use: one small file per library, each with a list.
 
-A release may change any of it without notice. `tests/compat/` holds the lists and says what breaks; `crrelu env` names
-what the installed releases lack.
+A release may change these parts without notice. `tests/compat/` checks the lists and says what breaks; `crrelu env`
+names the parts that the installed releases lack.
 """
 
 import importlib
@@ -17,11 +17,11 @@ class Private:
     """A private part of a library.
 
     Attributes:
-        name: `module:attribute`, the attribute dotted where it is in a class.
-        breaks: What would not work if it were gone or did something else.
+        name: `module:attribute`, with a dotted attribute in a class.
+        breaks: What would not work if it were gone or changed.
         takes: Names of parameters that it must have.
-        called_by: `module:attribute` of what looks it up by its name; replacing it does something only there.
-        optional: Whether older releases lack it, and we then do without.
+        called_by: `module:attribute` of the function that looks it up by name, where a replacement takes effect.
+        optional: Whether it may be missing, as in older releases.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Private:
     optional: bool = False
 
     def problem(self) -> str | None:
-        """What is wrong with it in the installed release, in one line; None where it is as we know it."""
+        """What is wrong with it in the installed release, in one line; None if it is as expected."""
         try:
             found = _find(self.name)
         except (ImportError, AttributeError) as error:
@@ -47,9 +47,9 @@ class Private:
 
 
 def problems(libraries: tuple[str, ...] = LIBRARIES) -> list[str]:
-    """What the installed releases of these libraries lack of all that we rely on, a line each.
+    """The missing or changed private parts in the installed releases of these libraries, one line each.
 
-    A library that is not installed is left out.
+    A library that is not installed is skipped.
     """
     found = []
     for library in libraries:
@@ -71,7 +71,7 @@ def _find(name: str) -> Any:
 
 
 def _names(caller: str) -> set[str]:
-    """Every name that a function looks up, in the functions within it too."""
+    """Every name that a function looks up, including its inner functions."""
     code = [inspect.unwrap(_find(caller)).__code__]
     names: set[str] = set()
     while code:

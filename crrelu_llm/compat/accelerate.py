@@ -22,7 +22,7 @@ RELIES_ON = (
 
 @contextlib.contextmanager
 def sharding(shard: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Within it, Accelerate shards models under FSDP2 by `shard(accelerator, model)`."""
+    """A context in which Accelerate shards models under FSDP2 with `shard(accelerator, model)`."""
     from accelerate import accelerator
 
     original = accelerator.fsdp2_prepare_model

@@ -16,10 +16,10 @@ RELIES_ON = (
 
 @contextlib.contextmanager
 def trainable_layers() -> Iterator[None]:
-    """Keeps 4-bit layers that are made within it trainable on CPUs with AVX512-BF16.
+    """A context in which new 4-bit layers stay trainable on CPUs with AVX512-BF16.
 
     There, the first forward pass in evaluation mode repacks the weights for a kernel without a backward pass, and
-    gradients are lost from then on, silently.
+    gradients are then silently lost.
     """
     from bitsandbytes.nn import modules
 

@@ -12,13 +12,13 @@ RELIES_ON = (
     Private(f"{_LM}._loglikelihood_tokens", "progress bars, rolling windows", takes=("requests", "disable_tqdm")),
     Private(f"{_LM}._batch_scheduler", "batches that fit a CPU's memory", takes=("pos", "n_reordered_requests")),
     Private(f"{_LM}._detect_batch_size", "batches that fit a CPU's memory", takes=("requests", "pos")),
-    Private(f"{_LM}.prefix_token_id", "how a text begins"),
+    Private(f"{_LM}.prefix_token_id", "the first token of a text"),
 )
 
 
 @contextlib.contextmanager
 def compiling_once() -> Iterator[None]:
-    """Within it, a template is compiled once; lm-eval compiles it anew for each row, which takes much longer."""
+    """A context in which a template is compiled once; lm-eval compiles it for each row, which takes much longer."""
     from lm_eval import utils
 
     original = utils.env.from_string

@@ -1,15 +1,15 @@
-"""PEFT: how wrappers rename the path of a module, and what `disable_adapter` leaves."""
+"""PEFT: the module paths inside wrappers, and the model under `disable_adapter`."""
 
 from crrelu_llm.compat import Private
 
-# What PEFT and other wrappers put into a module's path.
+# Components that PEFT and other wrappers insert into a module's path.
 WRAPPERS = (
     ".base_model.model.",
     ".module.",
     "._orig_mod.",
     "._fsdp_wrapped_module.",
     "._checkpoint_wrapped_module.",
-    ".base_layer.",  # around parameters that LoRA targets, once for each
+    ".base_layer.",  # one around each parameter that LoRA targets
 )
 COPIES = (".original_module.", ".modules_to_save.default.", ".modules_to_save.")
 RELIES_ON = (
@@ -20,7 +20,7 @@ RELIES_ON = (
 
 
 def site_path(module_path: str) -> str:
-    """A module's path without what wrappers put into it."""
+    """A module's path without the components of wrappers."""
     path = f".{module_path}."
     for prefix in WRAPPERS:
         while prefix in path:

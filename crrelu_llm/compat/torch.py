@@ -1,4 +1,4 @@
-"""torch: what traces and transforms, what autograd keeps, and tensors without contents."""
+"""torch: tracing and transforms, tensors saved by autograd, and tensors without contents."""
 
 import inspect
 from collections.abc import Callable
@@ -35,21 +35,21 @@ RELIES_ON = (
     Private("torch._C:_are_functorch_transforms_active", "the operators would be called under torch.func"),
     Private("torch.autograd.forward_ad:_current_level", "the operators would be called in forward mode"),
     Private("torch._C._autograd:_top_saved_tensors_default_hooks", "recompute_activation under checkpointing"),
-    Private("torch:UntypedStorage._cdata", "recompute_activation could not tell what is kept"),
+    Private("torch:UntypedStorage._cdata", "recompute_activation could not identify saved tensors"),
     Private("torch:Tensor._version", "recompute_activation would not see changes in place"),
-    Private("torch:Tensor._base", "halves of one gate-and-up tensor would get gradients in one more pass"),
+    Private("torch:Tensor._base", "gradients of the halves of a gate-and-up tensor would need an extra pass"),
     Private("torch._inductor.cpp_builder:get_cpp_compiler", "the compiled CPU kernels"),
-    Private("torch._dynamo.config:disable", "the compiled CPU kernels where torch.compile is switched off"),
+    Private("torch._dynamo.config:disable", "the compiled CPU kernels where torch.compile is disabled"),
     Private("torch._functorch.config:donated_buffer", "crrelu bench op, which runs a backward pass twice"),
     Private("torch._subclasses.fake_tensor:FakeTensorMode", "crrelu plan"),
-    Private("torch.utils._python_dispatch:is_traceable_wrapper_subclass", "tensors that are spread over devices"),
+    Private("torch.utils._python_dispatch:is_traceable_wrapper_subclass", "distributed tensors"),
 )
 
 
 def compiled_apart(function: FunctionType, **options: Any) -> Callable[..., Any]:
-    """`function` compiled as one graph, with a cache of its own in torch, also where it is compiled several times.
+    """`function` compiled as one graph, with its own cache in torch, even if it is compiled several times.
 
-    Before torch 2.13 the cache belongs to the function's code, of which each gets a copy.
+    Before torch 2.13 the cache belongs to the function's code, so each call here copies the code.
     """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return torch.compile(function, fullgraph=True, isolate_recompiles=True, recompile_limit=64, **options)
@@ -68,12 +68,12 @@ def is_transformed() -> bool:
 
 
 def outer_hooks() -> tuple | None:
-    """The innermost hooks on saved tensors that are active, a pair; None where there are none."""
+    """The innermost active hooks on saved tensors, a pair; None if there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor begins: the same for two tensors that share their memory there, while both live."""
+    """The start of a tensor in memory: equal for two living tensors that share memory there."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
@@ -81,7 +81,7 @@ def cpp_compiler() -> str:
     """The C++ compiler that torch.compile uses on the CPU.
 
     Raises:
-        Exception: There is none; of torch's own kind.
+        Exception: There is no compiler; torch's own exception class.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -89,5 +89,5 @@ def cpp_compiler() -> str:
 
 
 def is_compiler_disabled() -> bool:
-    """Whether torch.compile does nothing (TORCHDYNAMO_DISABLE)."""
+    """Whether torch.compile is disabled (TORCHDYNAMO_DISABLE)."""
     return bool(torch._dynamo.config.disable)

@@ -1,4 +1,4 @@
-"""transformers: what builds, loads and saves a model, and the parts of the Trainer that ours replaces."""
+"""transformers: the building, loading and saving of models, and the parts of the Trainer that ours replaces."""
 
 import contextlib
 import functools
@@ -15,12 +15,12 @@ RELIES_ON = (
     Private(f"{_MODEL}.post_init", "a patched checkpoint would load with its original activation"),
     Private(
         f"{_MODEL}._initialize_weights",
-        "ε that a checkpoint lacks would be whatever was in memory",
+        "an ε missing from the checkpoint would have a random value",
         takes=("module",),
     ),
     Private(
         f"{_MODEL}._initialize_missing_keys",
-        "nobody would be told that a checkpoint lacks ε",
+        "there would be no warning that a checkpoint lacks ε",
         takes=("is_quantized",),
         called_by=f"{_MODEL}._finalize_model_loading",
     ),
@@ -46,9 +46,9 @@ RELIES_ON = (
     ),
     Private(f"{_TRAINER}._push_from_checkpoint", "a half-written checkpoint would be pushed to the hub"),
     Private(f"{_TRAINER}._load_from_checkpoint", "the error of a resume", takes=("resume_from_checkpoint", "model")),
-    Private(f"{_TRAINER}._load_best_model", "the best of checkpoints whose weights have other names"),
-    Private(f"{_TRAINER}._get_train_sampler", "what is drawn for an image in an epoch", takes=("train_dataset",)),
-    Private(f"{_TRAINER}._run_epoch", "a resume after the last step would train one more"),
+    Private(f"{_TRAINER}._load_best_model", "the best checkpoint, if its weights have other names"),
+    Private(f"{_TRAINER}._get_train_sampler", "the augmentation of an image in an epoch", takes=("train_dataset",)),
+    Private(f"{_TRAINER}._run_epoch", "a resume after the last step would train one more step"),
     Private(f"{_TRAINER}._prepare_for_training", "FSDP2: the units of ε"),
     Private(f"{_TRAINER}._prepare_inputs", "losses by item", takes=("inputs",)),
 )
@@ -64,11 +64,11 @@ def extend(
     """Extends how transformers builds, loads and saves every model.
 
     Args:
-        swap: Changes a model that has just been built, and returns the names of what must stay float32.
-        initialise: Gives a module that the checkpoint has no values for its own; whether it was one of ours.
-        before_initialising: Called with a model before what its checkpoint lacks is initialised.
-        before_adjusting: Called with a model and the names that the checkpoint has and the model lacks.
-        after_saving: Called with a model and the directory that the main process has saved it in.
+        swap: Changes a model that has just been built; returns the names of the tensors that must stay float32.
+        initialise: Sets the start values of a module without values in the checkpoint; returns whether it is ours.
+        before_initialising: Called with a model before values missing from the checkpoint are initialised.
+        before_adjusting: Called with a model and the names that the checkpoint has but the model lacks.
+        after_saving: Called with a model and the directory in which the main process has saved it.
     """
     from transformers import PreTrainedModel
 
@@ -82,14 +82,14 @@ def extend(
         post_init(self)
         if names:
             self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | names
-            # Zamba ties whole layers; each site has numbers of its own, and buffers cannot be tied.
+            # Zamba ties whole layers, but each site has its own numbers, and buffers cannot be tied.
             tied = self.all_tied_weights_keys
             self.all_tied_weights_keys = {name: tied[name] for name in tied if not name.endswith(tuple(names))}
 
     @functools.wraps(initialize)
     def initialize_ours_too(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        # The families' own _init_weights do not know our modules: a parameter that the checkpoint lacks would stay
-        # whatever torch.empty gave.
+        # The families' own _init_weights do not know our modules: a parameter missing from the checkpoint would keep
+        # the arbitrary values of torch.empty.
         if not initialise(module):
             initialize(self, module, *args, **kwargs)
 
@@ -123,10 +123,10 @@ def extend(
 
 @contextlib.contextmanager
 def loading_whole() -> Iterator[None]:
-    """Within it, `from_pretrained` gives this process the whole model, though training shards it.
+    """A context in which `from_pretrained` gives this process the whole model, even if training shards it.
 
-    Under ZeRO-3 it would split the parameters over all processes, and wait for them; under FSDP it would leave all but
-    the main process of a host without weights.
+    Otherwise ZeRO-3 would split the parameters over all processes and wait for them, and FSDP would load weights only
+    in the main process of a host.
     """
     from transformers.integrations import deepspeed
 
@@ -143,11 +143,10 @@ def loading_whole() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving_here(model: Any) -> Iterator[None]:
-    """Within it, `save_pretrained` writes in whichever process calls it, and writes the weights as they are computed.
+    """A context in which `save_pretrained` writes in any process that calls it, and writes the computed weights.
 
-    transformers lets the first of all processes write alone. It also reverts what it did to the tensors when it read
-    them; of a checkpoint that was quantised before it was loaded that has no reverse. And RWKV has divided its weights
-    to evaluate, in place.
+    By default only the first process writes. transformers also reverts the conversions that it made on loading, which
+    is impossible for a checkpoint that was already quantised. And RWKV rescales its weights in place for evaluation.
     """
 
     def reverts(conversion: Any) -> bool:
@@ -172,13 +171,13 @@ def saving_here(model: Any) -> Iterator[None]:
 
 def checkpoint_activations(model: Any) -> None:
     """Turns gradient checkpointing on, as the Trainer does."""
-    # Older releases have the older name alone; the newer ones warn of it.
+    # Older releases have only the older name; newer ones warn of it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def dequantising() -> dict[str, Any]:
-    """The options of `from_pretrained` that make full-precision weights of a GGUF file."""
+    """The options of `from_pretrained` that dequantise a GGUF file."""
     try:
         from transformers import GgufConfig
     except ImportError:  # older releases do nothing else

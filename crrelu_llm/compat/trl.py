@@ -1,4 +1,4 @@
-"""TRL: DPO's reference under FSDP2, the fused LM head, the divergence of distillation, what trainers count."""
+"""TRL: DPO's reference under FSDP2, the fused LM head, the divergence of distillation, the trainers' counters."""
 
 import contextlib
 import importlib
@@ -47,7 +47,7 @@ RELIES_ON = (
 
 @contextlib.contextmanager
 def preparing_references(prepare: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Within it, a reference model goes through `prepare(model, accelerator)` before TRL shards it."""
+    """A context in which a reference model goes through `prepare(model, accelerator)` before TRL shards it."""
     modules: list[Any] = [importlib.import_module(name) for name in _REFERENCES]
     originals = [module.prepare_fsdp for module in modules]
 
@@ -65,9 +65,9 @@ def preparing_references(prepare: Callable[[Any, Any], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def head_of_a_gpu() -> Iterator[None]:
-    """Within it, TRL's fused LM head holds what it holds on a GPU, where it computes in one tile, in place.
+    """A context in which TRL's fused LM head has its memory use on a GPU, where it computes one tile in place.
 
-    Its plain version for CPUs makes copies of the tile. Nothing is computed: for tensors without contents.
+    Its plain version for CPUs copies the tile. For tensors without contents: nothing is computed.
     """
     from trl.kernels import chunked_logprob as head
 

@@ -1,7 +1,7 @@
-"""vLLM: the plugin with which it serves patched checkpoints, and shares each site's channels among its processes.
+"""vLLM: the plugin that lets it serve patched checkpoints, with each site's channels split among its processes.
 
-vLLM calls `register` in every process that it starts, by the entry point `vllm.general_plugins`. Nothing of vLLM is
-imported here: its modules are changed when vLLM has imported them.
+vLLM calls `register` in every process that it starts, through the entry point `vllm.general_plugins`. This file does
+not import vLLM: it changes vLLM's modules after vLLM has imported them.
 """
 
 import functools
@@ -23,7 +23,7 @@ _CONFIG = "vllm.config.model"
 _BACKEND = "vllm.model_executor.models.transformers.base"
 _ADAPTER = "vllm.lora.peft_helper"
 _ATTENTION = "vllm"  # vLLM's name for its attention in transformers
-# The class that vLLM makes a decoder's class a child of, and what it then asks each model of that class.
+# The class from which vLLM makes a decoder's class inherit, and the attribute that it then reads of each such model.
 _COMPILED, _SKIPPED = "TorchCompileWithNoGuardsWrapper", "do_not_compile"
 _INSTALLED, _SHARED = "_crrelu_installed", "_crrelu_shared"
 RELIES_ON = (
@@ -32,12 +32,12 @@ RELIES_ON = (
     Private(f"{_BACKEND}:Base._create_hf_to_vllm_mapper", "GPT-2's weights would not be loaded"),
     Private(f"{_BACKEND}:Base.keep_in_fp32", "ε would be rounded in bfloat16 models", takes=("module",)),
     Private(f"vllm.compilation.wrapper:{_COMPILED}", "a model trained beside vLLM in one process could not be called"),
-    Private(f"{_ADAPTER}:PEFTHelper.validate_legal", "what to do with an adapter that trained ε", ("lora_config",)),
+    Private(f"{_ADAPTER}:PEFTHelper.validate_legal", "the error for an adapter that trained ε", ("lora_config",)),
 )
 
 
 def register() -> None:
-    """What `import crrelu_llm` does, and the same for vLLM. Calling it again is harmless."""
+    """Does the same as `import crrelu_llm`, and changes vLLM likewise; a second call has no effect."""
     import crrelu_llm
 
     crrelu_llm.register()
@@ -47,15 +47,15 @@ def register() -> None:
 
 
 def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
-    """Whether vLLM can serve a model; one that is not patched passes unchecked.
+    """Checks that vLLM can serve a model; a model that is not patched passes.
 
     Args:
         config: The model's config.
-        model_impl: vLLM's option of this name: whose model code to run.
+        model_impl: vLLM's option of this name, which selects the model code.
         tensor_parallel_size: How many processes share each layer.
 
     Raises:
-        InputError: It would compute another activation or fail half-way, or a newer crrelu_llm has patched it.
+        InputError: vLLM would compute another activation or fail half-way, or a newer crrelu_llm patched the model.
     """
     found = section.read(config)
     if found is None:
@@ -74,8 +74,8 @@ def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
         )
     if tensor_parallel_size > 1 and config.model_type == "gpt2":
         raise InputError(
-            f"{name}: vLLM cannot share a gpt2 model among processes (its attention would get heads that it does not "
-            "expect); leave --tensor-parallel-size out"
+            f"{name}: vLLM cannot share a gpt2 model among processes (the head counts of its attention would not "
+            "match); leave --tensor-parallel-size out"
         )
     plan = getattr(config.get_text_config(), "base_model_tp_plan", None)
     widths = sorted({site["num_channels"] for site in found["sites"]}) if plan else []
@@ -88,7 +88,7 @@ def check(config: Any, model_impl: str, tensor_parallel_size: int) -> None:
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Gives the buffers of each activation memory, and their start values: vLLM does so with parameters alone."""
+    """Allocates the buffers of each activation and sets their start values; vLLM does so only for parameters."""
     for module in model.modules():
         if isinstance(module, AffineModule):
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -98,12 +98,12 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
 
 
 def share(model: nn.Module, rank: int, size: int) -> None:
-    """Leaves each activation the channels that its MLP has in this process, and has a load take just these.
+    """Reduces each activation to the channels of its MLP in this process, and loads only these channels.
 
     Args:
-        model: A model whose linear layers are vLLM's already.
-        rank: Which of the processes this is.
-        size: How many there are.
+        model: A model whose linear layers are already vLLM's.
+        rank: The number of this process.
+        size: The number of processes.
     """
     for path, module in model.named_modules():
         if not isinstance(module, AffineModule) or _SHARED in module.__dict__:
@@ -114,7 +114,7 @@ def share(model: nn.Module, rank: int, size: int) -> None:
 
 
 def _is_shared(owner: nn.Module, channels: int) -> bool:
-    """Whether the linear layers around an activation hold a part of its channels each."""
+    """Whether each linear layer around an activation holds only a part of the channels."""
     for child in owner.children():
         if getattr(child, "tp_size", 1) > 1:
             taken = getattr(child, "input_is_parallel", False) and child.input_size == channels
@@ -149,10 +149,10 @@ def _load_part(channels: int, start: int, part: Tensor, loaded: Tensor) -> None:
 
 
 def leave_alone(model: nn.Module) -> None:
-    """Keeps vLLM's compilation off a model that was built before vLLM started in the same process.
+    """Disables vLLM's compilation for a model that was built before vLLM started in the same process.
 
-    vLLM's transformers backend changes the class of the decoder itself, so that every model of that class asks whether
-    it is compiled, also one that is being trained (TRL's `vllm_mode: colocate`).
+    vLLM's transformers backend changes the decoder's class itself, so that every model of that class checks whether it
+    is compiled, even a model in training (TRL's `vllm_mode: colocate`).
     """
     for module in model.modules():
         if _COMPILED in [base.__name__ for base in type(module).__mro__] and not hasattr(module, _SKIPPED):
@@ -203,7 +203,7 @@ def _sharing(build: Callable[..., None]) -> Callable[..., None]:
 
 
 def _shape_attention() -> None:
-    """Has vLLM's attention give GPT-2 what transformers' own give, a dimension for the batch and one for the heads."""
+    """Makes vLLM's attention return the shape that GPT-2 expects, with a batch dimension and a head dimension."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = ALL_ATTENTION_FUNCTIONS[_ATTENTION]
@@ -223,8 +223,8 @@ def _shape_attention() -> None:
 
 def _expecting(make: Callable[..., None]) -> Callable[..., None]:
     def make_with_all_expected(self: Any) -> None:
-        # vLLM drops every weight that such a pattern is found in: GPT-2's `attn.bias`, meant for a buffer of former
-        # days, is found in c_attn.bias.
+        # vLLM drops every weight whose name contains such a pattern: GPT-2's `attn.bias`, meant for an old buffer,
+        # also matches c_attn.bias.
         if section.read(self.config) is not None and self.model._keys_to_ignore_on_load_unexpected:
             names = list(self.model.state_dict())
             self.model._keys_to_ignore_on_load_unexpected = [
@@ -241,7 +241,7 @@ def _explaining(validate: Callable[..., None]) -> Callable[..., None]:
     def explain_then_validate(self: Any, lora_config: Any) -> None:
         if any(name.rpartition(".")[0].endswith("mlp") for name in self.modules_to_save or ()):
             raise InputError(
-                f"the adapter trained the activations too ({self.modules_to_save[0]}), and vLLM loads no such "
+                f"the adapter trained the activations too ({self.modules_to_save[0]}), but vLLM does not load "
                 "modules_to_save; merge the adapter into the checkpoint (PEFT's merge_and_unload) and serve that"
             )
         validate(self, lora_config)

@@ -1,13 +1,12 @@
-"""How a text begins: what a tokenizer puts before it, and the model expects."""
+"""The tokens that a tokenizer puts before every text, and that the model expects."""
 
 from typing import Any
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The token ids that this tokenizer puts before every text, a beginning-of-sequence token as a rule, or none.
+    """The token ids that this tokenizer puts before every text: usually a beginning-of-sequence token, or none.
 
-    A model that was trained with them computes something else without: Gemma 3 270M's perplexity is three times as
-    high.
+    A model trained with these tokens is worse without them: the perplexity of Gemma 3 270M is three times as high.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

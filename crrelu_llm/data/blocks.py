@@ -1,4 +1,4 @@
-"""Text for calibration and perplexity: any data name as equal blocks of token ids."""
+"""Text for calibration and perplexity: loads a data set by name as equal blocks of token ids."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def language_modelling_blocks(
     """Loads a data set by name and cuts its text into blocks.
 
     Args:
-        name: what `load_dataset` takes. A plain text file is one document, not one for each line.
-        tokenizer: the model's tokenizer; blocks are no longer than what it says the model can read.
+        name: as for `load_dataset`. A plain text file is one document, not one per line.
+        tokenizer: the model's tokenizer; blocks are at most as long as its maximum length.
         tokens: the most tokens to use.
         block_size: tokens in a block.
-        split: `calibration` or `test`. Where there is no such split, calibration text is taken from train, so that it
-            is never what a model is evaluated on; evaluation text from validation, then train.
+        split: `calibration` or `test`. If that split is missing, calibration text comes from train, so that a model is
+            never evaluated on it; evaluation text comes from validation, then train.
 
     Returns:
         Token ids of shape (blocks, block_size), int64.

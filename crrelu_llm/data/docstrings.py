@@ -1,6 +1,6 @@
-"""The built-in corpus: Python's own documentation, as found on the machine, cut into four splits that share nothing.
+"""The built-in corpus: the documentation of the installed Python, in four disjoint splits.
 
-Documentation strings are read out of the standard library's source with `ast`; nothing is imported or downloaded. The
+Docstrings are read from the standard library's source with `ast`; nothing is imported or downloaded. The
 language-reference topics behind `help()` (`pydoc_data.topics`) are added to the `pretrain` split.
 """
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 SPLITS = ("pretrain", "train", "test", "calibration")
 MINIMUM_CHARACTERS = 40
 TOPICS = "pydoc_data"
-# Upper ends of each split's share of the modules. The salt makes the texts come out near 70, 17, 6 and 7 % in every
-# supported Python version; the topics, a fifth of all text, are part of the 70.
+# Upper end of each split's share of the modules. With this salt the splits have about 70, 17, 6 and 7 % of the text in
+# every supported Python version; the topics, a fifth of all text, are part of the 70.
 _BOUNDS = ((0.62, "pretrain"), (0.85, "train"), (0.92, "test"), (1.0, "calibration"))
 _SALT = "crrelu-131"
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", TOPICS}
 
 
 def split_of(module: str) -> str:
-    """Names the split that a module's documentation belongs to.
+    """Names the split of a module's documentation.
 
-    The answer depends on the top-level name alone, so it is the same in every Python version, and a C module's pure
-    Python twin (`_pydecimal`) goes where the module itself (`decimal`) goes.
+    The split depends only on the top-level name, so it is the same in every Python version, and the pure Python twin
+    of a C module (`_pydecimal`) has the same split as the module itself (`decimal`).
 
     Args:
         module: a dotted module name.
@@ -57,22 +57,22 @@ def split_of(module: str) -> str:
 def load_docstrings() -> datasets.DatasetDict:
     """Builds the corpus in memory.
 
-    The result is the same every time for one Python installation. A text that occurs more than once is kept once, in
-    the split of the module that comes first in alphabetical order.
+    The result is always the same for one Python installation. A repeated text is kept once, in the split of the
+    alphabetically first module.
 
     Returns:
         The splits `pretrain`, `train`, `test` and `calibration`; rows `{"text", "module", "name"}`, where `name` is
-        the full dotted name of what the text documents.
+        the full dotted name of the documented object.
 
     Raises:
-        InputError: if this Python comes without the source of its standard library.
+        InputError: if this Python lacks the source of its standard library.
     """
     import datasets
 
     return datasets.DatasetDict({split: datasets.Dataset.from_list(list(rows)) for split, rows in _rows().items()})
 
 
-@functools.cache  # parsing takes seconds, and a comparison asks for the corpus once a run
+@functools.cache  # parsing takes seconds, and every run of a comparison needs the corpus
 def _rows() -> dict[str, list[dict[str, str]]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
@@ -99,10 +99,10 @@ def _documentation(root: Path) -> Iterator[tuple[str, str, str]]:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules are not the user's concern
+                warnings.simplefilter("ignore")  # invalid escapes in old modules do not matter to the user
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            continue  # a deliberately broken example file, or one that may not be read
+            continue  # a deliberately broken example file, or an unreadable file
         for name, text in _docstrings(tree, module):
             yield module, name, text
 
@@ -113,7 +113,7 @@ def _documentation(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    # Only names that Python itself counts as its library: distributions put files of their own beside it.
+    # Only the names that Python lists as its library: distributions add their own files beside it.
     for entry in root.iterdir():
         if entry.stem not in sys.stdlib_module_names or entry.name in _SKIPPED_FOLDERS:
             continue
@@ -135,5 +135,5 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield from _docstrings(child, f"{name}.{child.name}")
         elif isinstance(
             child, ast.If | ast.Try | ast.With
-        ):  # definitions that depend on the platform; those of except clauses are stand-ins
+        ):  # platform-dependent definitions; those in except clauses are stand-ins
             yield from _docstrings(child, name)

@@ -1,4 +1,4 @@
-"""Images and their labels as rows of a data set: found, opened, checked; nothing of torchvision is used."""
+"""Images and their labels as rows of a data set: finds, opens and checks them, without torchvision."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from crrelu_llm.errors import InputError, reason_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What Pillow turns into RGB or grey without a choice of ours; 16 and 32 bits a channel it would cut off.
+# Modes that Pillow converts to RGB or grey without further choices; it would clip 16 and 32 bits per channel.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 _SHOWN = 8  # labels named in a message
 
 
 def undecoded(split: Any, column: str, name: str) -> Any:
-    """A split whose images are bytes or paths, opened only where they are wanted, with an error of our own.
+    """A split with images as bytes or paths, so that they are opened only when needed, with our own errors.
 
     Raises:
         InputError: The column holds no images.
@@ -28,7 +28,7 @@ def undecoded(split: Any, column: str, name: str) -> Any:
     kind = (split.features or {}).get(column)
     text = isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string", "binary")
     if not isinstance(kind, datasets.Image) and not text:
-        raise InputError(f"{name}: the column {column} holds no images but {kind}; set image_column_name")
+        raise InputError(f"{name}: the column {column} holds {kind}, not images; set image_column_name")
     return split.cast_column(column, datasets.Image(decode=False))
 
 
@@ -36,7 +36,7 @@ def image_column(split: Any, name: str) -> str:
     """The first column of a split that holds images.
 
     Raises:
-        InputError: There is none.
+        InputError: No column holds images.
     """
     import datasets
 
@@ -50,12 +50,12 @@ def open_image(entry: Any, channels: int, name: str) -> Image:
     """Opens an image.
 
     Args:
-        entry: `{bytes, path}`, as `undecoded` leaves it.
-        channels: 3: of red, green and blue, as transformers' processors want them; 1: grey.
-        name: Of the row, for the message; of a file it is the file's.
+        entry: `{bytes, path}`, as returned by `undecoded`.
+        channels: 3 for red, green and blue, as transformers' processors expect; 1 for grey.
+        name: The name of the row for the message; the name of the file, if there is one.
 
     Raises:
-        InputError: There is none, it is broken, or of a mode that has no plain conversion.
+        InputError: The image is missing or broken, or its mode has no plain conversion.
     """
     from PIL import Image
 
@@ -68,18 +68,18 @@ def open_image(entry: Any, channels: int, name: str) -> Image:
         with Image.open(path if entry.get("bytes") is None else io.BytesIO(entry["bytes"])) as image:
             if image.mode not in _MODES:
                 raise InputError(
-                    f"{name}: an image of mode {image.mode}; give 8 bits a channel (grey, RGB, or with transparency)"
+                    f"{name}: an image of mode {image.mode}; give 8 bits per channel (grey, RGB, or with transparency)"
                 )
             return image.convert("RGB" if channels == 3 else "L")
     except InputError:
         raise
-    except Exception as error:  # Pillow's readers raise what they like
-        reason = reason_of(error).partition(" <")[0]  # of the object that was read
+    except Exception as error:  # Pillow's readers raise many kinds of errors
+        reason = reason_of(error).partition(" <")[0]  # without the repr of the object that was read
         raise InputError(f"{name}: cannot be read as an image: {reason}; mend it, or leave it out") from error
 
 
 def label_names(split: Any, column: str, name: str) -> list[str]:
-    """The labels of a split by their numbers: those that the data names, else the texts or the numbers as texts.
+    """The labels of a split by their numbers: names from the data, else the text values, or the numbers as text.
 
     Raises:
         InputError: The column holds no labels.
@@ -95,20 +95,20 @@ def label_names(split: Any, column: str, name: str) -> list[str]:
         return sorted({value for value in values if value})
     if isinstance(first, int) and not isinstance(first, bool):
         return [str(number) for number in range(max(value for value in values if value is not None) + 1)]
-    raise InputError(f"{name}: the column {column} holds no labels but {first!r:.40}; set label_column_name")
+    raise InputError(f"{name}: the column {column} holds {first!r:.40}, not labels; set label_column_name")
 
 
 def label_numbers(split: Any, column: str, known: dict[str, int], name: str) -> list[int]:
-    """The label of each row as the model's number of it.
+    """The label of each row, as the model's number for it.
 
     Args:
         split: The rows.
-        column: Of the labels.
+        column: The column of the labels.
         known: The model's labels and their numbers.
-        name: Of the data, for the message.
+        name: The name of the data, for the message.
 
     Raises:
-        InputError: A row without a label, or with one that the model does not know.
+        InputError: A row has no label, or a label that the model does not know.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Conversations: messages with a role and a content, which is a text or a list of parts."""
+"""Conversations: messages with a role and a content, which is text or a list of parts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from crrelu_llm.errors import InputError
 
 
 def are_messages(value: Any) -> bool:
-    """Whether it is a list, not empty, of messages: each has a role, and a content that may be None."""
+    """Whether `value` is a non-empty list of messages: each has a role, and a content that may be None."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -15,7 +15,7 @@ def are_messages(value: Any) -> bool:
 
 
 def say_something(messages: list[dict[str, Any]]) -> bool:
-    """Whether every message has a content, calls a tool, thinks, …; a template would write the word None otherwise."""
+    """Whether every message has a content, a tool call, a thought, …; otherwise a template would write "None"."""
     return all(
         any(message[key] for key in message.keys() - {"role", "content"}) or message.get("content") is not None
         for message in messages
@@ -23,12 +23,12 @@ def say_something(messages: list[dict[str, Any]]) -> bool:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: a string as it is, of a list of parts those that are text.
+    """The text of a message's content: the string itself, or the text parts of a list.
 
     Raises:
-        InputError: It is neither.
+        InputError: The content is neither.
     """
-    if content is None:  # a call of a tool
+    if content is None:  # a tool call
         return ""
     if isinstance(content, str):
         return content
@@ -38,5 +38,5 @@ def text_of(content: Any) -> str:
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages with contents that are strings."""
+    """The same messages with string contents."""
     return [message | {"content": text_of(message.get("content"))} for message in messages]

@@ -1,5 +1,5 @@
-"""Preference data in the columns it was published with: SHP's two replies, HH-RLHF's transcripts, UltraFeedback's
-prompt beside conversations that repeat it. And what other trainers take of it: the prompts, or the better answers."""
+"""Preference data in its published columns: SHP's two replies, HH-RLHF's transcripts, UltraFeedback's prompt beside
+conversations that repeat the prompt. Also extracts the prompts or the better answers for other trainers."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def holds_pairs(columns: set[str]) -> bool:
-    """Whether data of these columns are preference pairs."""
+    """Whether data with these columns are preference pairs."""
     return {"chosen", "rejected"} <= columns or columns >= SHP
 
 
@@ -23,9 +23,9 @@ def parts_of_a_pair(recipe: Any, row: dict[str, Any]) -> list[str]:
 
 
 def in_pairs(split: Any) -> Any:
-    """A split of pairs in TRL's columns: SHP's are made so, and conversations that repeat their prompt cut.
+    """Converts a split of pairs to TRL's columns, and removes repeated prompts from conversations.
 
-    What TRL takes as it is stays as it is. SHP's become transcripts, as HH-RLHF's are, which need no chat template.
+    Data that TRL accepts does not change. SHP's rows become transcripts like HH-RLHF's, which need no chat template.
     """
     columns = list(split.column_names or ())
     if set(columns) >= SHP:
@@ -43,7 +43,7 @@ def _transcript(row: dict[str, Any]) -> dict[str, str]:
 
 
 def with_prompts(split: Any) -> Any:
-    """A split of pairs, each with its prompt beside its answers."""
+    """A split of pairs, each with its prompt separate from its answers."""
     from trl.data_utils import extract_prompt
 
     split = in_pairs(split)
@@ -53,7 +53,7 @@ def with_prompts(split: Any) -> Any:
 
 
 def _cut_transcript(row: dict[str, Any]) -> dict[str, str] | None:
-    """Of two transcripts that part in the last answer, all before it; None of anything else."""
+    """The common part of two transcripts that differ in the last answer; None for anything else."""
     chosen, rejected = row["chosen"], row["rejected"]
     if not (isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen)):
         return None
@@ -72,7 +72,7 @@ def as_completions(split: Any) -> Any:
 
 
 def as_prompts(split: Any) -> Any:
-    """A split with a column `prompt`: of pairs theirs, of conversations all before the last answer."""
+    """A split with a column `prompt`: the prompts of pairs, or conversations up to the last answer."""
     columns = set(split.column_names or ())
     if "prompt" in columns and not holds_pairs(columns):
         return split
@@ -88,11 +88,12 @@ def _before_the_last_answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with `prompt`, `chosen` and `rejected`, or without a prompt two conversations; others as they are.
+    """Converts a row to `prompt`, `chosen` and `rejected`, or to two conversations without a prompt; other rows do not
+    change.
 
     Args:
-        row: Of SHP (`history`, `human_ref_A`, `human_ref_B`, `labels`: 1 where A is preferred), of HH-RLHF (`chosen`
-            and `rejected`, each a transcript of "Human:" and "Assistant:" turns), or any other.
+        row: A row of SHP (`history`, `human_ref_A`, `human_ref_B`, `labels`: 1 if A is preferred), of HH-RLHF
+            (`chosen` and `rejected`, each a transcript of "Human:" and "Assistant:" turns), or any other.
     """
     if row.keys() >= SHP:
         replies = [[{"role": "assistant", "content": row[name]}] for name in ("human_ref_A", "human_ref_B")]
@@ -107,8 +108,8 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
 def with_prompt_once(row: dict[str, Any]) -> dict[str, Any]:
     """`prompt`, `chosen` and `rejected` of a row whose answers are conversations that repeat its prompt.
 
-    Beside a prompt that is a text, as UltraFeedback's, conversations are parted where they differ, as TRL parts them;
-    answers alone get the prompt as the user's turn. Empty for rows of any other shape.
+    With a text prompt, such as UltraFeedback's, conversations are split where they differ, as in TRL; answers without
+    a prompt get it as the user's turn. Empty for rows of any other form.
     """
     prompt, sides = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
     if not all(are_messages(side) for side in sides):
@@ -126,7 +127,7 @@ def with_prompt_once(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _messages(transcript: str) -> list[dict[str, str]]:
-    """The turns of a transcript; text between them is stripped of the space around it."""
+    """The turns of a transcript, each stripped of surrounding white space."""
     _, *parts = _TURN.split(transcript)
     return [
         {"role": _ROLES[role], "content": content.strip()}

@@ -29,7 +29,7 @@ BUILTIN = "builtin:"
 _BUILTINS = {"docstrings": load_docstrings}
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".csv": "csv"}
 _COMPRESSIONS = {".gz", ".zst"}
-# Columns that make up a row's text; the first group of which a row has the first column is taken, whole.
+# Groups of columns that make up a row's text; the first group whose first column is in the row is used as a whole.
 _TEXT_COLUMNS = (("text",), ("messages",), ("prompt", "completion", "chosen"), ("question", "answer"), ("chosen",))
 
 
@@ -37,16 +37,17 @@ def load_dataset(name: str, config: str | None = None, streaming: bool = False) 
     """Loads a data set by name.
 
     Args:
-        name: `builtin:docstrings`; a local file (json, jsonl, parquet, txt or csv, also as .gz or .zst), whose rows
-            become the split `train`; a local folder, whose splits `datasets` reads off the file names; or a hub name.
+        name: `builtin:docstrings`; a local file (json, jsonl, parquet, txt or csv, optionally .gz or .zst), whose rows
+            become the split `train`; a local folder, with splits that `datasets` infers from the file names; or a hub
+            name.
         config: the hub data set's configuration.
-        streaming: read rows as they are asked for instead of all at once.
+        streaming: read rows on demand instead of all at once.
 
     Returns:
         The splits by name.
 
     Raises:
-        InputError: if there is no such data set, or it is empty or cannot be read.
+        InputError: if the data set does not exist, is empty or cannot be read.
     """
     import datasets
 
@@ -85,7 +86,7 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
         The split.
 
     Raises:
-        InputError: if there is no such split; the message lists those there are.
+        InputError: if there is no such split; the message lists the existing ones.
     """
     if name not in splits:
         raise InputError(f'{source}: no split "{name}"; it has: {", ".join(splits)}')
@@ -95,19 +96,19 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
 def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:
     """Yields each row as plain text, for calibration and perplexity.
 
-    The text is made of the first of these that the row has: `text`, `messages` (or `conversations`), `prompt` with
-    `completion` or `chosen`, `question` with `answer`, `chosen` alone. Messages contribute their contents; parts are
-    parted by a blank line.
+    The text comes from the first of these that the row has: `text`, `messages` (or `conversations`), `prompt` with
+    `completion` or `chosen`, `question` with `answer`, `chosen` alone. Of messages, the contents are used; parts are
+    separated by a blank line.
 
     Args:
         split: the rows.
         limit: the most rows to read.
 
     Yields:
-        One string a row; rows without text are left out, and a warning says how many.
+        One string per row; rows without text are skipped, with a warning that gives their number.
 
     Raises:
-        InputError: if the rows have none of these columns, or one holds what is no text.
+        InputError: if the rows have none of these columns, or a column does not hold text.
     """
     empty = total = 0
     for row in itertools.islice(split, limit):
@@ -140,7 +141,7 @@ def _text_of_row(given: Mapping[str, Any]) -> str:
 
 
 def sha256(split: Iterable[Mapping[str, Any]]) -> str:
-    """Hashes the rows of a split, in order, by their content alone.
+    """Hashes the content of the rows of a split, in order.
 
     Args:
         split: the rows; all are read.
@@ -152,13 +153,13 @@ def sha256(split: Iterable[Mapping[str, Any]]) -> str:
     for row in split:
         content = {key: _content(value) for key, value in row.items()}
         line = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-        # Text from the web may hold lone surrogates, which plain UTF-8 refuses.
+        # Text from the web may contain lone surrogates, which plain UTF-8 refuses.
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
 def _content(value: Any) -> Any:
-    """A value; of an image that is not decoded the hash of its file, wherever that is."""
+    """A value; an undecoded image is represented by the hash of its file, without the path."""
     if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
         return value
     content = value["bytes"]
@@ -170,19 +171,18 @@ def _content(value: Any) -> Any:
 def token_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, limit_tokens: int | None = None
 ) -> torch.Tensor:
-    """Joins texts, each ended by the end-of-sequence token, and cuts them into equal blocks.
+    """Joins texts, each followed by the end-of-sequence token, and cuts them into equal blocks.
 
-    Each block begins as the tokenizer begins a text (see `beginning`): with the beginning-of-sequence token, where it
-    adds one.
+    Each block starts with the tokens that the tokenizer puts before a text (see `beginning`).
 
     Args:
-        texts: the texts; no more of them are read than are needed.
+        texts: the texts; only as many as needed are read.
         tokenizer: the model's tokenizer.
         block_size: tokens in a block.
-        limit_tokens: the most tokens to use, those that begin the blocks included.
+        limit_tokens: the most tokens to use, including the first tokens of the blocks.
 
     Returns:
-        Token ids of shape (blocks, block_size), int64. What does not fill a block is left out.
+        Token ids of shape (blocks, block_size), int64. A last, incomplete block is dropped.
 
     Raises:
         InputError: if the texts do not fill one block.
@@ -198,7 +198,7 @@ def token_blocks(
     for text in texts:
         if most is not None and len(ids) >= most:
             break
-        # verbose=False: the texts are cut afterwards, so their length is no cause for a warning
+        # verbose=False: the texts are cut afterwards, so their length needs no warning
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
@@ -221,16 +221,14 @@ def _load_file(path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict
     reader = _reader(path)
     if reader is None:
         known = ", ".join(suffix[1:] for suffix in _READERS)
-        raise InputError(
-            f"{path}: cannot tell the format from the name; known endings: {known} (also with .gz or .zst)"
-        )
+        raise InputError(f"{path}: unknown file format; known suffixes: {known} (also with .gz or .zst)")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return _read(str(path), reader, None, data_files={"train": str(path)}, streaming=streaming)
 
 
 def _saved(source: str, path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    """What `save_to_disk` wrote: several splits, or one, which becomes `train`."""
+    """Data saved with `save_to_disk`: several splits, or a single one, which becomes `train`."""
     import datasets
 
     with reading(source, "save it again with save_to_disk"):
@@ -249,10 +247,8 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
     try:
         with _no_progress_bars():
             splits = datasets.load_dataset(builder, config, **options)
-    except (
-        Exception
-    ) as error:  # the readers raise errors of many libraries; all mean that the data is not as it should be
-        # a compressed file of nothing, as JSON and as text
+    except Exception as error:  # the readers raise errors of many libraries; all mean invalid data
+        # an empty compressed file, as JSON and as text
         if disk_trouble(error):
             raise
         reason = reason_of(error)
@@ -265,7 +261,7 @@ def _read(source: str, builder: str, config: str | None, **options: Any) -> Data
 
 def _require_rows(source: str, splits: Mapping[str, Any]) -> None:
     for name, split in splits.items():
-        # A row is read only where rows cannot be counted: an image in it would be opened.
+        # A row is read only if rows cannot be counted, because reading it would open its images.
         if len(split) == 0 if hasattr(split, "__len__") else next(iter(split), None) is None:
             raise InputError(f'{source}: the split "{name}" has no rows')
 
@@ -275,11 +271,11 @@ def _load_from_hub(name: str, config: str | None, streaming: bool) -> DatasetDic
 
     try:
         return datasets.load_dataset(name, config, streaming=streaming)
-    except Exception as error:  # no network, no such name, no access, no such configuration: the user's to mend
+    except Exception as error:  # no network, unknown name, no access, unknown configuration: the user must correct it
         if disk_trouble(error):
             raise
         raise InputError(
-            f"{name}: neither a local file nor a local folder, and the hub did not give it ({reason_of(error)}); "
+            f"{name}: neither a local file nor a local folder, and not available from the hub ({reason_of(error)}); "
             "check the name, or download the data and give its path"
         ) from error
 
@@ -299,7 +295,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _plain(column: str, value: Any) -> str:
-    """The text of a column: a string as it is, the contents of a list of messages, nothing for None."""
+    """The text of a column: the string itself, the contents of a list of messages, or nothing for None."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -18,11 +18,11 @@ class Activation:
     """A function of a pre-activation; derivatives come from torch's autograd in float64.
 
     Attributes:
-        name: As on the command line.
-        function: Takes and gives a torch tensor, elementwise.
-        kinks: Where f or f′ has no derivative; autograd's value is used there.
-        pieces: Given a real sympy symbol, the formula as `(low, high, expression)` between the kinks; None where
-            there is none.
+        name: The name on the command line.
+        function: Maps a torch tensor to a torch tensor, elementwise.
+        kinks: Points where f or f′ has no derivative; autograd's value is used there.
+        pieces: For a real sympy symbol, the formula as `(low, high, expression)` between the kinks; None without a
+            formula.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Activation:
         return self._derivatives(x)[0]
 
     def second(self, x: Any) -> Array:
-        """f″(x), between the kinks."""
+        """f″(x), valid between the kinks."""
         return self._derivatives(x)[1]
 
     def _derivatives(self, x: Any) -> tuple[Array, Array]:
@@ -60,7 +60,7 @@ class Activation:
             second = torch.zeros_like(point)
             if first.requires_grad:
                 found = torch.autograd.grad(first.sum(), point, allow_unused=True)[0]
-                # A sum, because autograd's zeros may be without storage.
+                # A sum, because autograd's zeros may have no storage.
                 second = second if found is None else second + found
         return (torch.zeros_like(first) + first).detach().numpy(), second.detach().numpy()
 
@@ -70,19 +70,19 @@ def custom(function: Callable[[Any], Any], name: str = "custom", kinks: tuple[fl
 
     Args:
         function: Elementwise, in float64.
-        name: For messages and pictures.
+        name: The name in messages and plots.
         kinks: Points without a derivative.
 
     Raises:
-        InputError: It has no derivative, jumps, or is not finite on [−10, 10].
+        InputError: The function has no derivative, jumps, or is not finite on [−10, 10].
     """
     activation = Activation(name, function, kinks)
-    x = np.linspace(-10, 10, 40001) + 1e-7  # beside the points where functions like to bend
+    x = np.linspace(-10, 10, 40001) + 1e-7  # off the points where functions often have kinks
     try:
         value, slope = activation.value(x), activation.derivative(x)
     except InputError:
         raise
-    except Exception as error:  # whatever a function of the user may raise
+    except Exception as error:  # a user's function may raise anything
         why = str(error).partition("\n")[0]
         raise InputError(
             f"activation {name} cannot be computed ({type(error).__name__}: {why}); give a function of a float64 "
@@ -158,7 +158,7 @@ def _exp(t: Any) -> Any:
     return sympy.exp(t)
 
 
-_ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # of SELU: Klambauer et al. 2017
+_ALPHA, _SCALE = 1.6732632423543772, 1.0507009873554805  # constants of SELU: Klambauer et al. 2017
 
 _REGISTRY: dict[str, Activation] = {
     entry.name: entry
@@ -193,10 +193,10 @@ NAMES = tuple(name.partition("(")[0] for name in _REGISTRY)
 
 
 def named(text: str) -> Activation:
-    """An activation by its name: one of `NAMES`, or `crrelu(ε)`, `crrelu(ε,μ,σ)`.
+    """An activation by name: one of `NAMES`, or `crrelu(ε)`, `crrelu(ε,μ,σ)`.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is no activation of that name.
     """
     name, _, rest = text.strip().partition("(")
     if name == "crrelu":

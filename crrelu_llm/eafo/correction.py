@@ -18,18 +18,18 @@ from crrelu_llm.eafo.entropy import branches_of, integral, inverse_on, probe, ra
 from crrelu_llm.eafo.formulas import Formula, Shorthand, formula, latex_or_none
 from crrelu_llm.errors import InputError
 
-# Below this share of its largest slope an activation counts as flat: f″/f′ would be rounding error.
+# An activation counts as flat below this share of its largest slope: f″/f′ would be rounding error.
 _FLAT = 1e-12
 _UNBOUNDED = 1e6
-# What lies beyond is left out of integrals; one that changes much when more is left out does not exist.
+# Tail probabilities left out of integrals; an integral that depends strongly on this choice does not exist.
 _TAIL, _INNER_TAIL = 1e-12, 1e-5
-# Of differences of the correction, in standard deviations of the density.
+# Step of the finite differences of the correction, in standard deviations of the density.
 _STEP = 1e-5
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """Where the theory says nothing: a stretch of pre-activations, or a point (low == high), and why."""
+    """An interval of pre-activations, or a point (low == high), where the theory does not apply, and the reason."""
 
     low: float
     high: float
@@ -41,7 +41,7 @@ class Correction:
     """The correction of an activation for a density.
 
     Attributes:
-        excluded: Where it does not apply, in order.
+        excluded: Where the theory does not apply, in order.
     """
 
     activation: Activation
@@ -57,15 +57,15 @@ class Correction:
         return np.where(slope == 0, np.nan, result)
 
     def extended(self, t: Any) -> Array:
-        """c(t) where f′ ≠ 0, and p′(t) where f is flat: what relu's rising half has, carried on over the whole line.
+        """c(t) where f′ ≠ 0, and p′(t) where f is flat: relu's correction extended to the whole line.
 
-        The theory does not give this: it is the step from relu's correction to CRReLU.
+        The theory does not give this extension: it is the step from relu's correction to CRReLU.
         """
         forward = self.forward(t)
         return np.where(np.isnan(forward), self.density.derivative(t), forward)
 
     def inverse(self, x: Any) -> Array:
-        """η(x) = −c(y)/f′(y) at y = f⁻¹(x), float64; NaN where no or more than one pre-activation gives x."""
+        """η(x) = −c(y)/f′(y) at y = f⁻¹(x), float64; NaN unless exactly one pre-activation maps to x."""
         x = np.asarray(x, dtype=np.float64)
         branches, _ = branches_of(self.activation, self.density)
         result, count = np.full(x.shape, np.nan), np.zeros(x.shape, dtype=int)
@@ -79,7 +79,7 @@ class Correction:
         return np.where(count == 1, result, np.nan)
 
     def applies(self, t: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether the theory applies at t: outside of every excluded stretch, and p > 0 there."""
+        """Whether the theory applies at t: t is outside every excluded interval, and p(t) > 0."""
         t = np.asarray(t, dtype=np.float64)
         ok = self.density.pdf(t) > 0
         for stretch in self.excluded:
@@ -88,11 +88,11 @@ class Correction:
         return ok
 
     def rate(self) -> float:
-        """−∫c²/f′ dt over where the theory applies: dH/dε at ε = 0 with boundary values held, in nats.
+        """−∫c²/f′ dt over the range where the theory applies: dH/dε at ε = 0 with fixed boundary values, in nats.
 
-        Where f rises that is −∫η² dx; where it falls, −c is the direction that lowers the entropy. What the moved
-        boundary values add is `boundary_rate`. ±∞ where the integral does not exist, which is seen by the tails of
-        the density having a share in it.
+        Where f rises the rate is −∫η² dx; where f falls, −c is the direction that lowers the entropy. `boundary_rate`
+        is the contribution of moving boundary values. The rate is ±∞ if the integral does not exist, which shows in a
+        large contribution of the tails of the density.
         """
         whole, inner = self._rate_within(_TAIL), self._rate_within(_INNER_TAIL)
         exists = abs(whole) < _UNBOUNDED and abs(whole - inner) <= 0.02 * abs(inner) + 1e-9
@@ -105,10 +105,10 @@ class Correction:
         return total
 
     def boundary_rate(self) -> float:
-        """What the theory leaves out: p·c/f′ at the ends of the stretches where it applies, in nats.
+        """The boundary term that the theory leaves out: p·c/f′ at the ends of the intervals where it applies, in nats.
 
-        Together with `rate` it is the change ∫p·c′/f′ dt of E log|f′|, hence of the entropy as long as no value is
-        taken twice: where c jumps downwards at a kink, f + ε·c overlaps itself there, which lowers the entropy more.
+        The sum with `rate` is the change ∫p·c′/f′ dt of E log|f′|, and so of the entropy as long as f + ε·c takes no
+        value twice. Where c jumps downwards at a kink, f + ε·c overlaps itself, which lowers the entropy further.
         """
         total = 0.0
         for a, b in self._stretches():
@@ -119,7 +119,7 @@ class Correction:
         return total if abs(total) < _UNBOUNDED else float(np.copysign(np.inf, total))
 
     def _stretches(self, tail: float = _TAIL) -> list[tuple[float, float]]:
-        """Where the theory applies, cut at the kinks."""
+        """The intervals where the theory applies, split at the kinks."""
         low, high = self.density.within(tail)
         ends = (end for entry in self.excluded for end in (entry.low, entry.high))
         points = np.unique([low, *(end for end in ends if low < end < high), high])
@@ -127,7 +127,7 @@ class Correction:
 
     @cached_property
     def formulas(self) -> tuple[Formula, ...]:
-        """The correction in closed form, a `Formula` between kinks; empty where f or p has no formula."""
+        """The correction in closed form, a `Formula` between kinks; empty if f or p has no formula."""
         import sympy
 
         t = sympy.Symbol("t", real=True)
@@ -139,7 +139,7 @@ class Correction:
 
     @property
     def latex(self) -> str:
-        """The forward form in LaTeX; empty where there is no formula."""
+        """The forward form in LaTeX; empty if there is no formula."""
         import sympy
 
         lines = [
@@ -153,19 +153,19 @@ class Correction:
 
 @dataclass(frozen=True)
 class Corrected:
-    """An activation moved along its correction, f + ε·c: from `corrected`."""
+    """An activation moved along its correction, f + ε·c; made by `corrected`."""
 
     correction: Correction
     epsilon: float
 
     @property
     def name(self) -> str:
-        """For messages and pictures."""
+        """The name in messages and plots."""
         return f"{self.correction.activation.name} + {self.epsilon:g}·c"
 
     @property
     def kinks(self) -> tuple[float, ...]:
-        """Those of the activation and of the density."""
+        """The kinks of the activation and of the density."""
         return (*self.correction.activation.kinks, *self.correction.density.kinks)
 
     def value(self, x: Any) -> Array:
@@ -180,15 +180,15 @@ class Corrected:
 
 
 def corrected(correction: Correction, epsilon: float) -> Corrected:
-    """f + ε·c on the whole line, c extended over flat stretches as `Correction.extended` says.
+    """f + ε·c on the whole line, with c extended over flat intervals as in `Correction.extended`.
 
     Args:
         correction: From `correct`.
-        epsilon: Above 0 it lowers E log|f′|, to first order and with boundary values held, where f rises and the
-            theory applies. Where f was flat it no longer is, so that ReLU's entropy of −∞ is left for any ε ≠ 0.
+        epsilon: Above 0 it lowers E log|f′|, to first order and with fixed boundary values, where f rises and the
+            theory applies. Flat intervals do not stay flat, so that ReLU's entropy of −∞ becomes finite for any ε ≠ 0.
 
     Raises:
-        InputError: The correction has a pole (f′ passes through 0 where f is not flat), so that f + ε·c has one.
+        InputError: The correction, and so f + ε·c, has a pole (f′ passes through 0 where f is not flat).
     """
     activation = correction.activation
     branches, flat = branches_of(activation, correction.density)
@@ -216,7 +216,7 @@ def correct(activation: Activation, density: Density) -> Correction:
         density: From `eafo.density`.
 
     Raises:
-        InputError: The activation has no derivative, or nowhere in the density's mass a strictly monotone stretch.
+        InputError: The activation has no derivative, or is not strictly monotone anywhere in the density's mass.
     """
     branches, flat = branches_of(activation, density)
     if not branches:
@@ -236,7 +236,7 @@ def correct(activation: Activation, density: Density) -> Correction:
 
 
 def _folded(activation: Activation, branches: list[tuple[float, float, int]]) -> list[Excluded]:
-    """The parts of branches whose values another branch takes too: there is no inverse there."""
+    """The parts of branches with values that another branch also takes: f has no inverse there."""
     found = []
     for i, branch in enumerate(branches):
         low, high = range_on(activation, branch)
@@ -254,7 +254,7 @@ def _folded(activation: Activation, branches: list[tuple[float, float, int]]) ->
 
 
 def _end(activation: Activation, branch: tuple[float, float, int], value: float) -> float:
-    """The point of a branch with a value; its own end exactly, where halving sees only rounding (f′ = 0)."""
+    """The point of a branch with a value; exactly its end if bisection would find only rounding (f′ = 0)."""
     for end in branch[:2]:
         if float(activation.value(end)) == value:
             return end
@@ -262,7 +262,7 @@ def _end(activation: Activation, branch: tuple[float, float, int], value: float)
 
 
 def _no_mass(activation: Activation, density: Density) -> list[Excluded]:
-    """The stretches inside the mass where p is 0, and f′ so small that f″/f′ is rounding error."""
+    """The intervals inside the mass where p is 0, or where f′ is so small that f″/f′ is rounding error."""
     grid = probe(activation, density)
     slope = np.abs(activation.derivative(grid))
     found = []

@@ -1,4 +1,4 @@
-"""The picture of a correction: activation, derivative, correction, density, and entropy along ε."""
+"""Plots a correction: activation, derivative, correction, density, and entropy along ε."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +19,8 @@ def plot(correction: Correction, values: Sequence[float], path: Path) -> None:
 
     Args:
         correction: From `correct`.
-        values: Factors ε for which f + ε·c is drawn; where c has a pole only f is.
-        path: The picture; its ending says the format.
+        values: Factors ε for which to draw f + ε·c; if c has a pole, only f is drawn.
+        path: The image file; the suffix sets the format.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def _curves(upper: Any, lower: Any, correction: Correction, values: Sequence[flo
 
 
 def _gaps(values: Any) -> Any:
-    """Without the spikes that differences have across a jump."""
+    """Removes the spikes of finite differences across a jump."""
     return np.where(np.abs(values) > 50, np.nan, values)
 
 
@@ -91,7 +91,7 @@ def _density(axis: Any, correction: Correction) -> None:
 
 
 def _entropy(axis: Any, correction: Correction, values: Sequence[float]) -> None:
-    """Both entropies that do not depend on scale: at a finite resolution, and where it is finite, at unit variance."""
+    """Plots the two scale-free entropies: at a finite resolution and, where it is finite, at unit variance."""
     reach = max(np.abs(values).max() if len(values) else 1.0, 1e-3)
     steps = np.linspace(-reach, reach, 11)
     axis.set_title("entropy of the output along ε, at unit variance")

@@ -1,6 +1,6 @@
-"""Probability densities of pre-activations: named ones and mixtures; estimates.py has those of samples and functions.
+"""Probability densities of pre-activations: named ones and mixtures (estimates.py: from samples and functions).
 
-Each knows its derivative in closed form, because the correction needs p′ and p′ of a noisy p is mostly noise.
+Each density has its derivative in closed form: the correction needs p′, and the p′ of a noisy p is mostly noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from crrelu_llm.errors import InputError
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Function = Callable[[Array], Array]
 
-# So much probability may lie beyond the points that searches and quadratures look at, on each side.
+# The probability on each side that searches and quadratures may leave out.
 _TAIL = 1e-12
 _LARGEST = 1e30
 
@@ -24,7 +24,7 @@ class Density:
     """A probability density p on the real line; all functions are float64 and elementwise.
 
     Attributes:
-        name: As `eafo.parsing.density` reads it, where it can.
+        name: The name, in the notation of `eafo.parsing.density` where possible.
         support: The interval outside which p is 0; may be infinite.
         mean, std: First moment and standard deviation (infinite where the moment does not exist).
         kinks: The points where p has no derivative.
@@ -60,7 +60,7 @@ class Density:
         return self._cdf(np.asarray(x, dtype=np.float64))
 
     def quantile(self, q: Any) -> Array:
-        """The x below which the probability is q, for 0 < q < 1."""
+        """The x with the probability q below it, for 0 < q < 1."""
         q = np.asarray(q, dtype=np.float64)
         return (
             self._quantile(q)
@@ -69,30 +69,30 @@ class Density:
         )
 
     def expression(self, symbol: Any) -> Any:
-        """p as a sympy expression of a real symbol; None where there is no formula (samples, functions)."""
+        """p as a sympy expression of a real symbol; None without a formula (samples, functions)."""
         return None if self._expression is None else self._expression(symbol)
 
     @property
     def center(self) -> float:
-        """The mean, or the median where there is no mean: where pictures and searches begin."""
+        """The mean, or the median if there is no mean: the starting point of plots and searches."""
         return self.mean if np.isfinite(self.mean) else float(self.quantile(0.5))
 
     @property
     def spread(self) -> float:
-        """The standard deviation, or where it is infinite the distance of the quartiles over that of N(0, 1)."""
+        """The standard deviation, or if it is infinite the interquartile range relative to that of N(0, 1)."""
         if np.isfinite(self.std):
             return self.std
         low, high = self.quantile([0.25, 0.75]).tolist()
         return (high - low) / 1.349
 
     def within(self, tail: float = _TAIL) -> tuple[float, float]:
-        """The interval that leaves out `tail` of the probability on each side: where quadratures look."""
+        """The interval that leaves out the probability `tail` on each side: the range of quadratures."""
         low, high = self.quantile([tail, 1 - tail]).tolist()
         return max(low, self.support[0]), min(high, self.support[1])
 
 
 def _bisect(cdf: Function, q: Array, support: tuple[float, float], start: float) -> Array:
-    """Inverts a distribution function by doubling an interval, then halving it."""
+    """Inverts a distribution function by expanding an interval and then bisecting it."""
     reach = 1.0
     low, high = (np.full(q.shape, max(support[0], start - reach)), np.full(q.shape, min(support[1], start + reach)))
     for _ in range(200):
@@ -140,7 +140,7 @@ def _check(name: str, loc: float, scale: float, more: tuple[float, ...] = ()) ->
 
 
 def _exact(value: float) -> Any:
-    """A float as the short fraction that was meant: 0.1 is 1/10 in formulas."""
+    """A float as the short fraction that it stands for: 0.1 is 1/10 in formulas."""
     import sympy
 
     return sympy.nsimplify(value, rational=True)
@@ -150,7 +150,7 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Density:
     """N(mean, std²).
 
     Raises:
-        InputError: A parameter is not finite, or the standard deviation not above 0 (so for all that follow).
+        InputError: A parameter is not finite, or the standard deviation is not above 0 (as for the other densities).
     """
     from scipy import stats
 
@@ -167,7 +167,7 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Density:
 
 
 def logistic(loc: float = 0.0, scale: float = 1.0) -> Density:
-    """The density of mean loc and standard deviation scale·π/√3, whose distribution function is the sigmoid."""
+    """The density with mean loc and standard deviation scale·π/√3; its distribution function is the sigmoid."""
     from scipy import stats
 
     _check("logistic", loc, scale)
@@ -200,7 +200,7 @@ def laplace(loc: float = 0.0, scale: float = 1.0) -> Density:
 
 
 def student_t(df: float = 5.0, loc: float = 0.0, scale: float = 1.0) -> Density:
-    """Student's t with `df` degrees of freedom, moved by loc and stretched by scale."""
+    """Student's t with `df` degrees of freedom, shifted by loc and scaled by scale."""
     from scipy import stats
 
     _check("student_t", loc, scale, (df,))
@@ -224,7 +224,7 @@ def mixture(components: Sequence[Density], weights: Sequence[float]) -> Density:
     """The weighted sum of densities.
 
     Raises:
-        InputError: No component, a weight that is negative or not finite, or weights that do not sum to 1.
+        InputError: There is no component, a weight is negative or not finite, or the weights do not sum to 1.
     """
     if not components or len(components) != len(weights):
         raise InputError(f"density mixture: {len(components)} components need as many weights, not {len(weights)}.")

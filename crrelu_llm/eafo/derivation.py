@@ -1,4 +1,4 @@
-"""A derivation written out: the two forms of a correction, its extension to the whole line, and where it fails."""
+"""A derivation in full: the two forms of a correction, its extension to the whole line, and where it fails."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +9,19 @@ from crrelu_llm.eafo.correction import Correction, corrected
 from crrelu_llm.eafo.formulas import Formula, shown
 from crrelu_llm.errors import InputError
 
-# Where the correction is tabulated, in standard deviations from the mean.
+# The points at which the correction is tabulated, in standard deviations from the mean.
 _POINTS = (-3.0, -2.0, -1.5, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A correction that all rising stretches share, carried on over the whole line with a free factor ε.
+    """A correction shared by all rising intervals, extended to the whole line with a free factor ε.
 
     Attributes:
-        bump: The sympy expression that ε multiplies, its sign chosen so that it begins with a plus.
-        name: `CRReLU` where relu + ε·bump is that, with the centre and width it takes; else None.
-        sign: The sign of ε along which E log|f′| falls where the theory applies, moved boundary values included; 0
-            where that rate does not exist.
+        bump: The sympy expression multiplied by ε, with the sign chosen so that it starts with a plus.
+        name: `CRReLU` if relu + ε·bump is CRReLU, with its centre and width; else None.
+        sign: The sign of ε for which E log|f′| falls where the theory applies, including moving boundary values; 0
+            if that rate does not exist.
     """
 
     bump: Any
@@ -30,18 +30,18 @@ class Extension:
 
 
 def extension(correction: Correction) -> Extension | None:
-    """The step from a correction to a new activation; None where the stretches do not agree on one bump."""
+    """The step from a correction to a new activation; None if the intervals do not share one bump."""
     import sympy
 
     found = [formula.direction for formula in correction.formulas if formula.direction is not None]
     if not found or any(sympy.simplify(one - found[0]) != 0 for one in found[1:]):
         return None
     if len(correction.formulas) == 1 and correction.activation.kinks == ():
-        return None  # smooth: it holds on the whole line as it is
+        return None  # smooth: it already holds on the whole line
     try:
         corrected(correction, 0.0)
     except InputError:
-        return None  # it has a pole
+        return None  # a pole
     sign = -1 if found[0].could_extract_minus_sign() else 1
     total = correction.rate() + correction.boundary_rate()
     falls = int(-np.sign(total)) * sign if np.isfinite(total) else 0
@@ -49,7 +49,7 @@ def extension(correction: Correction) -> Extension | None:
 
 
 def _crrelu(correction: Correction) -> str | None:
-    """CRReLU's name where relu's correction is that of a normal density: the score of no other one is a line."""
+    """CRReLU's name if relu's correction is that of a normal density, the only density with a linear score."""
     density = correction.density
     if correction.activation.name != "relu" or not np.isfinite(density.std):
         return None
@@ -64,9 +64,9 @@ def document(correction: Correction) -> dict[str, Any]:
     """Everything about a correction as plain values, with formulas in sympy's notation and in LaTeX.
 
     Returns:
-        `activation`, `density`, `density_formula`, `pieces` (`low`, `high`, `forward`, `direction`, `inverse`, each
-        None where there is none), `latex`, `extension` (`bump`, `name`, `sign`, `latex`) or None, `excluded` (`low`,
-        `high`, `reason`), `rate` and `boundary_rate` (nats for each unit of ε), and `values` (`t`, `activation`,
+        `activation`, `density`, `density_formula`, `pieces` (`low`, `high`, `forward`, `direction`, `inverse`; None
+        for a missing formula), `latex`, `extension` (`bump`, `name`, `sign`, `latex`) or None, `excluded` (`low`,
+        `high`, `reason`), `rate` and `boundary_rate` (nats per unit of ε), and `values` (`t`, `activation`,
         `correction`, `applies`).
     """
     import sympy
@@ -120,7 +120,7 @@ def _round(value: float) -> float:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The document as lines to read."""
+    """The document as readable lines."""
     lines = [f"{found['activation']} × {found['density']}"]
     if found["density_formula"]:
         lines.append(f"  density        p(t) = {found['density_formula']}")

@@ -1,9 +1,9 @@
 """Entropy in nats of densities, of an activation's output (by quadrature), and of samples (by spacings).
 
-Differential entropy moves with scale, h(aX) = h(X) + log|a|, so that a smaller output always has the lower one; every
-result here therefore also has the entropy at unit variance and the negentropy, which do not. Where an activation is
-flat, its output takes one value with positive probability (an atom) and differential entropy is −∞; the entropy at a
-finite resolution stays finite there and is what can be compared.
+Differential entropy depends on scale, h(aX) = h(X) + log|a|, so a smaller output always has lower entropy. Therefore
+every result here also includes the entropy at unit variance and the negentropy, which do not depend on scale. Where an
+activation is flat, its output takes one value with positive probability (an atom), and the differential entropy is −∞.
+The entropy at a finite resolution stays finite there, and can be compared.
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from crrelu_llm.errors import InputError
 OF_A_NORMAL = float(0.5 * np.log(2 * np.pi * np.e))
 """The entropy of N(0, 1), the largest at unit variance, in nats."""
 RESOLUTION = 0.05
-"""Default width of the cells that values are rounded to, in standard deviations of the output."""
-# A stretch of less probability counts as no atom: far out, smooth activations underflow to a constant in float64.
+"""Default width of the rounding cells, in standard deviations of the output."""
+# A flat interval with less probability is not an atom: far out, smooth activations underflow to a constant in float64.
 _NEGLIGIBLE = 1e-5
-# From so large a share of the samples on, a value that repeats is an atom; with many samples from fewer on, because √n
-# equal values fill the spacings that the estimate is made of.
+# A repeated value is an atom from this share of the samples on; from a smaller share with many samples, because √n
+# equal values fill the spacings on which the estimate is based.
 _ATOM_SHARE = 0.01
 _SHIFTS = 8
 
 
 class Scalar(Protocol):
-    """What is needed of an activation: see `eafo.activations.Activation`."""
+    """The required interface of an activation: see `eafo.activations.Activation`."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name in messages."""
 
     @property
     def kinks(self) -> tuple[float, ...]:
@@ -47,16 +47,16 @@ class Scalar(Protocol):
 
 @dataclass(frozen=True)
 class OutputEntropy:
-    """The entropy of f(X), X of a known density.
+    """The entropy of f(X), where X has a known density.
 
     Attributes:
-        value: Differential entropy in nats; −∞ where there are atoms.
-        atoms: Pairs of a value of f and the probability of the stretch where f has it.
+        value: Differential entropy in nats; −∞ with atoms.
+        atoms: Pairs of a value of f and the probability of the interval where f takes it.
         std: Standard deviation of the output.
         standardised: `value − log std`: the entropy at unit variance; at most `OF_A_NORMAL`.
         negentropy: `OF_A_NORMAL − standardised`: distance from the normal in nats, ≥ 0.
         at_resolution: Entropy of the output rounded to `resolution`·std, plus log(resolution): near `standardised`
-            where there are no atoms, finite where there are.
+            without atoms, finite with atoms.
         resolution: The width of a cell in standard deviations.
     """
 
@@ -71,15 +71,15 @@ class OutputEntropy:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The entropy of samples: the fields of `OutputEntropy`, and how far they can be trusted.
+    """The entropy of samples: the fields of `OutputEntropy`, with their errors.
 
     Attributes:
-        standard_error: Of `value`, from the spread over disjoint parts of the samples.
-        bias: What is expected to be wrong with `value` on average, from how it changes when half the samples are
-            taken; not subtracted. It assumes that the bias falls like n^(−1/2), as it does for spacings of order √n;
-            for heavy tails (Student's t with 3 degrees of freedom and less) it is too small.
+        standard_error: The standard error of `value`, from the spread over disjoint parts of the samples.
+        bias: The expected bias of `value`, from its change with half the samples; not subtracted. The estimate assumes
+            that the bias falls like n^(−1/2), as it does for spacings of order √n; for heavy tails (Student's t with 3
+            degrees of freedom or less) the estimate is too small.
         n: Number of samples.
-        method: The estimator that scipy chose for this number of samples.
+        method: The estimator that scipy chooses for this number of samples.
     """
 
     value: float
@@ -96,7 +96,7 @@ class Estimate:
 
 
 def of_density(density: Density) -> float:
-    """The differential entropy of a density in nats: in closed form where known, else by quadrature."""
+    """The differential entropy of a density in nats: in closed form if known, else by quadrature."""
     if density._entropy is not None:
         return density._entropy
 
@@ -108,14 +108,14 @@ def of_density(density: Density) -> float:
 
 
 def of_output(activation: Scalar, density: Density, resolution: float = RESOLUTION) -> OutputEntropy:
-    """The entropy of f(X) for X of a density.
+    """The entropy of f(X), where X has the given density.
 
-    Where f is strictly monotone this is h(X) + E log|f′(X)|. Elsewhere the output's density is the sum over the
-    branches, p_Y(f(x)) = Σ p(x_b)/|f′(x_b)| with f(x_b) = f(x), and the entropy −E log p_Y(f(X)).
+    For a strictly monotone f the entropy is h(X) + E log|f′(X)|. Otherwise the output's density is the sum over the
+    branches, p_Y(f(x)) = Σ p(x_b)/|f′(x_b)| with f(x_b) = f(x), and the entropy is −E log p_Y(f(X)).
 
     Args:
-        activation: With `.value`, `.derivative` and `.kinks`.
-        density: Of the pre-activations.
+        activation: Has `.value`, `.derivative` and `.kinks`.
+        density: The density of the pre-activations.
         resolution: Width of the cells of `at_resolution`, in standard deviations of the output.
 
     Raises:
@@ -126,7 +126,7 @@ def of_output(activation: Scalar, density: Density, resolution: float = RESOLUTI
     weights = weights / weights.sum()
     std = float(np.sqrt(np.average((cells - np.average(cells, weights=weights)) ** 2, weights=weights)))
     if not std > 0:
-        raise InputError(f"{activation.name} of {density.name} is constant: its entropy says nothing.")
+        raise InputError(f"{activation.name} of {density.name} is constant: its entropy has no meaning.")
     branches, flat = branches_of(activation, density)
     atoms = tuple((float(activation.value(low)), float(density.cdf(high) - density.cdf(low))) for low, high in flat)
     atoms = tuple(atom for atom in atoms if atom[1] > _NEGLIGIBLE)
@@ -144,7 +144,7 @@ def from_samples(samples: Any, resolution: float = RESOLUTION) -> Estimate:
         resolution: Width of the cells of `at_resolution`, in standard deviations of the samples.
 
     Raises:
-        InputError: Too few samples, values that are not finite, or samples that do not vary.
+        InputError: There are too few samples, values are not finite, or the samples do not vary.
     """
     from scipy.stats import differential_entropy
 
@@ -160,13 +160,13 @@ def from_samples(samples: Any, resolution: float = RESOLUTION) -> Estimate:
     kinds, counts = np.unique(values, return_counts=True)
     repeated = np.flatnonzero(counts >= max(5, min(_ATOM_SHARE * n, np.sqrt(n))))
     atoms = tuple((float(kinds[i]), float(counts[i] / n)) for i in repeated)
-    # scipy's own rule for method="auto", said because the result depends on it.
+    # scipy's own rule for method="auto", made explicit because the result depends on the method.
     method = "van es" if n <= 10 else "ebrahimi" if n <= 1000 else "vasicek"
     if atoms:
         value, error, bias = -np.inf, 0.0, 0.0
     else:
         value = float(differential_entropy(values, method=method))
-        # Neighbours in the file may be alike (channels, positions): parts are drawn at random.
+        # Neighbouring values may be similar (channels, positions), so the parts are drawn at random.
         mixed = np.random.default_rng(0).permutation(values)
         parts = [float(differential_entropy(part, method=method)) for part in np.array_split(mixed, 10)]
         error = float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
@@ -185,7 +185,7 @@ def _relative(value: float, std: float) -> tuple[float, float]:
 def _rounded(values: Array, weights: Array, std: float, resolution: float) -> float:
     """The entropy of values rounded to cells of width resolution·std, plus log resolution.
 
-    The mean over several positions of the cells' borders, on which the entropy of steep densities depends.
+    The mean over several positions of the cell borders, which affect the entropy of steep densities.
     """
     found = []
     for shift in np.arange(_SHIFTS) / _SHIFTS:
@@ -198,7 +198,7 @@ def _rounded(values: Array, weights: Array, std: float, resolution: float) -> fl
 
 
 def probe(activation: Scalar, density: Density) -> Array:
-    """Points at which an activation is looked at: all of the density's mass, and finely where activations bend."""
+    """Points at which to evaluate an activation: over the density's whole mass, and densely where activations bend."""
     low, high = density.within()
     fine = np.linspace(max(low, min(-15.0, high)), min(high, max(15.0, low)), 20001)
     points = np.concatenate([np.linspace(low, high, 4001), fine, [k for k in activation.kinks if low < k < high]])
@@ -208,17 +208,17 @@ def probe(activation: Scalar, density: Density) -> Array:
 def branches_of(
     activation: Scalar, density: Density
 ) -> tuple[list[tuple[float, float, int]], list[tuple[float, float]]]:
-    """Where an activation is strictly monotone, and where it is flat.
+    """The intervals where an activation is strictly monotone, and where it is flat.
 
     Returns:
-        Branches `(low, high, +1 rising | −1 falling)` and flat stretches `(low, high)`, each in order, together
+        Branches `(low, high, +1 rising | −1 falling)` and flat intervals `(low, high)`, each in order, together
         covering the density's mass.
     """
     grid = probe(activation, density)
     middles = (grid[:-1] + grid[1:]) / 2
     slope = activation.derivative(middles)
     signs = np.sign(slope).astype(int)
-    # At a kink the function may also jump, so that values are taken twice: a branch ends there too.
+    # At a kink the function may also jump and take values twice, so a branch ends there too.
     breaks = (np.diff(signs) != 0) | np.isin(grid[1:-1], activation.kinks)
     starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
     edges = [float(grid[0])]
@@ -236,7 +236,7 @@ def branches_of(
 
 
 def _turn(activation: Scalar, left: float, right: float, otherwise: float) -> float:
-    """Where the derivative changes its sign between two points; at a kink or the end of a flat stretch, there."""
+    """The point between two others where the derivative changes sign, or the kink or end of a flat interval there."""
     for kink in activation.kinks:
         if left <= kink <= right:
             return float(kink)
@@ -249,7 +249,7 @@ def _turn(activation: Scalar, left: float, right: float, otherwise: float) -> fl
 
 
 def inverse_on(activation: Scalar, branch: tuple[float, float, int], values: Array) -> Array:
-    """The x of a monotone branch with f(x) = value, by halving; values beyond the branch give its nearer end."""
+    """The x of a monotone branch with f(x) = value, by bisection; values outside the branch give its nearer end."""
     low, high = np.full(values.shape, branch[0]), np.full(values.shape, branch[1])
     for _ in range(60):
         middle = (low + high) / 2
@@ -286,7 +286,7 @@ def _over_branches(activation: Scalar, density: Density, branches: list[tuple[fl
                 summand = -p * np.log(output)
             return np.where(np.isfinite(summand), summand, 0.0)
 
-        # The output's density jumps where another branch's values end.
+        # The output's density jumps where the values of another branch end.
         ends = np.array([end for _, reach in others for end in reach if ranges[i][0] < end < ranges[i][1]])
         breaks = [*activation.kinks, *density.kinks, *(inverse_on(activation, branch, ends) if ends.size else ())]
         total += integral(integrand, _splits(density, breaks, branch[:2]))
@@ -298,7 +298,7 @@ def _splits(density: Density, breaks: Any, within: tuple[float, float] | None = 
     center, width = density.center, density.spread
     marks = [center + sign * k * width for k in (0, 1, 3, 10, 30, 100) for sign in (-1, 1)]
     inside = [mark for mark in (*breaks, *marks) if low < mark < high]
-    # Of marks that nearly meet one goes: pieces of no width have no quadrature.
+    # Of two marks that nearly coincide one is dropped: a piece without width has no quadrature.
     points = [low]
     for mark in sorted(inside):
         if mark - points[-1] > 1e-9 * width and high - mark > 1e-9 * width:
@@ -307,7 +307,7 @@ def _splits(density: Density, breaks: Any, within: tuple[float, float] | None = 
 
 
 def integral(integrand: Any, splits: Array) -> float:
-    """∫ by tanh-sinh quadrature, which does not mind logarithmic singularities at the ends of the pieces."""
+    """∫ by tanh-sinh quadrature, which can handle logarithmic singularities at the ends of the pieces."""
     from scipy.integrate import tanhsinh
 
     result = tanhsinh(integrand, splits[:-1], splits[1:], atol=1e-11, rtol=1e-9, maxlevel=7)

@@ -1,4 +1,4 @@
-"""Probability densities of pre-activations that no formula names: smooth ones from samples, and any function."""
+"""Probability densities of pre-activations without a named formula: smooth ones from samples, and any function."""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from crrelu_llm.eafo.density import Array, Density, Function
 from crrelu_llm.errors import InputError
 
 MIN_SAMPLES = 100
-# A kernel's width in bins: what binning adds to the variance, 1/12 of a bin squared, is 0.3 % of the kernel's own.
+# A kernel's width in bins: the variance added by binning, 1/12 of a bin squared, is 0.3 % of the kernel's own.
 _BINS_PER_BANDWIDTH = 5
 _LARGEST = 1e30
 
@@ -23,10 +23,10 @@ def from_samples(samples: Any, bandwidth: float | None = None, name: str = "samp
         samples: Numbers of any shape and dtype, at least `MIN_SAMPLES`.
         bandwidth: The kernels' standard deviation, in the samples' units. Default: Silverman's rule,
             0.9·min(s, IQR/1.34)·n^(−1/5) (Silverman, Density Estimation, 1986, eq. 3.31).
-        name: For messages and pictures.
+        name: The name in messages and plots.
 
     Raises:
-        InputError: Too few samples, values that are not finite, samples that do not vary, or a bandwidth ≤ 0.
+        InputError: There are too few samples, values are not finite, the samples do not vary, or the bandwidth is ≤ 0.
     """
     values = numbers(samples, f"density of {name}")
     if values.size < MIN_SAMPLES:
@@ -36,7 +36,7 @@ def from_samples(samples: Any, bandwidth: float | None = None, name: str = "samp
         raise InputError(f"density of {name}: {count} of {values.size} samples are NaN or infinite; leave them out.")
     std = float(values.std())
     if np.abs(values).max() > _LARGEST:
-        raise InputError(f"density of {name}: a sample is {np.abs(values).max():g}, beyond what can be squared.")
+        raise InputError(f"density of {name}: a sample is {np.abs(values).max():g}; its square would overflow.")
     if std <= 1e-12 * abs(float(values.mean())) or std == 0:
         raise InputError(f"density of {name}: all {values.size} samples are {values[0]:g}, a constant has no density.")
     if bandwidth is None:
@@ -44,7 +44,7 @@ def from_samples(samples: Any, bandwidth: float | None = None, name: str = "samp
         bandwidth = 0.9 * (min(std, quartiles) or std) * values.size**-0.2
     if not bandwidth > 0:
         raise InputError(f"density of {name}: a bandwidth of {bandwidth:g} is not above 0.")
-    # Equal bins, each replaced by the mean of what is in it; empty ones do not count.
+    # Equal bins, each represented by the mean of its values; empty bins do not count.
     place = np.floor((values - values.min()) * (_BINS_PER_BANDWIDTH / bandwidth))
     _, place, counts = np.unique(place, return_inverse=True, return_counts=True)
     centers = np.bincount(place, values) / counts
@@ -55,7 +55,7 @@ def numbers(samples: Any, what: str) -> Array:
     """Samples as a flat float64 array.
 
     Raises:
-        InputError: They are no real numbers.
+        InputError: The samples are not real numbers.
     """
     values = np.asarray(samples)
     if values.dtype.kind not in "fiu":
@@ -64,7 +64,7 @@ def numbers(samples: Any, what: str) -> Array:
 
 
 def _kernels(name: str, centers: Array, weights: Array, width: float, moments: tuple[float, float]) -> Density:
-    """A sum of normal kernels of one width, evaluated in blocks that fit the cache."""
+    """A sum of normal kernels of one width, evaluated in blocks that fit in the cache."""
     from scipy.special import ndtr
 
     scale = 1 / (width * np.sqrt(2 * np.pi))
@@ -93,13 +93,13 @@ def _kernels(name: str, centers: Array, weights: Array, width: float, moments: t
 
 
 def from_function(pdf: Function, low: float, high: float, name: str = "function") -> Density:
-    """A density from any function, checked to be one.
+    """A density from any function, after a check that the function is a density.
 
     Args:
-        pdf: Takes and gives float64 arrays; 0 outside the interval.
-        low: Start of the interval where it is not 0; may be infinite.
+        pdf: Maps float64 arrays to float64 arrays; 0 outside the interval.
+        low: Start of the interval where the function is not 0; may be infinite.
         high: End of that interval; may be infinite.
-        name: For messages and pictures.
+        name: The name in messages and plots.
 
     Raises:
         InputError: The function is negative or not finite somewhere, cannot be integrated, or does not integrate to 1.
@@ -152,7 +152,7 @@ def from_function(pdf: Function, low: float, high: float, name: str = "function"
 def _tabulated(
     name: str, pdf: Function, support: tuple[float, float], mean: float, std: float, moment: Callable[..., float]
 ) -> Density:
-    """Gives a function the distribution function by cumulative quadrature, and its derivative by differences."""
+    """A density from a function: its distribution function by cumulative quadrature, its derivative by differences."""
     from scipy.integrate import fixed_quad
     from scipy.interpolate import PchipInterpolator
 
@@ -164,7 +164,7 @@ def _tabulated(
     step = std * 1e-4
 
     def derivative(x: Array) -> Array:
-        # Fourth order; at the ends of the support its slope just inside, not the jump to 0.
+        # Fourth order; at the ends of the support, the slope just inside, not the jump to 0.
         inside = (x >= support[0]) & (x <= support[1])
         x = np.clip(x, support[0] + 2 * step, support[1] - 2 * step)
         return np.where(inside, differences(x), 0.0)

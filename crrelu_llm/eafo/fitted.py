@@ -1,4 +1,4 @@
-"""CRReLU for inputs of another density than N(0, 1): the correction that the method gives for N(μ, σ²)."""
+"""CRReLU for inputs of another density than N(0, 1): the method's correction for N(μ, σ²)."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,19 @@ from crrelu_llm import kernels
 from crrelu_llm.activation import AFFINE, CRReLU, surrounded
 from crrelu_llm.kernels.recompute import note
 
-# The buffers of a fitted one, beside those of any calibrated one.
+# The buffers of a fitted CRReLU, in addition to those of any calibrated activation.
 MOMENTS = ("center", "width")
 
 
 class FittedCRReLU(CRReLU):
     """`relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`: CRReLU with a centre and a width, in several passes.
 
-    The buffers `center` and `width`, float32, `(1,)`, are μ and σ, the mean and the standard deviation of its inputs,
-    as measured. They start at 0 and 1, get no gradient, and are left float32 by a cast. Where it is calibrated too,
-    x is scale·(x + shift) here, and the result is multiplied by the gain and moved by the offset.
+    The buffers `center` and `width`, float32, `(1,)`, are μ and σ, the measured mean and standard deviation of the
+    inputs. They start at 0 and 1, get no gradient, and a cast leaves them float32. If the module is calibrated too, x
+    stands for scale·(x + shift), and the result is multiplied by the gain and shifted by the offset.
 
     Args:
-        num_channels: as for `CRReLU`, and so are the others.
+        num_channels: as for `CRReLU`, like the other arguments.
     """
 
     center: Tensor
@@ -41,13 +41,13 @@ class FittedCRReLU(CRReLU):
 
     @property
     def start_values(self) -> dict[str, float]:
-        """What its parameter and buffers start from, by name."""
-        moments = {"center": 0.0, "width": 1.0} if "center" in self._buffers else {}  # not yet while it is built
+        """The start values of the parameter and buffers, by name."""
+        moments = {"center": 0.0, "width": 1.0} if "center" in self._buffers else {}  # absent during construction
         return super().start_values | moments
 
     def _compute(self, *inputs: Tensor) -> Tensor:
         function: Callable[..., Tensor] = _fitted if len(inputs) == 1 else _fitted_gated
-        # Copied: they may be moved between the forward and the backward pass.
+        # Copied, because the buffers may change between the forward and the backward pass.
         arguments = (*inputs, self.epsilon, self.center.clone(), self.width.clone(), *self._four())
         y = function(*arguments)
         note(y, function, *arguments)
@@ -67,7 +67,7 @@ def _wide(x: Tensor, epsilon: Tensor, center: Tensor, width: Tensor, four: tuple
     def corrected(t: Tensor) -> Tensor:
         sigma = width.to(t.dtype)
         v = (t - center.to(t.dtype)) / sigma
-        # The bump is odd, and below 0 it is all that CRReLU has: nothing large is added and taken away again.
+        # The bump is odd, and below 0 CRReLU is only the bump, so there is no cancellation of large numbers.
         bump = kernels.crrelu(torch.where(v > 0, -v, v), epsilon.to(t.dtype) * sigma)
         return torch.relu(t) + torch.where(v > 0, -bump, bump)
 

@@ -1,9 +1,9 @@
-"""The correction of an activation as formulas, where the activation and the density have one: sympy's work."""
+"""The correction of an activation as formulas by sympy, if the activation and the density have formulas."""
 
 from dataclasses import dataclass
 from typing import Any
 
-# Formulas of more operations stay as they come: sympy's simplifier takes minutes for GELU × Student's t.
+# Formulas with more operations are not simplified: sympy takes minutes for GELU × Student's t.
 _SMALL = 30
 _LONG = 1000
 
@@ -13,10 +13,10 @@ class Formula:
     """The correction between two kinks, as sympy expressions of the real symbol `t` (forward) or `x` (inverse).
 
     Attributes:
-        low, high: The stretch of pre-activations t.
+        low, high: The interval of pre-activations t.
         forward: c(t), simplified; None where f′ = 0.
         direction: `forward` without its positive constant factor, which a learnable ε absorbs.
-        inverse: η(x), x the output; None where sympy is not given the inverse.
+        inverse: η(x), where x is the output; None if the inverse is not elementary.
     """
 
     low: Any
@@ -27,7 +27,7 @@ class Formula:
 
 
 def shown(formula: Any) -> Any:
-    """A formula to be read: its floats with six digits; None stays None."""
+    """A formula for display, with its floats rounded to six digits; None stays None."""
     import sympy
 
     if formula is None:
@@ -36,20 +36,20 @@ def shown(formula: Any) -> Any:
 
 
 def latex_or_none(formula: Any) -> str:
-    """A formula in LaTeX, or that there is none."""
+    """A formula in LaTeX, or a note that there is none."""
     import sympy
 
     return r"\text{none, } f' = 0" if formula is None else sympy.latex(shown(formula))
 
 
 class Shorthand:
-    """Letters for numbers of many digits, with which sympy's simplifier takes minutes."""
+    """Replaces numbers with many digits by letters, because sympy's simplifier takes minutes with such numbers."""
 
     def __init__(self) -> None:
         self.letters: dict[Any, Any] = {}
 
     def shorten(self, expression: Any) -> Any:
-        """The expression with a positive letter for the size of each long number."""
+        """The expression with a positive letter for the absolute value of each long number."""
         import sympy
 
         long = {number for number in expression.atoms(sympy.Rational) if max(abs(number.p), number.q) > _LONG}
@@ -58,7 +58,7 @@ class Shorthand:
         return expression.xreplace({number: sympy.sign(number) * self.letters[abs(number)] for number in long})
 
     def restore(self, expression: Any) -> Any:
-        """The expression with its numbers, as floats."""
+        """The expression with its numbers restored, as floats."""
         import sympy
 
         return expression.subs({letter: sympy.Float(number, 17) for number, letter in self.letters.items()})
@@ -68,10 +68,10 @@ def formula(low: Any, high: Any, f: Any, p: Any, t: Any, short: Shorthand) -> Fo
     """The correction of one piece of an activation.
 
     Args:
-        low, high: Where the piece lies.
+        low, high: The ends of the piece.
         f, p: The piece and the density, as sympy expressions of `t`.
         t: Their real symbol.
-        short: The letters that stand for long numbers, the same for all pieces.
+        short: The letters for long numbers, shared by all pieces.
     """
     import sympy
 
@@ -84,7 +84,7 @@ def formula(low: Any, high: Any, f: Any, p: Any, t: Any, short: Shorthand) -> Fo
     if slope == 0:
         return Formula(low, high, None, None, None)
     ratio = sympy.diff(f, t, 2) / slope
-    # Both, because the simplifier sees tanh in sigmoid's ratio, and then not that all of it is 0 for a logistic p.
+    # Both, because the simplifier turns sigmoid's ratio into tanh, and then misses that it is 0 for a logistic p.
     forward = _shorter(*(_shortest(sympy.diff(p, t) - p * form) for form in (ratio, _shortest(ratio))))
     factor, direction = forward.as_independent(t, as_Add=False)
     if factor.could_extract_minus_sign():
@@ -111,7 +111,7 @@ def _shorter(*candidates: Any) -> Any:
 
 
 def _inverse_form(f: Any, p: Any, t: Any) -> Any:
-    """η(x) for those f whose inverse is elementary; the others' is computed numerically."""
+    """η(x) for an f with an elementary inverse; otherwise η is computed numerically."""
     import sympy
 
     x = sympy.Symbol("x", real=True)

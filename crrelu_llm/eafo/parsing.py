@@ -1,4 +1,4 @@
-"""Densities as written on a command line: `normal(0,2)`, `0.3*normal(-1,1) + 0.7*laplace`, `samples:x.npy`."""
+"""Parses densities on the command line: `normal(0,2)`, `0.3*normal(-1,1) + 0.7*laplace`, `samples:x.npy`."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ def density(text: str) -> Density:
             `student_t(df,loc,scale)`, a weighted sum of these, or `samples:` with a .npy or text file of numbers.
 
     Raises:
-        InputError: It cannot be read, or is not a density.
+        InputError: The text cannot be parsed, or is not a density.
     """
     if text.startswith("samples:"):
         return estimates.from_samples(_samples(Path(text.removeprefix("samples:"))), name=text)
@@ -43,7 +43,7 @@ def _samples(path: Path) -> Any:
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise InputError(
-            f"--density samples:{path} cannot be read ({why}); give a .npy file or a text of numbers."
+            f"--density samples:{path} cannot be read ({why}); give a .npy file or a text file of numbers."
         ) from None
 
 

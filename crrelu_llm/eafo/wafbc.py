@@ -1,8 +1,8 @@
-"""WAFBC, the worst activation function with boundary conditions: the one whose output has the most entropy.
+"""WAFBC, the worst activation function with boundary conditions: the activation with the largest output entropy.
 
-Between two boundary values the uniform density has the largest differential entropy, and the function that makes an
-output uniform is the density's own distribution function: f = low + (high − low)·F, hence f′ = (high − low)·p, the
-solution of the Euler–Lagrange equation y′·p(y) = const for the inverse y.
+Between two boundary values the uniform density has the largest differential entropy, and the input's own distribution
+function makes the output uniform: f = low + (high − low)·F, so f′ = (high − low)·p, the solution of the Euler–Lagrange
+equation y′·p(y) = const for the inverse y.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from crrelu_llm.errors import InputError
 
 @dataclass(frozen=True)
 class Wafbc:
-    """The WAFBC of a density, or (with `warp`) a neighbour that has the same boundary values and still rises.
+    """The WAFBC of a density, or (with `warp`) a still rising neighbour with the same boundary values.
 
     Attributes:
-        density: Of the pre-activations.
-        low, high: The boundary values, taken at the ends of the density's support.
-        warp: Coefficients a of u + Σₖ aₖ·sin(πku)/(πk), k = 1, 2, …, which is applied to F before it is scaled.
+        density: The density of the pre-activations.
+        low, high: The boundary values, at the ends of the density's support.
+        warp: Coefficients a of u + Σₖ aₖ·sin(πku)/(πk), k = 1, 2, …, which is applied to F before the scaling.
     """
 
     density: Density
@@ -33,7 +33,7 @@ class Wafbc:
 
     @property
     def name(self) -> str:
-        """For messages and pictures."""
+        """The name in messages and plots."""
         return f"wafbc({self.density.name},{self.low:g},{self.high:g})"
 
     def _harmonics(self) -> Array:
@@ -66,14 +66,14 @@ class Wafbc:
         return self.derivative(x), self.second(x)
 
     def pieces(self, symbol: Any) -> list[tuple[Any, Any, Any]]:
-        """The formula on the whole line, as `Activation.pieces` gives it; empty where there is none."""
+        """The formula on the whole line, in the form of `Activation.pieces`; empty without a formula."""
         import sympy
 
         formula = self.expression(symbol)
         return [] if formula is None else [(-sympy.oo, sympy.oo, formula)]
 
     def expression(self, symbol: Any) -> Any:
-        """f as a sympy expression, where the density has one whose integral sympy finds; else None."""
+        """f as a sympy expression, if sympy can integrate the density's expression; else None."""
         import sympy
 
         p = self.density.expression(symbol)
@@ -90,10 +90,10 @@ class Wafbc:
 def wafbc(density: Density, low: float = 0.0, high: float = 1.0) -> Wafbc:
     """The worst activation of a density between two boundary values.
 
-    Its output is uniform: the entropy is log(high − low), and no other activation with these boundary values has more.
+    Its output is uniform: the entropy is log(high − low), the largest for activations with these boundary values.
 
     Raises:
-        InputError: Not low < high, or one of them is not finite.
+        InputError: low ≥ high, or a boundary value is not finite.
     """
     if not (np.isfinite([low, high]).all() and low < high):
         raise InputError(
@@ -106,11 +106,11 @@ def perturbed(worst: Wafbc, size: float, count: int, seed: int = 0, harmonics: i
     """Neighbours of a WAFBC in random directions, with the same boundary values, still rising.
 
     Args:
-        worst: What to perturb.
-        size: How far the slope relative to the WAFBC's may be from 1: in (0, 1).
-        count: How many.
-        seed: Of the directions.
-        harmonics: Number of sines that a direction is made of.
+        worst: The WAFBC to perturb.
+        size: The largest distance from 1 of the slope relative to the WAFBC's: in (0, 1).
+        count: How many neighbours to return.
+        seed: The seed of the directions.
+        harmonics: Number of sines in a direction.
     """
     if not 0 < size < 1:
         raise InputError(f"wafbc: a perturbation of size {size:g} would not rise everywhere; give 0 < size < 1.")
@@ -123,6 +123,6 @@ def perturbed(worst: Wafbc, size: float, count: int, seed: int = 0, harmonics: i
 
 
 def losses(worst: Wafbc, size: float, count: int, seed: int = 0) -> Array:
-    """The entropy that each of `count` random perturbations loses against the WAFBC: nats, float64, shape (count,)."""
+    """The entropy loss of each of `count` random perturbations of the WAFBC: nats, float64, shape (count,)."""
     most = of_output(worst, worst.density).value
     return np.array([most - of_output(one, worst.density).value for one in perturbed(worst, size, count, seed)])

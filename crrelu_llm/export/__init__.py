@@ -1,1 +1,1 @@
-"""A patched model for other runtimes, over `transformers.exporters`: written, loaded again, and checked."""
+"""Exports a patched model to other runtimes with `transformers.exporters`, reloads the export and checks it."""

@@ -1,4 +1,4 @@
-"""Whether an export computes what the model computes, and how fast both are."""
+"""Compares the outputs and the speed of an export with those of the model."""
 
 import time
 from typing import Any
@@ -9,20 +9,20 @@ from torch import Tensor
 from crrelu_llm.errors import InputError
 from crrelu_llm.export.runtimes import Runtime
 
-# English of our own: the first part is the prompt, all of it is compared.
+# English text written for this check: the first part is the prompt, and the whole text is compared.
 TEXT = (
     "A river begins as rain that falls on high ground. It runs down the slopes in small streams, which meet and grow. "
     "In the valley the water is slow and brown, and the towns on its banks have mills, bridges and boats. Where the "
     "river reaches the sea, it leaves the sand that it has carried, and new land rises there year after year."
 )
 _PROMPT, _COMPARED, _GENERATED = 16, 64, 32
-_ROUNDS = 3  # in turn, the fastest of each counts: other work on the machine comes and goes
-# Share of the largest logit by which an export may differ before it is called another model.
+_ROUNDS = 3  # in turns; the fastest of each counts, because the load of the machine varies
+# The largest difference of logits allowed in an export, as a share of the largest logit.
 _TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
 def tokens(tokenizer: Any, vocabulary: int) -> Tensor:
-    """Tokens to compare, `(1, 64)`: of English, or some of the vocabulary where there is no tokenizer."""
+    """Tokens to compare, `(1, 64)`: English text, or tokens from the vocabulary if there is no tokenizer."""
     ids = [] if tokenizer is None else tokenizer(TEXT, add_special_tokens=True)["input_ids"]
     if len(ids) < _COMPARED:
         ids = [*ids, *(7 * at % (vocabulary - 1) + 1 for at in range(_COMPARED))]
@@ -30,19 +30,19 @@ def tokens(tokenizer: Any, vocabulary: int) -> Tensor:
 
 
 def compare(model: Runtime, export: Runtime, ids: Tensor, dtype: str, name: str) -> dict[str, Any]:
-    """Both on the same tokens: logits, greedy continuation, speed.
+    """Compares the model and the export on the same tokens: logits, greedy continuation, speed.
 
     Returns:
         `largest_logit_difference`, `largest_logit`, `greedy_equal`, `tokens_per_second` of `torch` and `runtime`.
 
     Raises:
-        InputError: The export computes something else.
+        InputError: The logits of the export differ.
     """
     expected, found = (_logits(runtime, ids) for runtime in (model, export))
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not difference <= _TOLERANCE[dtype] * largest:  # NaN too
+    if not difference <= _TOLERANCE[dtype] * largest:  # also refuses NaN
         raise InputError(
-            f"{name}: the export computes other logits than torch: the largest difference is {difference:.3g}, the "
+            f"{name}: the logits of the export differ from torch's: the largest difference is {difference:.3g}, the "
             f"largest logit {largest:.3g}; nothing was written, choose another --format or --dtype"
         )
     prompt = ids[:, :_PROMPT]
@@ -60,7 +60,7 @@ def compare(model: Runtime, export: Runtime, ids: Tensor, dtype: str, name: str)
 
 
 def _logits(runtime: Runtime, ids: Tensor) -> Tensor:
-    """Of a beginning, of the next token alone, and of the rest at once: a cache must do for each."""
+    """Logits of a first part, of one further token, and of the rest at once, to test all uses of a cache."""
     runtime.begin()
     return torch.cat(
         [runtime(part) for part in (ids[:, :_PROMPT], ids[:, _PROMPT : _PROMPT + 1], ids[:, _PROMPT + 1 :])], 1
@@ -68,10 +68,10 @@ def _logits(runtime: Runtime, ids: Tensor) -> Tensor:
 
 
 def _greedy(runtime: Runtime, prompt: Tensor) -> tuple[list[int], float]:
-    """The continuation that a model finds likeliest token by token, and how many it makes in a second."""
+    """The greedy continuation of a prompt, and the tokens per second."""
     runtime.begin()
     after = runtime(prompt)[:, -1].argmax(-1)
-    runtime(after[None])  # the first single token, which may still prepare something
+    runtime(after[None])  # a warm-up: the first single token may include one-time work
     runtime.begin()
     made: list[int] = []
     started = time.perf_counter()

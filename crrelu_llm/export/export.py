@@ -1,4 +1,4 @@
-"""A patched MODEL in, an export out: written beside its place, loaded again, checked, and then renamed."""
+"""Exports a patched MODEL: writes the export beside its place, reloads and checks it, then renames it."""
 
 import time
 from collections.abc import Callable
@@ -31,22 +31,22 @@ def export_model(
 ) -> dict[str, Any]:
     """Exports a patched MODEL, and checks the export on its own runtime.
 
-    What a killed export to the same place left beside it goes; the command sees to it that no other one works there.
+    Removes the leftovers of a killed export to the same place; the command ensures that no other export runs there.
 
     Args:
         model: Hub name or directory of a patched checkpoint.
         format_name: `onnx`, `openvino`, `executorch` or `transformers`.
-        output_dir: Where to write: absent or empty.
-        dtype: Name of the torch dtype to export in.
-        max_length: executorch: the longest text, whose memory is planned beforehand.
+        output_dir: Where to write; must be absent or empty.
+        dtype: Name of the torch dtype of the export.
+        max_length: executorch: the longest text, for which memory is planned in advance.
         trust_remote_code: Whether code from the model's repository may run.
-        tell: Is told what is being done.
+        tell: Called with progress messages.
 
     Returns:
         The report, as written to export_report.json.
 
     Raises:
-        InputError: The model is not patched, the format cannot hold it, or its runtime is not there.
+        InputError: The model is not patched, the format cannot hold it, or its runtime is not installed.
         DiskError: The disk is full or read-only.
     """
     started = time.perf_counter()
@@ -86,16 +86,16 @@ def export_model(
 
 
 def require_patched(config: Any, name: str) -> None:
-    """Raises InputError for a model that is not patched: for such ones there are other tools."""
+    """Raises InputError for a model that is not patched, which other tools can export."""
     if section.read(config) is None:
         raise InputError(
-            f"{name}: not patched, so there is nothing of CRReLU to export; use transformers' own exporters "
+            f"{name}: not patched, so it has no CRReLU to export; use transformers' own exporters "
             "(transformers.exporters), or patch it first with `crrelu patch`"
         )
 
 
 def _tokenizer(model: str, trust_remote_code: bool) -> Any:
-    """The model's tokenizer; None where the checkpoint has none."""
+    """The model's tokenizer; None if the checkpoint has none."""
     try:
         return loading.load_tokenizer(model, trust_remote_code=trust_remote_code)
     except InputError:
@@ -118,7 +118,7 @@ def _write_and_check(
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or max_length
     limit = min(max_length, positions) if format_name == "executorch" else None
     if limit is not None and limit < ids.shape[1]:
-        raise InputError(f"--max_length {limit}: the check alone takes {ids.shape[1]} tokens; give a longer one")
+        raise InputError(f"--max_length {limit}: the check alone takes {ids.shape[1]} tokens; give a larger value")
     started = time.perf_counter()
     exported = graph.trace(loaded, format_name, inputs, limit or 0)
     with writing(str(scratch)), quiet():
@@ -136,6 +136,6 @@ def _write_and_check(
 
 
 def _files(directory: Path) -> list[dict[str, Any]]:
-    """Names and sizes."""
+    """Names and sizes of the files."""
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     return [{"name": str(path.relative_to(directory)), "bytes": path.stat().st_size} for path in found]

@@ -1,4 +1,4 @@
-"""The formats of `crrelu export`, what each needs to be installed, and what it can hold."""
+"""The formats of `crrelu export`, with the packages that each needs and the models that it can hold."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Format:
     """A format.
 
     Attributes:
-        runtime: Package that runs it, as it is imported.
-        packages: What must be importable to write and to run it.
-        extra: The extra of this package that brings them; empty where there is nothing to install.
-        caches: Whether the graph takes and gives the keys and values of the tokens before.
-        dtypes: What the runtime computes in on a CPU.
+        runtime: Import name of the package that runs it.
+        packages: The packages that must be importable to write and run it.
+        extra: The extra of this package that installs them; empty if there is nothing to install.
+        caches: Whether the graph takes and returns the keys and values of earlier tokens.
+        dtypes: The dtypes in which the runtime computes on a CPU.
     """
 
     runtime: str
@@ -37,17 +37,17 @@ FORMATS = {
     "transformers": Format("transformers", dtypes=("float32", "float16", "bfloat16")),
 }
 _GGUF = (
-    "gguf (llama.cpp) knows no CRReLU, and no numbers of a channel around an activation; go back to the model's own "
+    "gguf (llama.cpp) has no CRReLU, and no per-channel numbers around an activation; go back to the model's own "
     "activation (`crrelu inspect MODEL` names it) with `crrelu patch MODEL --activation silu --calibration none "
     "--output_dir D`, which prints what that costs in perplexity, and convert D"
 )
 
 
 def require(name: str, dtype: str = "float32") -> Format:
-    """The format of this name, its packages there.
+    """The format of this name; checks that its packages are installed.
 
     Raises:
-        InputError: No such format, a package is missing or too old, or the format has no such dtype.
+        InputError: The format is unknown, a package is missing or too old, or the format lacks the dtype.
     """
     if name == "gguf":
         raise InputError(f"--format {_GGUF}")
@@ -56,7 +56,8 @@ def require(name: str, dtype: str = "float32") -> Format:
     found = FORMATS[name]
     if dtype not in found.dtypes:
         raise InputError(
-            f"--dtype {dtype}: {found.runtime} on a CPU does not run {name} in it; choose {' or '.join(found.dtypes)}"
+            f"--dtype {dtype}: {found.runtime} does not run {name} in this dtype on a CPU; choose "
+            f"{' or '.join(found.dtypes)}"
         )
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -66,14 +67,14 @@ def require(name: str, dtype: str = "float32") -> Format:
         )
     if found.packages and not has_exporter(name):
         raise InputError(
-            f"--format {name} needs transformers {TRANSFORMERS} or newer (transformers.exporters), and this one is "
+            f"--format {name} needs transformers {TRANSFORMERS} or newer (transformers.exporters), but this one is "
             f"{version('transformers')}: pip install 'transformers>={TRANSFORMERS}'"
         )
     return found
 
 
 def has_exporter(name: str) -> bool:
-    """Whether this transformers has an exporter and a runner of the format."""
+    """Whether the installed transformers has an exporter and a runner for the format."""
     try:
         with quiet():
             from transformers.exporters.auto import EXPORT_BACKENDS
@@ -89,6 +90,6 @@ def versions_of(found: Format) -> dict[str, Any]:
     for package in found.packages:
         try:
             result[package] = version(package)
-        except PackageNotFoundError:  # found under another name (onnxruntime-gpu)
+        except PackageNotFoundError:  # installed under another name (onnxruntime-gpu)
             continue
     return result

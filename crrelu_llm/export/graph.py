@@ -1,4 +1,4 @@
-"""What a model is traced with, and its trace by transformers' exporters."""
+"""Traces a model with transformers' exporters, and builds the sample inputs."""
 
 import copy
 from typing import Any
@@ -9,21 +9,21 @@ from crrelu_llm.errors import InputError, reading
 from crrelu_llm.export.formats import FORMATS
 from crrelu_llm.quiet import quiet
 
-_BEFORE, _NOW = 5, 3  # tokens in the cache, and tokens that come after them, of the traced call
+_BEFORE, _NOW = 5, 3  # tokens in the cache and new tokens of the traced call
 
 
 def empty_cache(model: Any, batch: int = 1) -> Any:
-    """The keys and values of no tokens at all, as a graph with a cache takes them at a text's beginning.
+    """An empty cache of keys and values, the input of a graph with a cache at the start of a text.
 
     Returns:
-        None where the family's cache holds more than keys and values that grow.
+        None if the family's cache holds more than growing keys and values.
     """
     cache = _filled_cache(model, batch, _BEFORE)
     if cache is None:
         return None
     for layer in cache.layers:
         layer.keys, layer.values = (part[:, :, :0].contiguous() for part in (layer.keys, layer.values))
-        if hasattr(layer, "cumulative_length"):  # of a sliding window
+        if hasattr(layer, "cumulative_length"):  # a sliding window
             layer.cumulative_length = 0
     return cache
 
@@ -50,7 +50,7 @@ def _some_ids(model: Any, batch: int, length: int) -> torch.Tensor:
 
 
 def sample(model: Any, format_name: str) -> dict[str, Any]:
-    """The call that is traced: a few tokens after a few in the cache, or a whole text where there is no cache."""
+    """The inputs of the traced call: a few tokens after a few cached ones, or a whole text without a cache."""
     cache = _filled_cache(model, 2, _BEFORE) if FORMATS[format_name].caches else None
     if cache is None:
         batch = 1 if format_name == "executorch" else 2
@@ -62,10 +62,10 @@ def sample(model: Any, format_name: str) -> dict[str, Any]:
 
 
 def trace(model: Any, format_name: str, inputs: dict[str, Any], max_length: int) -> Any:
-    """The model as an `ExportedModel` of a format; `inputs` are those of `sample`.
+    """The model as an `ExportedModel` of a format; `inputs` come from `sample`.
 
     Args:
-        max_length: Longest text, of a format that plans its memory beforehand.
+        max_length: Longest text, for a format that plans its memory in advance.
 
     Raises:
         InputError: The format cannot hold the model.
@@ -83,7 +83,7 @@ def trace(model: Any, format_name: str, inputs: dict[str, Any], max_length: int)
 
 
 def _shapes(inputs: dict[str, Any], length: Any) -> dict[str, Any]:
-    """Which axes may have another size: batch and length; or the length alone, where its bounds are given."""
+    """The dynamic axes: batch and length; or only the length, if its bounds are given."""
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 
     auto = torch.export.Dim.AUTO
@@ -91,7 +91,7 @@ def _shapes(inputs: dict[str, Any], length: Any) -> dict[str, Any]:
     for name, value in inputs.items():
         if torch.is_tensor(value):
             shapes[name] = {0: auto, 1: auto} if length is None else {1: length}
-        elif name == "past_key_values":  # as the exporters flatten it: keys, values, and what else a layer holds
+        elif name == "past_key_values":  # flattened as in the exporters: keys, values and other tensors of a layer
             leaves = get_auto_dynamic_shapes(value)
             shapes[name] = [{0: auto, 2: auto} if axes and len(axes) == 4 else axes for axes in leaves]
     return shapes
@@ -100,4 +100,4 @@ def _shapes(inputs: dict[str, Any], length: Any) -> dict[str, Any]:
 def require_exportable(model: Any, name: str) -> None:
     """Raises InputError for weights that no exporter can read."""
     if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
-        raise InputError(f"{name}: its weights are quantised; export the checkpoint that was not quantised yet")
+        raise InputError(f"{name}: its weights are quantised; export the checkpoint before it is quantised")

@@ -1,4 +1,4 @@
-"""What computes the logits of tokens that come after others: torch, and each format's own runtime."""
+"""Runtimes that compute the logits of a continued text: torch, and each format's own runtime."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from crrelu_llm.quiet import quiet
 
 
 class Runtime(Protocol):
-    """A model somewhere. `begin` starts a text; then each call continues it."""
+    """A model on some runtime. `begin` starts a text; each call then continues the text."""
 
     def begin(self) -> None:
         """Forgets the text."""
@@ -68,7 +68,7 @@ class Whole(_Exported):
 
 
 class Cached(_Exported):
-    """A graph that takes the keys and values of the tokens before, and gives those of the next ones with them."""
+    """A graph that takes the keys and values of earlier tokens, and returns them with those of the new tokens."""
 
     def __init__(self, directory: Path, empty: Any, **options: Any) -> None:
         self.empty = empty
@@ -87,7 +87,7 @@ class Cached(_Exported):
 
 
 class Stateful(_Exported):
-    """An OpenVINO graph, which keeps keys and values in variables of its own."""
+    """An OpenVINO graph, which keeps keys and values in its own variables."""
 
     def begin(self) -> None:
         """Forgets the text."""
@@ -107,10 +107,10 @@ _FIRST = torch.zeros(1, dtype=torch.int32)
 
 
 def load(format_name: str, directory: Path, empty: Any) -> Runtime:
-    """An export on its runtime, on as many CPU threads as torch uses.
+    """Loads an export on its runtime, with as many CPU threads as torch.
 
     Args:
-        empty: The cache of a text's beginning; None where the graph has no cache.
+        empty: The empty cache; None if the graph has no cache.
     """
     threads, options = torch.get_num_threads(), {}
     if format_name == "onnx":

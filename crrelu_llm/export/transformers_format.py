@@ -1,4 +1,4 @@
-"""`--format transformers`: a checkpoint that loads without this package, checked in a process that has not got it."""
+"""`--format transformers`: a checkpoint that loads without this package, checked in a process without it."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.export import check, runtimes
 from crrelu_llm.patching import loading
 
-# Reads a line of JSON for each call, [begin, ids]; answers with a line, the size of the vocabulary, and float32s.
-# None in sys.modules makes every import of the package fail, as where it is not installed.
+# For each call reads a line of JSON, [begin, ids]; answers with a line, the size of the vocabulary, and float32s.
+# None in sys.modules makes every import of the package fail, as if it were not installed.
 _PROCESS = """
 import json, sys
 answers, sys.stdout = sys.stdout.buffer, sys.stderr
@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 class Apart:
-    """A checkpoint in a process of its own, which cannot import this package."""
+    """A checkpoint in a separate process, which cannot import this package."""
 
     def __init__(self, directory: Path) -> None:
         command = [sys.executable, "-c", _PROCESS, str(directory), str(torch.get_num_threads())]
@@ -82,19 +82,19 @@ class Apart:
 def write_and_check(
     loaded: Any, tokenizer: Any, scratch: Path, ids: Tensor, dtype: str, name: str, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Saves a patched model as such a checkpoint, and compares.
+    """Saves a patched model as a standalone checkpoint, and compares both.
 
     Args:
         loaded: The patched model.
         tokenizer: Its tokenizer, or None.
-        scratch: Where to save: absent.
+        scratch: Where to save; must be absent.
         ids: Tokens to compare, `(1, n)`.
         dtype: Name of the model's dtype.
-        name: What the model is called.
-        tell: Is told what is being done.
+        name: The name of the model, for messages.
+        tell: Called with progress messages.
 
     Returns:
-        What the report says of it.
+        The fields of the report.
     """
     from crrelu_llm.patching.standalone import write_standalone
 

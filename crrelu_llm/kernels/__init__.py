@@ -1,4 +1,4 @@
-"""CRReLU by the best backend for each call: see `choice` for how it is chosen, `ops` for the torch operators."""
+"""Computes CRReLU with the best backend for each call: `choice` selects it, `ops` has the torch operators."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from crrelu_llm.kernels.choice import BACKENDS, set_backend
 
 __all__ = ["BACKENDS", "crrelu", "crrelu_gated", "crrelu_packed", "set_backend"]
 
-# Elements on a CPU below which an operator's overhead, not its work, decides how fast a model generates.
+# Below this number of elements on a CPU, an operator's overhead dominates its cost in generation.
 _FEW = 1 << 14
 
 
 def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
-    """Evaluates CRReLU, f, or with the four `gain·f(scale·(x + shift)) + offset`.
+    """Evaluates CRReLU, f, or with `affine` `gain·f(scale·(x + shift)) + offset`.
 
-    Checks nothing: see `crrelu_llm.activation.crrelu`.
+    Does not check its input; `crrelu_llm.activation.crrelu` does.
 
     Args:
         x: floating point, any shape and strides; with a per-channel ε, `(..., channels)`.
@@ -57,7 +57,7 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | Non
 
 
 def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
-    """Evaluates CRReLU(gate)·up of a tensor that holds both, as a fused gate and up-projection gives it.
+    """Evaluates CRReLU(gate)·up for one tensor with both, as a fused gate-and-up projection returns it.
 
     Args:
         gate_up: floating point, `(..., 2·channels)`, the gate's channels first.
@@ -76,10 +76,10 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 
 
 def _whole(gate: Tensor, up: Tensor) -> Tensor | None:
-    """The tensor of shape `(..., 2·channels)` that one `chunk` or `split` has cut into `gate` and `up`; else None.
+    """The tensor of shape `(..., 2·channels)` that one `chunk` or `split` divided into `gate` and `up`; else None.
 
-    Autograd would put the gradients of the halves together again, in one more pass. Only where both come straight from
-    the same node of the graph, and nobody watches them, is the gradient of the whole the same thing.
+    Autograd would need an extra pass to concatenate the gradients of the halves. The gradient of the whole tensor
+    replaces them only if both halves come from the same node of the graph, without hooks or retained gradients.
     """
     base, node = gate._base, gate.grad_fn
     if base is None or base is not up._base or node is None or node is not up.grad_fn:
@@ -96,9 +96,9 @@ def _whole(gate: Tensor, up: Tensor) -> Tensor | None:
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether the plain formula is to be used: while a compiler traces (plain operations fuse with their neighbours),
-    under torch.func and in forward mode (an operator has no such derivatives), for a tensor that is spread over
-    devices or otherwise more than its memory, and for a few elements without a gradient, where overhead counts.
+    """Whether to use the plain formula: while a compiler traces (plain operations fuse with their neighbours), under
+    torch.func and in forward mode (the operators lack these derivatives), for wrapper tensors such as DTensor, and
+    for a few elements without a gradient, where overhead dominates.
     """
     first = tensors[0]
     return (

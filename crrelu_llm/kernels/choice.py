@@ -1,4 +1,4 @@
-"""Which backend computes: by device, dtype and size, unless the user says. One that fails is left, with a warning."""
+"""Chooses the backend by device, dtype and size, unless the user does; drops a backend that fails, with a warning."""
 
 import functools
 import importlib
@@ -15,9 +15,9 @@ from crrelu_llm.errors import InputError
 
 BACKENDS = ("reference", "eager", "inductor", "triton")
 VARIABLE = "CRRELU_BACKEND"
-# From how many elements on a compiled loop is worth its start: 6 s a process, twice that where torch's cache on disk
-# is empty. A gated float32 product without gradients, on one busy core of an EPYC, eager and compiled: of 3·2¹⁶
-# elements 0.8 and 0.8 ms; of 3·2¹⁷ 2.6 and 1.3 ms; of 3·2¹⁸, a prompt of 512 tokens in an MLP of 1536, 8.0 and 1.9 ms.
+# The number of elements from which a compiled loop is worth its start-up: 6 s per process, twice that with an empty
+# torch cache on disk. A gated float32 product without gradients, on one busy core of an EPYC, eager vs compiled: 3·2¹⁶
+# elements 0.8 vs 0.8 ms; 3·2¹⁷ 2.6 vs 1.3 ms; 3·2¹⁸ (512 tokens in an MLP of width 1536) 8.0 vs 1.9 ms.
 COMPILED_FROM = 1 << 18
 
 logger = logging.getLogger("crrelu_llm")
@@ -29,12 +29,12 @@ def set_backend(name: str | None = None) -> None:
     """Chooses the backend of every CRReLU in this process.
 
     Args:
-        name: `"reference"` (the formula word for word, in the dtype of the input), `"eager"`, `"inductor"` (CPUs),
-            `"triton"` (GPUs) or `"auto"`: the best one for each call. Wins over the environment variable
-            CRRELU_BACKEND, which takes the same names; None gives the choice back to it.
+        name: `"reference"` (the literal formula, in the dtype of the input), `"eager"`, `"inductor"` (CPUs),
+            `"triton"` (GPUs) or `"auto"`: the best one for each call. It overrides the environment variable
+            CRRELU_BACKEND, which takes the same names; None removes the override.
 
     Raises:
-        InputError: An unknown name.
+        InputError: The name is unknown.
     """
     global _forced
     _checked(name, "set_backend")
@@ -43,7 +43,7 @@ def set_backend(name: str | None = None) -> None:
 
 
 def forced() -> str | None:
-    """The backend that the user has chosen; None where each call takes the best one.
+    """The backend chosen by the user; None if each call takes the best one.
 
     Raises:
         InputError: The environment variable holds an unknown name.
@@ -53,7 +53,7 @@ def forced() -> str | None:
 
 
 def override() -> tuple[str, str] | None:
-    """The backend that the user has chosen, and by what: `set_backend` or the environment variable.
+    """The backend chosen by the user, and where: in `set_backend` or in the environment variable.
 
     Raises:
         InputError: The environment variable holds an unknown name.
@@ -64,7 +64,7 @@ def override() -> tuple[str, str] | None:
 
 @contextmanager
 def using(name: str | None) -> Iterator[None]:
-    """`set_backend(name)` for a while; then what was set before."""
+    """A context with `set_backend(name)`, which then restores the previous setting."""
     global _forced
     before = _forced
     set_backend(name)
@@ -88,9 +88,9 @@ def choose(device: torch.device, dtype: torch.dtype, elements: int) -> tuple[str
     """The backend for one call, and the reason in words.
 
     Args:
-        device: Where the input is.
-        dtype: Its dtype.
-        elements: How many it has.
+        device: The device of the input.
+        dtype: The dtype of the input.
+        elements: The number of its elements.
     """
     name = forced()
     if name is not None:
@@ -134,7 +134,7 @@ def run(function: str, x: torch.Tensor, *args: Any) -> Any:
     name, reason = choose(x.device, x.dtype, x.numel())
     eager = getattr(_module("eager"), function)
     if name not in ("inductor", "triton"):
-        if "was chosen, but" in reason and not _failed:  # a failure has had its warning
+        if "was chosen, but" in reason and not _failed:  # a failure was already logged
             _warn(f"{reason}; eager is used")
         return eager(x, *args)
     try:
@@ -142,7 +142,7 @@ def run(function: str, x: torch.Tensor, *args: Any) -> Any:
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        result = eager(x, *args)  # where this fails too, the input is wrong, not the backend
+        result = eager(x, *args)  # if this fails too, the input is wrong, not the backend
         _failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         logger.warning("crrelu: the %s backend failed, from now on eager is used (%s)", name, _failed[name])
         return result

@@ -1,5 +1,5 @@
-"""CRReLU by torch's own operators, for every device and without a compiler: on a CPU in blocks that stay in the cache,
-with buffers that are used again, so that main memory is read and written once."""
+"""CRReLU with torch's own operators, for every device and without a compiler. On a CPU it works in blocks that fit the
+cache and reuses buffers, so that main memory is read and written once."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crrelu_llm.kernels.formula import SUPPORT
 
-# Elements a block: the fastest of 2¹⁴ to 2¹⁷ on an AMD EPYC with 1 MiB of second-level cache a core.
+# Elements per block: the fastest of 2¹⁴ to 2¹⁷ on an AMD EPYC with 1 MiB of L2 cache per core.
 _BLOCK = 1 << 17
 
 
@@ -18,8 +18,8 @@ def forward(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
     Args:
         x: floating point, `(rows, columns)`, contiguous.
         epsilon: the dtype of the computation (float64 for a float64 `x`, else float32), `(1,)` or `(columns,)`.
-        affine: scale, shift, gain and offset, `(4, 1)` or `(4, columns)` as ε is `(1,)` or `(columns,)`, dtype of ε;
-            None for 1, 0, 1 and 0.
+        affine: scale, shift, gain and offset, `(4, 1)` if ε is `(1,)`, `(4, columns)` if ε is `(columns,)`, dtype of
+            ε; None for 1, 0, 1 and 0.
 
     Returns:
         Shape and dtype of `x`.
@@ -35,7 +35,7 @@ def backward(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = N
 
     Args:
         grad: the gradient of the result; like `x`.
-        x: as for `forward`, and so are `epsilon` and `affine`.
+        x: as for `forward`; likewise `epsilon` and `affine`.
 
     Returns:
         Shape and dtype of `x`; shape and dtype of ε, summed in that dtype.
@@ -56,9 +56,9 @@ def gated_forward(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | No
     """CRReLU(gate)·up, rounded once.
 
     Args:
-        gate: floating point, `(rows, columns)`; rows may be apart (one half of a packed tensor).
+        gate: floating point, `(rows, columns)`; rows need not be adjacent (one half of a packed tensor).
         up: like `gate`.
-        epsilon: as for `forward`, and so are the four.
+        epsilon: as for `forward`; likewise `affine`.
 
     Returns:
         Shape and dtype of `gate`, contiguous.
@@ -77,9 +77,9 @@ def gated_backward(
 
     Args:
         grad: the gradient of the result, `(rows, columns)`, contiguous.
-        gate: as for `gated_forward`, and so is `up`.
+        gate: as for `gated_forward`; likewise `up`.
         epsilon: as for `forward`.
-        packed: Both gradients in one tensor `(rows, 2·columns)`, the first of the result; the second is None.
+        packed: return both gradients in one tensor `(rows, 2·columns)`, with None as the second result.
         affine: as for `forward`.
 
     Returns:
@@ -107,7 +107,7 @@ def gated_backward(
 
 
 class _Total:
-    """The gradient of ε, summed block by block: always in the same order."""
+    """The gradient of ε, summed block by block in a fixed order."""
 
     def __init__(self, epsilon: Tensor, affine: Tensor | None) -> None:
         self._sum, self._affine = torch.zeros_like(epsilon), affine
@@ -124,13 +124,13 @@ class _Total:
 def _blocks(
     tensors: tuple[Tensor, ...], epsilon: Tensor, buffers: int
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """The same rows of every tensor, as many as a block holds, with as many buffers of their shape, dtype of ε."""
+    """Yields the same rows of every tensor, one block at a time, with buffers of their shape in the dtype of ε."""
     first = tensors[0]
     if first.numel() <= _BLOCK or first.device.type != "cpu":
         yield tensors, [torch.empty(first.shape, dtype=epsilon.dtype, device=first.device) for _ in range(buffers)]
         return
     if epsilon.numel() == 1 and all(tensor.is_contiguous() for tensor in tensors):
-        tensors = tuple(tensor.view(-1) for tensor in tensors)  # so that a block is full whatever the shape is
+        tensors = tuple(tensor.view(-1) for tensor in tensors)  # so that blocks are full for any shape
     first = tensors[0]
     length = first.shape[0]
     step = max(1, _BLOCK * length // first.numel())
@@ -141,24 +141,24 @@ def _blocks(
 
 
 def _wide(x: Tensor, buffer: Tensor) -> Tensor:
-    """`x` in the dtype of the buffer, copied there if it must be converted."""
+    """`x` in the dtype of the buffer, copied into the buffer only if a conversion is needed."""
     return x if x.dtype == buffer.dtype else buffer.copy_(x)
 
 
 def _inner(x: Tensor, affine: Tensor | None, buffer: Tensor) -> Tensor:
-    """What f is given, in the dtype of the buffer: x, or scale·(x + shift)."""
+    """The input of f, in the dtype of the buffer: x, or scale·(x + shift)."""
     x = _wide(x, buffer)
     return x if affine is None else torch.add(x, affine[1], out=buffer).mul_(affine[0])
 
 
 def _steepness(affine: Tensor | None) -> Tensor | None:
-    """What the derivative of f is multiplied by: gain·scale."""
+    """The factor of the derivative of f: gain·scale."""
     return None if affine is None else affine[0] * affine[2]
 
 
 def _value(x: Tensor, epsilon: Tensor, affine: Tensor | None, t: Tensor, b: Tensor) -> Tensor:
     """Sets t = gain·f(x) + offset and returns it; b is overwritten."""
-    torch.clamp(x, -SUPPORT, SUPPORT, out=t)  # exp(−t²/2) is 0 beyond, and NaN stays NaN
+    torch.clamp(x, -SUPPORT, SUPPORT, out=t)  # exp(−t²/2) is 0 outside, and NaN stays NaN
     torch.mul(t, t, out=b).mul_(-0.5).exp_().mul_(t)
     torch.clamp_min(x, 0, out=t).addcmul_(b, epsilon)
     return t if affine is None else torch.addcmul(affine[3], t, affine[2], out=t)

@@ -1,5 +1,5 @@
-"""CRReLU through torch.compile, of the op alone: one loop forward and one backward, the ε gradient inside it. For CPUs
-with a C++ compiler; the loops are compiled once for all sizes and kept by torch in its cache on disk."""
+"""CRReLU through torch.compile of the operator alone: one forward loop, and one backward loop with the gradient of ε.
+For CPUs with a C++ compiler; the loops are compiled once for all sizes, and torch caches them on disk."""
 
 import functools
 import shutil
@@ -13,19 +13,19 @@ from crrelu_llm.compat.torch import compiled_apart, cpp_compiler, is_compiler_di
 from crrelu_llm.kernels import eager
 from crrelu_llm.kernels.formula import SUPPORT
 
-# Rows whose ε gradients are added up in registers before they are stored, per channel.
+# Rows whose ε gradients are summed in registers, per channel, before they are stored.
 _ROWS = 4
 _OPTIONS: dict[str, Any] = {
     "dynamic": True,
     "options": {"cpp.enable_floating_point_contract_flag": "fast", "cpp.dynamic_threads": True},
 }
-# In the loops every number stands as a literal: torch makes each named one an argument, a tensor of its own, which
-# each call has to build and the loop to keep in a register; a bfloat16 product took up to three times as long.
+# Numbers in the loops are literals: torch turns each named number into an argument, a separate tensor that each call
+# must build and the loop must keep in a register; a bfloat16 product took up to three times as long.
 assert SUPPORT == 40.0
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot be used on a device; None where it can."""
+    """Why this backend cannot be used on a device; None if it can."""
     if device.type != "cpu":
         return "it compiles loops for CPUs only"
     if is_compiler_disabled():
@@ -100,12 +100,12 @@ def gated_backward(
 
 @functools.cache
 def _compiled(function: Any, *variant: object) -> Callable[..., Any]:
-    """`function`, compiled for one dtype, number of dimensions, …: each variant has a cache of its own in torch, so
-    that none is evicted, and none is checked against the guards of the others."""
+    """`function` compiled for one dtype, number of dimensions, …: each variant has its own cache in torch, so that no
+    variant is evicted or checked against the guards of the others."""
     compiled = compiled_apart(function, **_OPTIONS)
 
     def call(*args: Any) -> Any:
-        # The same graph whether the caller is training or not: the operators have their own gradients.
+        # The same graph in training and inference: the operators have their own gradients.
         with torch.no_grad():
             return compiled(*tree_map_only(Tensor, Tensor.detach, args))
 
@@ -121,7 +121,7 @@ def _by_rows(
 ) -> Tensor:
     """Runs a loop over _ROWS rows at once, which writes `outputs`; returns the gradient of ε per channel.
 
-    A reduction over rows, as torch.compile would write it, goes through memory column by column.
+    The reduction over rows that torch.compile generates would read memory column by column.
     """
     parts = [tensor.unflatten(0, (-1, _ROWS)).unbind(1) for tensor in (*inputs, *outputs)]
     contiguous = all(tensor.is_contiguous() for tensor in (*inputs, *outputs))
@@ -130,13 +130,13 @@ def _by_rows(
 
 
 def _whole(x: Tensor) -> int:
-    """How many of the rows the loops over several rows take; the few others are left to the eager backend."""
+    """How many rows the loops over several rows process; the eager backend processes the few others."""
     return x.shape[0] - x.shape[0] % _ROWS
 
 
 def _bell(square: Tensor, low_precision: bool) -> Tensor:
-    """exp(−square/2). To be rounded to bfloat16, by a short series: relative error below 8e-5, where that of bfloat16
-    is 2e-3, in a third of the time. exp(r) ≈ 1 + r + r²/2 + Σ cₖ·rᵏ for −1.33 ≤ r ≤ 0, minimax in the relative error
+    """exp(−square/2). In low precision by a short series, in a third of the time: its relative error is below 8e-5,
+    that of bfloat16 is 2e-3. exp(r) ≈ 1 + r + r²/2 + Σ cₖ·rᵏ for −1.33 ≤ r ≤ 0, minimax in the relative error
     (7.2e-7)."""
     if not low_precision:
         return torch.exp(square * -0.5)
@@ -147,7 +147,7 @@ def _bell(square: Tensor, low_precision: bool) -> Tensor:
 
 
 def _parts(x: Tensor, epsilon: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What f is given, wide: t = x, or scale·(x + shift); the bump t·exp(−t²/2), its slope, and ε."""
+    """In the wide dtype: the input of f, t = x or scale·(x + shift); the bump t·exp(−t²/2), its slope, and ε."""
     low_precision = x.dtype == torch.bfloat16
     t = x.to(epsilon.dtype)
     if affine is not None:
@@ -171,7 +171,7 @@ def _slope(t: Tensor, bump_slope: Tensor, epsilon: Tensor, affine: Tensor | None
 
 
 def _gained(total: Tensor, affine: Tensor | None) -> Tensor:
-    """The gradient of ε, given that of f's: the gain is one a channel, so it need not be in the loop."""
+    """The gradient of ε from the gradient inside f: the gain is constant per channel, so the loop can omit it."""
     return total if affine is None else total * affine[2]
 
 

@@ -1,6 +1,6 @@
-"""CRReLU as torch operators: `torch.ops.crrelu_llm.{crrelu, crrelu_gated, crrelu_packed}` and the backward pass of
-each, with fake kernels and gradients, also second ones. Under torch.func, which no such operator can be differentiated
-in, `kernels` takes the plain formula."""
+"""CRReLU as torch operators: `torch.ops.crrelu_llm.{crrelu, crrelu_gated, crrelu_packed}` and their backward passes,
+with fake kernels and with first and second gradients. torch.func cannot differentiate such operators, so `kernels`
+uses the plain formula there."""
 
 import functools
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from crrelu_llm.kernels.choice import run
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` as `(rows, columns)`, the columns side by side in memory, copied only where it must be."""
+    """`x` as `(rows, columns)`, with contiguous columns, copied only if necessary."""
     flat = x.reshape(-1, x.shape[-1]) if x.dim() > 0 else x.reshape(1, 1)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def _shaped(result: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """A result in the shape of the input; no view, which could not be changed in place behind a custom operator."""
+    """A result in the shape of the input; not a view, because a custom operator's view cannot be changed in place."""
     return torch.ops.aten._unsafe_view(result, shape)
 
 
 def _wide(epsilon: Tensor, affine: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """ε and the four in the dtype of the computation. With the four ε is one a channel, as they are."""
+    """ε and the four in the dtype of the computation. With the four, ε is expanded to one value per channel."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     epsilon = epsilon.detach().to(wide)
     if affine is None:
@@ -34,7 +34,7 @@ def _wide(epsilon: Tensor, affine: Tensor | None, x: Tensor) -> tuple[Tensor, Te
 
 
 def _total(total: Tensor, epsilon: Tensor) -> Tensor:
-    """The gradient of ε as ε is: one for all channels is their sum."""
+    """The gradient of ε in the shape of ε: for a single ε, the sum over the channels."""
     if total.numel() != epsilon.numel():
         total = total.sum(0, keepdim=True)
     return total.to(epsilon.dtype)
@@ -54,7 +54,7 @@ def crrelu(x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("crrelu_llm::crrelu_backward", mutates_args=())
 def crrelu_backward(grad: Tensor, x: Tensor, epsilon: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of `x` and ε, given that of the result, of the shape and dtype of `x`."""
+    """The gradients of `x` and ε from the gradient of the result, which has the shape and dtype of `x`."""
     if x.numel() == 0:
         return _like(x), torch.zeros_like(epsilon)
     tensors = (_rows(grad).contiguous(), _rows(x).contiguous())
@@ -74,7 +74,7 @@ def crrelu_gated(gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | Non
 def crrelu_gated_backward(
     grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate, up and ε, given that of the result."""
+    """The gradients of gate, up and ε from the gradient of the result."""
     if gate.numel() == 0:
         return _like(gate), _like(gate), torch.zeros_like(epsilon)
     wide, four = _wide(epsilon, affine, gate)
@@ -97,7 +97,7 @@ def crrelu_packed(gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 def crrelu_packed_backward(
     grad: Tensor, gate_up: Tensor, epsilon: Tensor, affine: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of gate_up and ε, given that of the result."""
+    """The gradients of gate_up and ε from the gradient of the result."""
     if gate_up.numel() == 0:
         return _like(gate_up), torch.zeros_like(epsilon)
     gate, up = _rows(gate_up).chunk(2, dim=-1)
@@ -133,9 +133,9 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, epsilon: Tensor, affine: Tensor | 
 
 
 def _differentiable(op: Any, backward_op: Any, plain: Callable[..., Tensor]) -> None:
-    """Gives an operator its gradient, and that gradient its own, the plain formula's: training never asks for it.
+    """Registers the gradient of an operator, and the second gradient, which is the plain formula's (not for training).
 
-    The four, always the last input, get none: where they are learned, `activation` composes what surrounds f.
+    The four, always the last input, get no gradient: where they are learned, `activation` composes them around f.
     """
 
     def save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:

@@ -1,7 +1,7 @@
-"""Less memory than the activation's output: what a layer keeps of it for the backward pass is computed again there.
+"""Saves memory in training: the activation's output is recomputed in the backward pass instead of being stored.
 
-An MLP keeps the pre-activation, for the activation's gradient, and the activation's output, for the weight gradient of
-the projection that follows. The second follows from the first by one elementwise pass.
+An MLP stores the pre-activation, for the activation's gradient, and the activation's output, for the weight gradient
+of the projection after it. The output can be recomputed from the pre-activation in one elementwise pass.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from torch import Tensor
 from crrelu_llm.compat.torch import FakeTensor, is_func_active, outer_hooks, place
 
 _local = threading.local()
-# What is nothing but its memory, so that it can be told by it; a fake tensor, which stands for one where memory is
-# planned, has a place without contents. A tensor that is spread over devices, or stands for none, is left out.
+# Tensor types that can be identified by their memory; a fake tensor, used to plan memory, has an address without
+# contents. Distributed tensors and other wrappers are left out.
 _PLAIN = (Tensor, FakeTensor)
 
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Within it, autograd keeps no output that was noted (see `note`), but recomputes it in the backward pass.
+    """A context in which autograd does not store noted outputs (see `note`), but recomputes them in the backward pass.
 
-    The gradients are the same bit for bit. Other hooks on saved tensors that are active outside (activation
-    checkpointing, offloading) see what is kept. It does nothing where no gradient is recorded, while a compiler
-    traces, and under torch.func; nor for what is made of the output before it is kept, by a cast or by dropout. An
-    input that is changed in place before the backward pass is an error, unless the change goes through `.data`.
+    The gradients are the same bit for bit. Outer hooks on saved tensors (activation checkpointing, offloading) receive
+    the tensors that are stored. The context has no effect without gradients, while a compiler traces, or under
+    torch.func; nor on tensors derived from the output before they are stored, by a cast or by dropout. Changing an
+    input in place before the backward pass is an error, unless the change goes through `.data`.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_func_active():
         yield
@@ -41,29 +41,29 @@ def recomputing() -> Iterator[None]:
             yield
     finally:
         _local.recorder = before
-        recorder.noted.clear()  # autograd keeps the hooks, and with them the recorder
+        recorder.noted.clear()  # autograd keeps the hooks, which keep the recorder
 
 
 def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Says that `output` is `function(*inputs)`, deterministic, without side effects, cheap to compute again."""
+    """Notes that `output` is `function(*inputs)`, deterministic, without side effects and cheap to recompute."""
     if torch.compiler.is_compiling():
         return
     recorder = getattr(_local, "recorder", None)
     if recorder is not None and type(output) in _PLAIN and output.requires_grad and output.is_contiguous():
-        # ZeRO-3 takes ε away after this module, and brings it back after the backward pass of the next one.
+        # ZeRO-3 frees ε after this module, and gathers it again only after the backward pass of the next module.
         kept = tuple(part.detach().clone() if hasattr(part, "ds_id") else part for part in inputs)
         recorder.noted[place(output)] = _Noted(output, output._version, function, kept)
 
 
 @dataclass
 class _Noted:
-    output: Tensor  # held until the end of the context, so that no other tensor takes its memory meanwhile
+    output: Tensor  # held until the end of the context, so that no other tensor reuses its memory
     version: int
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
 
     def is_(self, tensor: Tensor) -> bool:
-        """Whether a tensor at its place is the output, or all of it in its order (a linear layer flattens it)."""
+        """Whether a tensor at the same address is the output or a reshaped view (a linear layer flattens it)."""
         return (
             tensor.numel() == self.output.numel() > 0
             and tensor.dtype == self.output.dtype
@@ -78,7 +78,7 @@ class _Recorder:
         self.noted: dict[tuple[Any, ...], _Noted] = {}  # by place
 
     def pack(self, tensor: Tensor) -> Any:
-        """What autograd keeps instead of a tensor."""
+        """What autograd stores instead of a tensor."""
         if type(tensor) in _PLAIN and tensor.layout == torch.strided:
             noted = self.noted.get(place(tensor))
             if noted is not None and noted.is_(tensor):
@@ -87,7 +87,7 @@ class _Recorder:
 
     def _keep(self, tensor: Tensor) -> Any:
         if self.outer is None:
-            # A parameter itself, not its memory: ZeRO-3 takes that away and brings it back.
+            # The parameter itself, not its memory, which ZeRO-3 frees and gathers again.
             return _Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
         return _KeptOutside(self.outer[0](tensor), self.outer[1])
 

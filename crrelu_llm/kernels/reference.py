@@ -1,5 +1,4 @@
-"""The definition of CRReLU in plain torch: the formula word for word, the baseline that every other backend is
-measured against."""
+"""The definition of CRReLU in plain torch: the literal formula, against which every other backend is measured."""
 
 import torch
 
@@ -7,10 +6,10 @@ import torch
 def crrelu(x: torch.Tensor, epsilon: torch.Tensor, affine: torch.Tensor | None = None) -> torch.Tensor:
     """Evaluates `f(x) = relu(x) + ε·x·exp(−x²/2)` in the dtype of `x`, differentiated by autograd.
 
-    With the four of a calibrated one it is `gain·f(scale·(x + shift)) + offset`.
+    With `affine` it evaluates `gain·f(scale·(x + shift)) + offset`.
 
-    It is the formula as it stands, with its numerical faults: NaN at ±inf (inf·0), rounding of every step in the
-    storage dtype, and several saved intermediates. Use it to check other backends, not to train.
+    The literal formula has numerical faults: NaN at ±inf (inf·0), rounding of every step in the storage dtype, and
+    several saved intermediates. Use it to check other backends, not to train.
 
     Args:
         x: floating point, any shape; with a per-channel ε, `(..., channels)`.

@@ -1,8 +1,8 @@
-"""CRReLU as Triton kernels, for CUDA and other GPUs: one pass forward, one backward with the ε gradient inside.
+"""CRReLU as Triton kernels, for CUDA and other GPUs: one forward pass, and one backward pass with the gradient of ε.
 
-The backward pass leaves a partial sum of the ε gradient for each of its programs, and a second, small sum adds them
-up: no atomics, so the result is the same each time. Block sizes are fixed, not autotuned: nothing is timed at run
-time, and a CUDA graph can be captured from the first call on.
+In the backward pass each program stores a partial sum of the ε gradient, and a second, small reduction adds the
+partial sums: without atomics, the result is deterministic. Block sizes are fixed, not autotuned: nothing is timed at
+run time, and a CUDA graph can be captured from the first call on.
 """
 
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from crrelu_llm.kernels.formula import SUPPORT
 
-# Elements a program works on at once: 16 a thread, two 128-bit loads of bfloat16.
+# Elements per program and step: 16 per thread, two 128-bit loads of bfloat16.
 _TILE = 4096
 _WARPS = 8
-# Tiles below each other that one program of a per-channel backward pass adds up before it stores its partial sums.
+# Vertically adjacent tiles that one program of a per-channel backward pass sums before it stores its partial sums.
 _TILES = 8
 _SUPPORT = tl.constexpr(SUPPORT)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot be used on a device; None where it can."""
+    """Why this backend cannot be used on a device; None if it can."""
     if triton.knobs.runtime.interpret:
         return None
     return None if device.type in ("cuda", "xpu") else f"no GPU ({device.type})"
@@ -55,9 +55,9 @@ def _coefficient(pointer, column, offsets, mask, PER_CHANNEL: tl.constexpr):
 
 @triton.jit
 def _four(pointer, columns, column, offsets, mask, PER_CHANNEL: tl.constexpr, AFFINE: tl.constexpr):
-    """Scale, shift, gain and offset; where there are none, whatever stands in their place is not used."""
+    """Scale, shift, gain and offset; placeholders, not used, if AFFINE is false."""
     if AFFINE:
-        step = columns if PER_CHANNEL else 1  # of a single channel, all of a tensor may be one row
+        step = columns if PER_CHANNEL else 1  # with a single channel, the whole tensor may be one row
         scale = _coefficient(pointer, column, offsets, mask, PER_CHANNEL)
         shift = _coefficient(pointer + step, column, offsets, mask, PER_CHANNEL)
         gain = _coefficient(pointer + 2 * step, column, offsets, mask, PER_CHANNEL)
@@ -181,7 +181,7 @@ def gated_backward(
 def _run_forward(y: Tensor, x: Tensor, up: Tensor | None, epsilon: Tensor, affine: Tensor | None) -> None:
     other = x if up is None else up
     if epsilon.numel() == 1 and x.is_contiguous() and other.is_contiguous():
-        y, x, other = y.view(1, -1), x.view(1, -1), other.view(1, -1)  # full tiles, whatever the shape is
+        y, x, other = y.view(1, -1), x.view(1, -1), other.view(1, -1)  # full tiles for any shape
     rows, columns = x.shape
     block_r, block_c = _block(rows, columns)
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
@@ -203,7 +203,7 @@ def _run_backward(
     epsilon: Tensor,
     affine: Tensor | None,
 ) -> Tensor:
-    """Fills `grad_x` and, of a gated product, `grad_up` (one row stride for both); returns the gradient of ε."""
+    """Fills `grad_x` and, for a gated product, `grad_up` (same row stride); returns the gradient of ε."""
     per_channel = epsilon.numel() > 1
     other, other_out = (x, grad_x) if up is None or grad_up is None else (up, grad_up)
     tensors = (grad_x, other_out, grad, x, other)
@@ -222,15 +222,15 @@ def _run_backward(
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     total = partial.sum(0) if per_channel else partial.sum(0, keepdim=True)
-    return total if affine is None else total * affine[2]  # the gain is one a channel, so it need not be in the loop
+    return total if affine is None else total * affine[2]  # the gain is constant per channel, so the loop can omit it
 
 
 def _block(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile: as wide as it may be, and never much higher than the tensor."""
+    """Rows and columns of a tile: as wide as allowed, and not much higher than the tensor."""
     width = min(_TILE if rows == 1 else _TILE // 4, triton.next_power_of_2(columns))
     return min(_TILE // width, triton.next_power_of_2(rows)), width
 
 
 def _on(device: torch.device) -> torch.cuda.device:
-    """Launches go to the current device, which need not be the tensor's."""
+    """Makes the tensor's device current, because kernels are launched on the current device."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

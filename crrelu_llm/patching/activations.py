@@ -1,4 +1,4 @@
-"""Activation modules by their names: builds them, resets them, and names those that a model has."""
+"""Builds activation modules by name, resets them, and names the activations of a model."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -9,14 +9,14 @@ from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
 from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
 
-# What a saved, swapped or adapter-wrapped activation is wrapped into by PEFT.
+# The class in which PEFT wraps an activation that it saves with an adapter.
 PEFT_WRAPPER = "ModulesToSaveWrapper"
-# torch's own that transformers has no name for; the hook gives it these.
+# Activations of torch that transformers has no name for; the hook registers these names.
 OF_TORCH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU}
 
 
 def activation_names() -> list[str]:
-    """Every name that `patch` takes: `crrelu` first, then transformers' ACT2FN, then what only torch has."""
+    """Every name that `patch` accepts: `crrelu`, then the names in transformers' ACT2FN, then torch's others."""
     from transformers.activations import ACT2CLS
 
     return ["crrelu", *ACT2CLS, *(name for name in OF_TORCH if name not in ACT2CLS)]
@@ -30,8 +30,11 @@ def build_activation(
     fitted: bool = False,
     calibrated: bool = False,
 ) -> nn.Module:
-    """A new activation module by its name; ε is float32, of shape `(1,)` or `(num_channels,)`; a fitted CRReLU
-    also has a centre and a width, and a calibrated activation scale, shift, gain and offset, `(num_channels,)`."""
+    """Builds a new activation module by name.
+
+    ε is float32, of shape `(1,)` or `(num_channels,)`. A fitted CRReLU also has a centre and a width; a calibrated
+    activation also has scale, shift, gain and offset, `(num_channels,)` each.
+    """
     from transformers.activations import ACT2CLS, ACT2FN
 
     if name == "crrelu":
@@ -49,7 +52,7 @@ def build_activation(
 
 
 def reset_activation(module: nn.Module, names: Iterable[str]) -> None:
-    """Sets parameters and buffers of an activation to their start values, in place: they were created empty."""
+    """Sets the named parameters and buffers of an activation, created empty, to their start values, in place."""
     names = list(names)
     own = names if isinstance(module, CRReLU) else [name for name in names if name in AFFINE]
     if isinstance(module, AffineModule):
@@ -75,7 +78,7 @@ def activation_name(module: nn.Module) -> str:
         return activation_name(cast(nn.Module, module.original_module))
     if isinstance(module, CRReLU):
         return "crrelu"
-    # A name remembered by a swap is exact where one class serves several names (gelu_python, gelu_10, ...).
+    # One class may serve several names (gelu_python, gelu_10, ...): the name stored by the swap is the exact one.
     remembered = module.__dict__.get("activation_name")
     if remembered:
         return remembered

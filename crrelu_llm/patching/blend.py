@@ -15,8 +15,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
     "cosine": lambda t: 0.5 * (1.0 - math.cos(math.pi * t)),
 }
-# What an activation under a blend computes: the mixture (in training mode; the new one in evaluation mode), the new
-# activation alone, or the original alone.
+# What a blended activation computes: the mixture (in evaluation mode, the new activation), only the new activation, or
+# only the original.
 _MIX, _NEW, _ORIGINAL = "mix", "new", "original"
 
 
@@ -25,7 +25,7 @@ def blend_weight(step: int, steps: int, schedule: str = "linear") -> float:
 
     Args:
         step: Optimiser steps done before this one.
-        steps: Length of the blend; 0 means that there is none.
+        steps: Length of the blend; 0 means no blend.
         schedule: `"linear"`, or `"cosine"`: (1 − cos(π·step/steps)) / 2.
     """
     return 1.0 if step >= steps else SCHEDULES[schedule](step / steps)
@@ -34,16 +34,16 @@ def blend_weight(step: int, steps: int, schedule: str = "linear") -> float:
 class Blend:
     """The blend of every site of one patched model.
 
-    Works by a forward hook on the activation that the model already has, so that paths, parameter names and the state
-    dict are those of the plain patched model: whatever is saved at any moment is a pure patched checkpoint. Like
-    dropout, the mixture is there in training mode only; in evaluation mode the model is what would be saved.
+    The blend is a forward hook on the patched model's activations. Paths, parameter names and the state dict stay
+    those of the plain patched model, so a checkpoint saved at any step is a pure patched checkpoint. Like dropout, the
+    mixture applies in training mode only; in evaluation mode the model computes what would be saved.
 
-    λ is a 0-dimensional float32 buffer beside each activation, left out of the state dict. It is a tensor so that a
+    λ is a 0-dimensional float32 buffer beside each activation, left out of the state dict. λ is a tensor so that a
     compiled graph does not depend on its value.
 
     Args:
-        activations: The activation modules of a patched model, each with its site's path, the original activation's
-            name and the device that its λ goes to.
+        activations: The activation modules of a patched model, each with the path of its site, the name of its
+            original activation and the device of its λ.
 
     Raises:
         InputError: An original activation has parameters of its own, which a patched checkpoint does not hold.
@@ -57,7 +57,7 @@ class Blend:
         self.set(0.0)
 
     def set(self, weight: float) -> None:
-        """Sets λ, in place. From λ = 1 on the original is no longer computed."""
+        """Sets λ, in place. Once λ is 1, the original is no longer computed."""
         self.weight = weight
         for module in self.modules:
             module.blend.fill_(weight)
@@ -65,9 +65,9 @@ class Blend:
 
     @contextlib.contextmanager
     def original(self) -> Iterator[None]:
-        """Within it the model computes the original activations, in training and in evaluation mode.
+        """A context in which the model computes the original activations, in training and in evaluation mode.
 
-        λ is not touched: a graph built before keeps its λ for its backward pass.
+        λ does not change: a graph built before keeps its λ for the backward pass.
         """
         before = [module._blend_shows for module in self.modules]
         self._show(_ORIGINAL)
@@ -78,7 +78,7 @@ class Blend:
                 module._blend_shows = mode
 
     def stay_original(self) -> None:
-        """Makes the model compute the original activations for good (a reference model)."""
+        """Makes the model compute the original activations permanently (for a reference model)."""
         self._show(_ORIGINAL)
 
     def _show(self, mode: str) -> None:
@@ -96,7 +96,7 @@ def _install(module: nn.Module, path: str, name: str, device: torch.device) -> N
             "not hold; train without blend_steps"
         )
     module.register_buffer("blend", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
-    # A plain function that reads all it needs from the module: a deep copy of the module blends by itself.
+    # A plain function that reads its state from the module, so that a deep copy of the module blends on its own.
     module.register_forward_hook(_blend)
 
 
@@ -112,12 +112,12 @@ def _blend(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) ->
 def mix(original: torch.Tensor, new: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(1 − λ)·original + λ·new, computed in float32 (float64 for float64), in the dtype of `new`.
 
-    At λ = 0 and λ = 1 it is one of the two bit for bit, also where the other one is infinite or NaN.
+    At λ = 0 and λ = 1 the result is one of the two bit for bit, even where the other is infinite or NaN.
 
     Args:
-        original: floating point, any shape.
-        new: the same shape and dtype.
-        weight: λ, 0-dimensional; it gets no gradient.
+        original: Floating point, any shape.
+        new: The same shape and dtype.
+        weight: λ, 0-dimensional; gets no gradient.
     """
     wide = torch.float64 if new.dtype == torch.float64 else torch.float32
     share = weight.to(wide)

@@ -20,28 +20,28 @@ class PatchConfig:
 
     Attributes:
         activation: `"crrelu"`, or any name of transformers' ACT2FN (`"gelu"`, `"relu"`, `"silu"`, `"prelu"`, ...),
-            or `"elu"`, `"celu"` or `"selu"`. Or one for some layers and another for others, counted from 0:
+            or `"elu"`, `"celu"` or `"selu"`. Different layers, counted from 0, may get different activations:
             `"0-5=relu,6-=crrelu"`, or as a mapping `{"0-5": "relu", "6-": "crrelu"}`; layers that are not named keep
-            theirs.
-        epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
-        epsilon_per: One ε a `"layer"`, shape `(1,)`, or one a `"channel"`, shape `(channels,)`.
-        calibration: How the patch is fitted to text, so that the model keeps its function: `"none"`: not at all, the
-            plain swap; `"fit"`: ε, and scale, shift, gain and offset of each channel inside the activation, by
-            weighted least squares against the original activation, no weight touched; `"refit"`: then also the
-            following projection, by ridge regression, where that lowers the error on held-back text.
-        calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
-        calibration_tokens: How many tokens of it to use.
-        density: The density of pre-activations that CRReLU is the correction for: `"standard"`, N(0, 1), the paper's;
-            `"fitted"`, N(μ, σ²) with the moments of each site on the calibration text:
-            `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
-        recompute_activation: In training, keep no output of CRReLU for the backward pass, but compute it again there:
-            less memory, the same gradients bit for bit. Other activations are left as they are.
-        layers: Which layers to patch, counted from 0: `"all"`, or numbers and ranges, as `"0-5,8"`. The others keep
             their activation.
-        every: Of these, the first and every so many after it.
-        parts: Which part of a model: `"main"` (the decoder of a language model, the encoder of an image model),
-            `"vision"` (the vision tower of a multimodal model) or `"all"`.
-        calibration_images: How many images to use, of an image model.
+        epsilon_init: Start value of ε where no calibration sets it (the paper's 0.01).
+        epsilon_per: One ε per `"layer"`, shape `(1,)`, or one per `"channel"`, shape `(channels,)`.
+        calibration: How the patch is fitted to text, so that the model keeps its function. `"none"`: no fit, the plain
+            swap. `"fit"`: fits ε, and scale, shift, gain and offset of each channel inside the activation, by weighted
+            least squares against the original activation; no weight changes. `"refit"`: then also changes the
+            projection after it, by ridge regression, where that lowers the error on held-back text.
+        calibration_data: Hub name, local file or directory, or `builtin:docstrings`.
+        calibration_tokens: How many tokens of `calibration_data` to use.
+        density: The density of pre-activations for which CRReLU is the correction: `"standard"`, N(0, 1), as in the
+            paper; `"fitted"`, N(μ, σ²) with the moments of each site on the calibration text:
+            `relu(x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`.
+        recompute_activation: In training, recompute the output of CRReLU in the backward pass instead of storing it:
+            less memory, the same gradients bit for bit. Other activations do not change.
+        layers: Which layers to patch, counted from 0: `"all"`, or numbers and ranges such as `"0-5,8"`. The others
+            keep their activation.
+        every: Patch only every nth of these layers, starting with the first.
+        parts: Which part of a model to patch: `"main"` (the decoder of a language model, the encoder of an image
+            model), `"vision"` (the vision tower of a multimodal model) or `"all"`.
+        calibration_images: How many images to use for an image model.
     """
 
     activation: str = "crrelu"
@@ -58,7 +58,7 @@ class PatchConfig:
     calibration_images: int = 256
 
     def __post_init__(self) -> None:
-        """Raises InputError for the first field that holds an impossible value."""
+        """Raises InputError for the first field with an invalid value."""
         self.activation = mixture.text_of(self.activation)
         mixture.check(self.activation)
         choices_of = {"epsilon_per": EPSILON_PER, "calibration": CALIBRATIONS, "density": DENSITIES, "parts": PARTS}
@@ -78,7 +78,7 @@ class PatchConfig:
         if self.every < 1:
             raise InputError(f"every must be 1 or more, not {self.every}")
         if self.is_mixture and self.selects:
-            raise InputError("one activation a layer says which layers are patched; leave layers and every out")
+            raise InputError("an activation per layer already selects the layers to patch; omit layers and every")
         if self.parts != "main" and self.calibrates:
             raise InputError(
                 f"parts: {self.parts} goes with calibration: none (and density: standard): no calibration text "
@@ -92,10 +92,10 @@ class PatchConfig:
             )
 
     def by_layer(self, count: int) -> dict[int, str]:
-        """The activation of each layer to patch, by its number, of a model with so many.
+        """The activation of each layer to patch, by number, in a model with `count` layers.
 
         Raises:
-            InputError: The model has no layer of a number that is asked for.
+            InputError: The model lacks a requested layer.
         """
         if self.is_mixture:
             return mixture.by_layer(self.activation, count)
@@ -116,7 +116,7 @@ class PatchConfig:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether there are several activations, by layer."""
+        """Whether `activation` names different activations for different layers."""
         return mixture.is_mixture(self.activation)
 
     @property
@@ -130,7 +130,7 @@ class PatchConfig:
         return self.layers != "all" or self.every > 1
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, but for those that earlier versions had not, where they say what these versions did."""
+        """All fields, except those that earlier versions lacked, where the value means what those versions did."""
         values = asdict(self)
         new = {"parts": "main", "calibration_images": 256} | ({} if self.selects else {"layers": "all", "every": 1})
         return {key: value for key, value in values.items() if key not in new or value != new[key]}
@@ -147,5 +147,5 @@ class PatchConfig:
 
     @property
     def fits_density(self) -> bool:
-        """Whether each site gets a centre and a width of its own."""
+        """Whether each site gets its own centre and width."""
         return self.density == "fitted"

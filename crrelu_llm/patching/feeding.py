@@ -1,4 +1,4 @@
-"""What a model is run on while it is looked at: token ids, or pixels of images."""
+"""Runs a model on token ids or on the pixels of images, to inspect it."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ def run_on(model: nn.Module, batch: Tensor, head: bool = True) -> Any:
     Args:
         model: A language model, or an image model.
         batch: Token ids, `(batch, tokens)`, int64; or pixels, `(batch, channels, height, width)`, of a floating dtype;
-            where the model is.
-        head: Whether the head of a language model runs too, which takes most of the memory.
+            on the model's device.
+        head: Whether to run the head of a language model too, which takes most of the memory.
 
     Returns:
         The model's outputs.
@@ -27,5 +27,5 @@ def run_on(model: nn.Module, batch: Tensor, head: bool = True) -> Any:
 
 
 def batch_size(batch: Tensor) -> int:
-    """How many rows go through a model at once where only activations are wanted."""
+    """How many rows go through a model at once when only activations are needed."""
     return 32 if batch.is_floating_point() else 4

@@ -1,4 +1,4 @@
-"""What decides what a model or a data set is: files with their sizes and times, the hub's commit, our version."""
+"""Identifies a model or a data set: by its files with their sizes and times, or by the commit on the hub."""
 
 import hashlib
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 from crrelu_llm.patching import loading
 
-# What does not decide what a model computes.
+# Files that do not change what a model computes.
 _REPORTS = {"patch_report.json", "patch_origin.json", "run.json", "trainer_state.json", "training_args.bin"}
 _PART, _PARTS = 1 << 16, 128  # bytes of a large file that are hashed
 _SUFFIXES = {".md", ".html", ".png", ".lock", ".tmp"}
 
 
 def of_model(model: str, revision: str | None = None, **options: Any) -> dict[str, Any]:
-    """What identifies a MODEL: the files of a local one, the commit of one of the hub.
+    """Identifies a MODEL: a local one by its files, one on the hub by its commit.
 
     Raises:
-        InputError: There is no such model.
+        InputError: The model does not exist.
     """
     source = loading.resolve(model)
     path = Path(source)
@@ -27,7 +27,7 @@ def of_model(model: str, revision: str | None = None, **options: Any) -> dict[st
 
 
 def files_of(path: Path) -> list[list[Any]]:
-    """Name, size and time (ns) of a model's file, or of each file in its directory that decides what it computes."""
+    """Name, size and time (ns) of a model file, or of each file in a model directory that affects the computation."""
     files = [path] if path.is_file() else sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")])
     files = [file for file in files if file.is_file() and file.suffix not in _SUFFIXES and file.name not in _REPORTS]
     names = [file.name if path.is_file() else str(file.relative_to(path)) for file in files]
@@ -35,7 +35,7 @@ def files_of(path: Path) -> list[list[Any]]:
 
 
 def of_data(name: str) -> list[list[Any]]:
-    """The same of a local data file or of all files below a folder; nothing for a name of the hub or `builtin:`."""
+    """Name, size and time of a local data file, or of all files in a folder; empty for a hub name or `builtin:`."""
     path = Path(name).expanduser()
     if not path.exists():
         return []
@@ -45,7 +45,7 @@ def of_data(name: str) -> list[list[Any]]:
 
 
 def digests_of(path: Path) -> dict[str, str]:
-    """A hash of each of a model's files by its name, that takes no minutes: of large ones, of parts all over them."""
+    """A fast hash of each of a model's files, by name; only samples of a large file are hashed."""
     return {name: _digest(path if path.is_file() else path / name) for name, *_ in files_of(path)}
 
 
@@ -60,13 +60,13 @@ def _digest(file: Path) -> str:
 
 
 def without_times(origin: dict[str, Any]) -> dict[str, Any]:
-    """What two origins share whose files have the same content: of copied files, or another version of ours."""
+    """An origin without file times and our version, so that copied files with the same content compare as equal."""
     files = {key: [entry[:2] for entry in origin.get(key) or []] for key in ("files", "data")}
     return {key: value for key, value in origin.items() if key != "crrelu_llm"} | files
 
 
 def changed(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What differs between two origins of a patched copy, in words: names of files and of keys."""
+    """The differences between two origins of a patched copy: the names of files and of keys."""
     names = []
     for key in sorted(wanted.keys() | found.keys()):
         mine, its = wanted.get(key), found.get(key)

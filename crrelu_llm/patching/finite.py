@@ -1,4 +1,4 @@
-"""Running a model only to look at it: in evaluation mode, and with a check that what it computes is a number."""
+"""Runs a model only to inspect it: in evaluation mode, and with a check that its outputs are not NaN."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger("crrelu_llm")
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it; afterwards each module is in the mode that it was in."""
+    """A context in evaluation mode, after which each module returns to its previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -29,15 +29,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def require_finite(model: nn.Module, input_ids: Tensor, outcome: str = "nothing has been written") -> None:
     """Runs a model on a few tokens or an image and names the innermost module whose output is NaN.
 
-    A model that takes more than token ids, or pixels, is not checked.
+    A model that needs more inputs than token ids or pixels is not checked.
 
     Args:
         model: A causal LM, or an image classifier.
         input_ids: `(batch, tokens)`, int64; or pixels, see `run_on`.
-        outcome: What it means for the caller's work, for the message.
+        outcome: The consequence for the caller's work, for the message.
 
     Raises:
-        InputError: There is one.
+        InputError: A module's output is NaN.
     """
     names = {module: name for name, module in model.named_modules()}
     hooks = [module.register_forward_hook(lambda m, _, output: _check(names[m], output, outcome)) for module in names]

@@ -1,4 +1,4 @@
-"""A calibrated network as a plain one, for formats that know only the activation: the four go into the weights."""
+"""Folds scale, shift, gain and offset (the four) into the weights, for formats that know only the activation."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ _INSTEAD = "leave --fold out: the calibrated checkpoint computes the same"
 
 
 def find_linears(model: nn.Module, sites: list[Site], input_ids: Tensor) -> Linears:
-    """The linear layer before and the one after each site, which can take its four.
+    """The linear layers before and after each site, into which its four can be folded.
 
     Args:
         model: The model, patched or not.
@@ -28,7 +28,7 @@ def find_linears(model: nn.Module, sites: list[Site], input_ids: Tensor) -> Line
         input_ids: A few tokens, `(1, tokens)`, int64.
 
     Raises:
-        InputError: A site that cannot be folded, and why.
+        InputError: A site cannot be folded; the message says why.
     """
     for site in sites:
         if site.kind != "plain":
@@ -52,12 +52,12 @@ def find_linears(model: nn.Module, sites: list[Site], input_ids: Tensor) -> Line
 def fold(model: nn.Module, linears: Linears) -> None:
     """Moves the four of each site into the layers around it, in place, and leaves the plain activation with its ε.
 
-    `gain·f(scale·(x + shift)) + offset` between x = Wx' + b and V, c: W and b + shift are multiplied by the scale, V's
-    columns by the gain, and c grows by V·offset. Exact up to rounding.
+    `gain·f(scale·(x + shift)) + offset` stands between x = Wx' + b and V, c. W and b + shift are multiplied by the
+    scale and V's columns by the gain; V·offset is added to c. Exact up to rounding.
 
     Args:
-        model: A calibrated model; its config's section must be written anew.
-        linears: What `find_linears` found.
+        model: A calibrated model; the caller must then rewrite the section in its config.
+        linears: The result of `find_linears`.
     """
     for path, (before, after) in linears.items():
         module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Keeps a swap from being lost silently: kernels that replace whole MLPs never call the activation of the MLP."""
+"""Prevents the silent loss of a swap: kernels that replace whole MLPs never call the activation of the MLP."""
 
 import functools
 import logging
@@ -14,17 +14,17 @@ from crrelu_llm.patching import section
 
 logger = logging.getLogger("crrelu_llm")
 
-# Liger's options that replace the forward of MLPs; its other kernels (norms, rotary embeddings, losses) do no harm.
+# Liger's options that replace the forward of MLPs; its other kernels (norms, rotary embeddings, losses) are harmless.
 LIGER_MLP_KERNELS = ("swiglu", "geglu", "relu_squared")
-# Ways to run fused experts that call the activation module. Others (sonicmoe) choose theirs by its name in the config.
+# Implementations of fused experts that call the activation module. Others (sonicmoe) read its name in the config.
 _EXPERTS = ("eager", "batched_mm", "grouped_mm", "deepgemm")
 
 
 def check(model: nn.Module) -> None:
-    """Checks that a patched model, also inside PEFT's wrapper, computes its new activations; others pass unchecked.
+    """Checks that a patched model, even inside PEFT's wrapper, computes its new activations; other models pass.
 
     Raises:
-        InputError: Something has replaced the forward of a module that should call one of them.
+        InputError: Something has replaced the forward of a module that should call one of the new activations.
     """
     base = _base(model)
     found = section.read(getattr(base, "config", None))
@@ -33,7 +33,7 @@ def check(model: nn.Module) -> None:
 
 
 def _base(model: Any) -> Any:
-    # transformers' own models have peft_config too, once an adapter has been added to them without a wrapper.
+    # transformers' own models also get a peft_config when an adapter is added without a wrapper.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -45,7 +45,7 @@ def check_forwards(model: nn.Module, paths: Iterable[str]) -> None:
         paths: Where its activations are, or will be.
 
     Raises:
-        InputError: One of them does not: a kernel library has replaced it, and the activation would not be computed.
+        InputError: A kernel library has replaced such a forward, so that the activation would not be computed.
     """
     checked = set()
     for path in paths:
@@ -59,7 +59,7 @@ def check_forwards(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def _check_module(path: str, module: nn.Module) -> None:
-    # Hooks of accelerate (device_map) keep the forward that they call in turn.
+    # accelerate's hooks (device_map) keep the original forward and call it.
     forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
     if forward is not None and getattr(forward, "__func__", forward) is not type(module).forward:
         raise InputError(
@@ -75,7 +75,7 @@ def _check_module(path: str, module: nn.Module) -> None:
 
 
 def refuse_mlp_kernels(liger_kernel_config: dict[str, Any], where: str = "") -> None:
-    """Raises InputError, which begins with `where`, if Liger's options ask for a kernel that replaces whole MLPs."""
+    """Raises InputError, starting with `where`, if Liger's options enable a kernel that replaces whole MLPs."""
     for name in LIGER_MLP_KERNELS:
         if liger_kernel_config.get(name):
             raise InputError(
@@ -85,7 +85,7 @@ def refuse_mlp_kernels(liger_kernel_config: dict[str, Any], where: str = "") -> 
 
 
 def install() -> None:
-    """Adds the check to what puts kernels into a model: `use_kernels` and the Trainer's `use_liger_kernel`."""
+    """Adds the check to both ways of putting kernels into a model: `use_kernels` and `use_liger_kernel`."""
     from transformers import PreTrainedModel
 
     set_use_kernels = PreTrainedModel.set_use_kernels
@@ -104,7 +104,7 @@ def _install_in_liger() -> None:
     liger = sys.modules["transformers.integrations.liger"]
     liger.apply_liger_kernel = _without_mlp_kernels(liger.apply_liger_kernel)  # type: ignore[attr-defined]
     trainer = sys.modules.get("transformers.trainer")
-    if trainer is not None and hasattr(trainer, "apply_liger_kernel"):  # it has the function under a name of its own
+    if trainer is not None and hasattr(trainer, "apply_liger_kernel"):  # imported there by name
         trainer.apply_liger_kernel = liger.apply_liger_kernel  # type: ignore[attr-defined]
 
 

@@ -14,11 +14,11 @@ from crrelu_llm.patching.modules import fused, hidden
 from crrelu_llm.patching.modules.replace import swap_in
 
 logger = logging.getLogger("crrelu_llm")
-_INSTALLED = "_crrelu_installed"  # a flag of our own: the name in ACT2FN may be somebody else's
+_INSTALLED = "_crrelu_installed"  # our own flag: the name in ACT2FN may belong to someone else
 
 
 def install_hook() -> None:
-    """Makes transformers build patched models: called once, when transformers' modeling_utils has been imported."""
+    """Makes transformers build patched models; called once, after the import of transformers' modeling_utils."""
     from transformers import PreTrainedModel
     from transformers.activations import ACT2FN
 
@@ -46,13 +46,13 @@ def _check_what_is_missing(model: Any) -> None:
 
 
 def _complete_saved(model: Any, directory: Path) -> None:
-    # transformers keeps auto_map, but copies the file only where the model's class came from it.
+    # transformers keeps auto_map, but copies the file only where the model's class came from that file.
     if model._auto_class is None and standalone.is_standalone(vars(model.config)):
         standalone.add_file(directory)
 
 
 def _swap_from_section(model: Any) -> set[str]:
-    """Swaps the sites that the config names; returns the parameter names that must stay float32."""
+    """Swaps the sites named in the config; returns the names of the parameters that must stay float32."""
     from transformers.activations import ACT2CLS
 
     found = section.read(model.config)
@@ -80,13 +80,13 @@ def _swap_from_section(model: Any) -> set[str]:
                 section.is_calibrated(found),
             )
             module.__dict__["_swapped"] = True
-            # What the model has just built is the original only where no config key was changed.
+            # The activation just built is the original only where no config key was changed.
             swap_in(model, path, module, None if site["original"] in ACT2CLS else current)
         if activation == "crrelu":
             fused.fuse(model, [path], found.get("recompute_activation", False))
         if activation == "crrelu" or section.is_calibrated(found):
             names |= section.float32_names([path])
-    for site in found.get("kept", ()):  # was built by a key that says what the others compute
+    for site in found.get("kept", ()):  # built from a config key that names the new activation
         path = section.local_path(model, site["path"])
         if path is not None and site["original"] in ACT2CLS:
             swap_in(model, path, build_activation(site["original"]), None)
@@ -97,7 +97,7 @@ def _check_swapped(model: Any) -> None:
     found = section.read(model.config)
     for site in found["sites"] if found else ():
         path = section.local_path(model, site["path"])
-        # A head on the base model, or another class of the same family, keeps the base model under its prefix.
+        # A head on the base model, or another class of the same family, has the base model under its prefix.
         if path is None:
             raise InputError(
                 f"{model.config._name_or_path}: config.json names the site {site['path']}, "
@@ -106,14 +106,14 @@ def _check_swapped(model: Any) -> None:
 
 
 def _refuse_unexpected(model: Any, keys: Iterable[str]) -> None:
-    """Refuses the numbers of calibrated activations under a config that knows of no calibration."""
+    """Refuses the weights of calibrated activations under a config without calibration."""
     plain = {path for path, module in model.named_modules() if isinstance(module, AffineModule)}
     for key in keys:
         path, _, name = key.rpartition(".")
         if name in AFFINE and path in plain:
             raise InputError(
-                f"{model.config._name_or_path}: its weights are those of calibrated activations ({key}), and its "
-                "config.json of others; its files do not belong together: patch the original checkpoint again"
+                f"{model.config._name_or_path}: its weights have calibrated activations ({key}), but its config.json "
+                "does not; its files do not belong together: patch the original checkpoint again"
             )
 
 
@@ -123,15 +123,15 @@ def _warn_of_missing(model: Any) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, AffineModule):
             continue
-        # device_map leaves on the disk what is on the meta device; a missing one never is there
+        # With device_map, an offloaded tensor is on the meta device; a missing one never is.
         missing = [
             name for name in _missing(module) if name in module.start_values and not getattr(module, name).is_meta
         ]
         some = [name for name in AFFINE if name in missing]
         if some and len(some) < len(AFFINE):
             raise InputError(
-                f"{model.config._name_or_path}: the checkpoint has only a part of {path}'s {', '.join(AFFINE)}, "
-                f"without {', '.join(some)}; its files do not belong together: patch the original checkpoint again"
+                f"{model.config._name_or_path}: the checkpoint has only some of {path}'s {', '.join(AFFINE)}: it "
+                f"lacks {', '.join(some)}; its files do not belong together: patch the original checkpoint again"
             )
         start |= {name: module.start_values[name] for name in missing}
         for names in [*((name,) for name in missing if name not in some), *([AFFINE] if some else [])]:
@@ -148,6 +148,6 @@ def _warn_of_missing(model: Any) -> None:
 
 
 def _missing(module: Any) -> list[str]:
-    """Names of an activation's parameters and buffers that no checkpoint gave a value."""
+    """Names of an activation's parameters and buffers that got no value from a checkpoint."""
     tensors = module.state_dict(keep_vars=True)
     return [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]

@@ -1,4 +1,4 @@
-"""Loads and saves models: MODEL names, weights that are whole in each process, files that are whole or absent."""
+"""Loads and saves models: resolves MODEL names, loads whole weights in each process, saves atomically."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from crrelu_llm.files import replacing, writing
 
 CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 IMAGE_CLASSIFIER = "AutoModelForImageClassification"
-# What a class of models is called, and what the Hub calls its task.
+# The name of each class of models, and the Hub's name of its task.
 HEADS = {CAUSAL_LM: "a language model", CLASSIFIER: "a sequence classifier", IMAGE_CLASSIFIER: "an image classifier"}
 TASKS = {CAUSAL_LM: "text-generation", CLASSIFIER: "text-classification", IMAGE_CLASSIFIER: "image-classification"}
 
 
 def resolve(model: str) -> str:
-    """A MODEL as the user writes it, checked: `builtin:nano` becomes its directory.
+    """Checks a MODEL as the user writes it; `builtin:nano` becomes its directory.
 
     Raises:
-        InputError: A path that does not exist, or a directory without a config.json.
+        InputError: The path does not exist, or is a directory without a config.json.
     """
     if model.startswith("builtin:"):
         from crrelu_llm.assets import nano_path
@@ -38,7 +38,7 @@ def resolve(model: str) -> str:
         return str(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            hint = " (an adapter: give the model it belongs to)" if (path / "adapter_config.json").is_file() else ""
+            hint = " (an adapter: give its base model)" if (path / "adapter_config.json").is_file() else ""
             raise InputError(f"{model}: no config.json in this directory{hint}")
         return str(path)
     if path.exists():
@@ -54,7 +54,7 @@ def is_gguf(model: str) -> bool:
 
 
 def load_config(model: str, **kwargs: Any) -> Any:
-    """The config of a MODEL; nothing else is read."""
+    """The config of a MODEL; reads nothing else."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, model, **kwargs)
@@ -70,20 +70,20 @@ def load_tokenizer(model: str, **kwargs: Any) -> Any:
 
 
 def load_processor(model: str, **kwargs: Any) -> Any:
-    """The image processor of a MODEL: what makes pixels of an image, of the size that the model takes."""
-    # By its module: without torchvision, older releases have a placeholder in its place, though they need none.
+    """The image processor of a MODEL, which turns an image into pixels of the model's input size."""
+    # Imported from its module: without torchvision, older releases export a placeholder, although they do not need it.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return _load(AutoImageProcessor, model, **kwargs)
 
 
 def require_tokens(tokenizer: Any, name: str) -> None:
-    """Raises InputError where a tokenizer makes no tokens: of a directory without one transformers makes such."""
+    """Raises InputError if a tokenizer returns no tokens, as transformers' does for a directory without one."""
     with reading(f"{name}: its tokenizer cannot be used", "put the model's tokenizer files there"):
         made = tokenizer("a word", add_special_tokens=False)["input_ids"]
     if not made:
         raise InputError(
-            f"{name}: its tokenizer makes no tokens of a text; put the model's tokenizer files there "
+            f"{name}: its tokenizer returns no tokens for a text; put the model's tokenizer files there "
             "(tokenizer.json, tokenizer_config.json)"
         )
 
@@ -103,8 +103,8 @@ def load_model(model: str, dtype: Any = torch.float32, **kwargs: Any) -> Any:
 
 
 def head_of(config: Any) -> str:
-    """The auto class of a config, also as a dict: a classifier's own, of sequences (a reward model's, for one) or
-    images, else the causal LM's. A model of images alone is an image classifier, whose head it may lack."""
+    """The auto class of a config or its dict: for sequence classifiers (reward models, for example), for image
+    classifiers, else for causal LMs. A model of images alone counts as an image classifier, even without a head."""
     from transformers.models.auto import modeling_auto as auto
 
     values = config if isinstance(config, dict) else vars(config) | {"model_type": getattr(config, "model_type", "")}
@@ -119,9 +119,9 @@ def head_of(config: Any) -> str:
 
 
 def needs_safetensors(model: str) -> bool | None:
-    """Whether a MODEL's weights may come from safetensors alone: True of the hub, and of directories that have them.
+    """Whether a MODEL must be loaded from safetensors: True for the hub and for directories with safetensors.
 
-    A local directory of `.bin` files is read by torch's unpickler for weights, which runs no code of theirs.
+    torch's weights-only unpickler reads a local directory of `.bin` files; it runs no code from them.
     """
     path = Path(resolve(model))
     own = path.is_dir() and any(path.glob("pytorch_model*.bin")) and not any(path.glob("model*.safetensors"))
@@ -129,19 +129,19 @@ def needs_safetensors(model: str) -> bool | None:
 
 
 def skeleton(model: str, revision: str | None = None, auto_class: str | None = None, **kwargs: Any) -> Any:
-    """A MODEL on the meta device: every module, no weights; `kwargs` are those of `from_config`.
+    """A MODEL on the meta device: every module, no weights; `kwargs` are passed to `from_config`.
 
     Args:
         model: A MODEL as the user writes it.
-        revision: Of the hub.
-        auto_class: transformers' class that builds it; the one of its own head where there is none.
+        revision: Revision on the hub.
+        auto_class: transformers' auto class that builds it; by default the class for the model's own head.
     """
     import transformers
 
     code = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
     config = load_config(model, **code, **({"revision": revision} if revision else {}))
     remedy = "check its config.json and the options"
-    with torch.device("meta"), loading_whole(), reading(f"{model}: no model can be built of its config", remedy):
+    with torch.device("meta"), loading_whole(), reading(f"{model}: no model can be built from its config", remedy):
         try:
             return getattr(transformers, auto_class or head_of(config)).from_config(config, **kwargs)
         except ImportError as error:
@@ -160,11 +160,11 @@ def save(
     files: dict[str, Any] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a checkpoint beside `output_dir` and renames it, so that what bears the name is whole.
+    """Writes a checkpoint beside `output_dir` and renames it, so that a directory with that name is complete.
 
     Args:
-        files: JSON documents to put into the same directory, by file name.
-        finish: Called with the directory before it gets its name.
+        files: JSON documents to write into the same directory, by file name.
+        finish: Called with the directory before it is renamed.
 
     Raises:
         DiskError: The disk is full or read-only; nothing is left behind.
@@ -181,7 +181,7 @@ def save(
 
 
 def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained` on a MODEL, with its errors in one line."""
+    """Calls `auto_class.from_pretrained` on a MODEL, and reports its errors in one line."""
     source = resolve(model)
     if is_gguf(source):
         try:
@@ -191,7 +191,7 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
         directory, name = os.path.split(source)
         kwargs["gguf_file"] = name
         source = directory or "."
-    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks, and waits for an answer
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would prompt the user and wait
     with reading(f"{model}: cannot be loaded", "check its files and its config.json"):
         try:
             return auto_class.from_pretrained(source, **kwargs)
@@ -201,47 +201,47 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise InputError(
-                f"{model}: cannot be loaded: its weights have other shapes than its config.json says; its files do "
+                f"{model}: cannot be loaded: the shapes of its weights do not match its config.json; its files do "
                 "not belong together"
             ) from error
 
 
 def without_timm(error: ImportError) -> str:
-    """What an ImportError says, in one line; where timm's own models want timm or torchvision, what to install."""
+    """The message of an ImportError in one line; for timm's models, says what to install."""
     said = f"{error} {error.name or ''}"
     if "timm" in said or "torchvision" in said:
         return (
-            "a model of timm needs timm and the torchvision that belongs to the installed torch: "
+            "a timm model needs timm and the torchvision that matches the installed torch: "
             "pip install 'crrelu_llm[timm]'"
         )
     return reason_of(error)
 
 
 def require_saving(model: Any, name: str) -> None:
-    """Raises InputError where a model's generation config is one that transformers refuses to save."""
+    """Raises InputError if transformers refuses to save the model's generation config."""
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         with reading(f"{name}: generation_config.json could not be saved again", "mend it, or remove the file"):
             model.generation_config.validate(strict=True)
 
 
 def require_embeddings(tokenizer: Any, rows: int | None, name: str) -> None:
-    """Refuses a tokenizer whose tokens a model has no embeddings for.
+    """Refuses a tokenizer with tokens for which the model has no embedding.
 
-    The padding token may be one: what it stands at is never looked at.
+    The padding token needs no embedding: its positions are masked.
 
     Args:
         tokenizer: The tokenizer.
-        rows: How many embeddings there are; None where that is not known.
-        name: What the model is called, for the message.
+        rows: How many embeddings the model has; None if unknown.
+        name: The name of the model, for the message.
 
     Raises:
-        InputError: There are others.
+        InputError: A token other than padding has no embedding.
     """
     if rows is None:
         return
     beyond = {token for token, index in tokenizer.get_vocab().items() if index >= rows}
     if beyond - {tokenizer.pad_token}:
         raise InputError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens, and the model only embeddings of {rows}; put the "
-            "tokenizer there that belongs to the model"
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, but the model has embeddings for only {rows}; put "
+            "the model's own tokenizer there"
         )

@@ -1,4 +1,4 @@
-"""One activation a layer: the text `0-5=relu,6-=crrelu`, which may stand wherever an activation is named."""
+"""A mixture, one activation per layer: the text `0-5=relu,6-=crrelu`, allowed wherever an activation is named."""
 
 import re
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ _RANGE = re.compile(r"\d+(-\d*)?")
 
 
 def is_mixture(activation: str) -> bool:
-    """Whether an activation is several, by layer."""
+    """Whether an activation is a mixture."""
     return isinstance(activation, str) and "=" in activation
 
 
 def text_of(activation: Any) -> Any:
-    """A recipe's mapping of layers to names, as `{0-5: relu, 6-: crrelu}`, as the text; anything else as it is."""
+    """Turns a recipe's mapping of layers to names, `{0-5: relu, 6-: crrelu}`, into the text; else no change."""
     if not isinstance(activation, Mapping):
         return activation
     return ",".join(f"{layers}={name}" for layers, name in activation.items())
 
 
 def names_of(activation: str) -> list[str]:
-    """The names in it, each once; of a plain name itself."""
+    """The distinct names in a mixture, or the one plain name."""
     return list(dict.fromkeys(name for _, name in _parts(activation))) if is_mixture(activation) else [activation]
 
 
 def check(activation: Any) -> None:
-    """Raises InputError for an unknown name, and for layers that cannot be, or have two activations."""
+    """Raises InputError for unknown names, impossible layers, and layers with two activations."""
     known = activation_names()
     if not isinstance(activation, str):
         raise InputError(f"unknown activation {activation!r}; choose one of {', '.join(known)}")
@@ -49,10 +49,10 @@ def check(activation: Any) -> None:
 
 
 def by_layer(activation: str, count: int) -> dict[int, str]:
-    """The activation of each layer that has one, of a model with so many.
+    """The activation of each named layer, in a model with `count` layers.
 
     Raises:
-        InputError: The model has no layer of a number that is named.
+        InputError: The model lacks a named layer.
     """
     found: dict[int, str] = {}
     for layers, name in _parts(activation):
@@ -64,14 +64,14 @@ def by_layer(activation: str, count: int) -> dict[int, str]:
 
 
 def in_words(activation: str) -> str:
-    """It as a reader would say it."""
+    """The mixture in words."""
     if not is_mixture(activation):
         return activation
-    return ", ".join(f"{name} in the layers {layers}" for layers, name in _parts(activation))
+    return ", ".join(f"{name} in layers {layers}" for layers, name in _parts(activation))
 
 
 def _parts(text: str) -> list[tuple[str, str]]:
-    """Layers, each a number or a range, and the name that they get."""
+    """Pairs of layers (a number or a range) and the name of their activation."""
     found, waiting = [], []
     for piece in text.split(","):
         layers, equals, name = (part.strip() for part in piece.partition("="))

@@ -1,4 +1,4 @@
-"""Swaps the activation of every site for another one, and puts the originals back."""
+"""Swaps the activation of every site for another one, and restores the originals."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ logger = logging.getLogger("crrelu_llm")
 
 @dataclass
 class PatchReport:
-    """What a patch did: one entry a site, and the activations that it left alone.
+    """The result of a patch: one entry per site, and the activations that were left alone.
 
     Attributes:
         sites: `{path, original, num_channels, epsilon_mean, center, width, scale_mean, relative_error,
             relative_error_naive, kept, note}` each. `center` and `width` are None unless the density is fitted.
-            `relative_error` is the weighted root mean square of (new − original) over that of the original, given the
-            same input, at the MLP's product on tokens that were held back (massive activations weigh
-            less); `relative_error_naive` the same with ε at its
-            start (and the centre and width of the site, where the density is fitted); None where no calibration text
-            was read. `kept` is the level that the site ended with, `note` says why it is a lower one than asked for.
+            `relative_error` is the weighted root mean square of (new − original) over the original's, on the same
+            inputs, at the MLP's product on held-back tokens (massive activations weigh less).
+            `relative_error_naive` is the same error with ε at its start value (and with the fitted centre and width).
+            Both are None where no calibration text was read. `kept` is the level that the site ended with; `note`
+            says why that level is lower than requested.
         skipped: `{path, reason}` each.
-        calibration: `{seconds, forward_seconds}`: what a calibration took, and what two forward passes over its text
-            took in it (None where an earlier call's layers were put back). None where nothing was calibrated.
+        calibration: `{seconds, forward_seconds}`: the duration of a calibration, and the part of it spent in two
+            forward passes over the text (None where an earlier call's layers were restored). None without calibration.
     """
 
     model_type: str
@@ -65,30 +65,30 @@ def patch(
     compared: dict[str, nn.Module] | None = None,
     **options: Any,
 ) -> PatchReport:
-    """Swaps every MLP activation of `model`, in place, and writes the fact into its config.
+    """Swaps every MLP activation of `model`, in place, and records the patch in its config.
 
-    `model.save_pretrained(...)` then gives a checkpoint that plain `AutoModelForCausalLM.from_pretrained` (of an image
-    model `AutoModelForImageClassification`) reloads in any process that has imported `crrelu_llm`. A patched model is
-    unpatched first, if its original activations can be had: the report then names these as the originals.
+    `model.save_pretrained(...)` then writes a checkpoint that plain `AutoModelForCausalLM.from_pretrained`
+    (`AutoModelForImageClassification` for an image model) reloads in any process that has imported `crrelu_llm`. A
+    patched model is first unpatched where possible: the report then names its original activations as the originals.
 
     Args:
         model: A Hugging Face causal LM, or another head on the same backbone (before any adapter is added).
-        activation: The target's name, `0-5=relu,6-=crrelu` for one a layer, or a whole `PatchConfig`.
-        tokenizer: Needed to calibrate, where no `blocks` are given; of an image model its image processor.
-        blocks: Calibration text as token ids, `(blocks, tokens)`, int64, or the pixels of images; `calibration_data`
-            is then not read.
-        progress: Where a calibration keeps its finished layers (`patch_checkpoint` gives it).
-        compared: By the path of the site, what a calibration compares with in place of the original activation (see
-            `trained_activations`; `patch_checkpoint` gives it).
-        **options: Fields of `PatchConfig`; they win over those of a `PatchConfig` that is given.
+        activation: The target's name, `0-5=relu,6-=crrelu` for one per layer, or a whole `PatchConfig`.
+        tokenizer: The tokenizer, or for an image model its image processor; needed to calibrate without `blocks`.
+        blocks: Calibration text as token ids, `(blocks, tokens)`, int64, or the pixels of images; they replace
+            `calibration_data`.
+        progress: Where a calibration stores its finished layers (set by `patch_checkpoint`).
+        compared: By path, the activations that a calibration imitates instead of the original ones (see
+            `trained_activations`; set by `patch_checkpoint`).
+        **options: Fields of `PatchConfig`; they override those of a given `PatchConfig`.
 
     Returns:
-        The sites swapped, with ε and the error of each, and what was left alone.
+        The swapped sites, with the ε and error of each, and the activations that were left alone.
 
     Raises:
         InputError: Unknown activation or option, a model without sites or already patched in this way, kernels that
             replace whole MLPs, or calibration without a tokenizer. The model is then unchanged, unless a calibration
-            that changes weights ended half-way, which the message says.
+            that changes weights was interrupted; the message says so.
     """
     known = [entry.name for entry in fields(PatchConfig)]
     for name in options:
@@ -132,7 +132,7 @@ def _patch(
     activations = assigned(every_site, config)
     sites = [site for site in every_site if site.path in activations]
     kept = [site for site in every_site if site.path not in activations]
-    left_alone += [LeftAlone(site.path, site.original, "its layer is not asked for") for site in kept]
+    left_alone += [LeftAlone(site.path, site.original, "its layer was not selected") for site in kept]
     if config.calibrates:
         blocks = _calibration_text(model, config, tokenizer, blocks)
     paths = [site.path for site in sites]
@@ -182,21 +182,21 @@ def _patch(
 
 
 def assigned(sites: list[Site], config: PatchConfig) -> dict[str, str]:
-    """The new activation of each site of the layers that are asked for, by its path."""
+    """The new activation of each site in the selected layers, by path."""
     layers = list(dict.fromkeys(site.layer for site in sites))
     wanted = {layers[number]: name for number, name in config.by_layer(len(layers)).items()}
     return {site.path: wanted[site.layer] for site in sites if site.layer in wanted}
 
 
 def _fuse(model: nn.Module, paths: Iterable[str], recompute: bool) -> None:
-    """Fuses the MLPs of those that are CRReLU."""
+    """Fuses the MLPs at those `paths` where the activation is CRReLU."""
     fused.fuse(model, [path for path in paths if isinstance(model.get_submodule(path), CRReLU)], recompute)
 
 
 def trained_activations(model: PreTrainedModel, config: PatchConfig) -> dict[str, nn.Module]:
-    """The activations that a patched model's weights were trained, refitted or folded for, by the paths of the sites.
+    """The activations, by path, for which a patched model's weights were trained, refitted or folded.
 
-    These, not the originals, are what another calibration compares with. None where the weights are the original ones.
+    Another calibration imitates these activations, not the originals. Empty where the weights are the original ones.
     """
     found = section.read(model.config)
     if found is None or not found.get("weights_changed", False) or not config.calibrates:
@@ -205,14 +205,14 @@ def trained_activations(model: PreTrainedModel, config: PatchConfig) -> dict[str
 
 
 def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
-    """Puts the original activations back, in place, and takes the section out of the config.
+    """Restores the original activations, in place, and removes the section from the config.
 
-    The module tree and the config are then exactly what they were before `patch`, also for a reloaded checkpoint.
+    The module tree and the config are then exactly as before `patch`, even for a reloaded checkpoint.
 
     Args:
         model: A patched model.
-        original: The model before the patch, whose weights are copied; without it, projections that `refit` has
-            changed stay changed, and a warning says so. With `none` and `fit` the model is what it was, bit for bit.
+        original: The model before the patch; its weights are copied. Without it, projections that `refit` changed
+            stay changed, with a warning. After `none` or `fit`, the model is restored bit for bit.
 
     Raises:
         InputError: The model is not patched, its original activations had parameters that its checkpoint lacks, or
@@ -241,13 +241,13 @@ def unpatch(model: PreTrainedModel, original: nn.Module | None = None) -> None:
             raise InputError("unpatch: `original` is not the model that was patched: its weights differ") from error
     elif found.get("weights_changed"):
         logger.warning(
-            "the weights have changed since the patch, by training, refit or --fold, and stay so: the model is not "
-            "what it was before; give unpatch(model, original=...), or load the original checkpoint"
+            "training, refit or --fold has changed the weights since the patch, and unpatch keeps the changes: to get "
+            "the original model, call unpatch(model, original=...), or load the original checkpoint"
         )
 
 
 def _sites_of(model: nn.Module, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sites of a section by their paths in `model`, the whole model or its base model."""
+    """The sites of a section, by their paths in `model` (the whole model or its base model)."""
     sites = {section.local_path(model, site["path"]): site for site in found["sites"]}
     return {path: site for path, site in sites.items() if path is not None}
 
@@ -256,12 +256,12 @@ def _original(model: nn.Module, path: str, site: dict[str, Any]) -> nn.Module:
     owner_path, _, attribute = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     held = getattr(owner, attribute).__dict__.get("_original")
-    if held or hidden.is_exposed(owner):  # concealed, not put back: which module is returned does not matter
+    if held or hidden.is_exposed(owner):  # concealed instead of restored: the returned module is not used
         return held[0] if held else nn.Identity()
     original = build_activation(site["original"])
     if next(original.parameters(), None) is not None:
         raise InputError(
-            f"{site['path']}: the original {site['original']} had parameters of its own, which a patched checkpoint "
+            f"{site['path']}: the original {site['original']} had its own parameters, which a patched checkpoint "
             "does not hold; start from the original checkpoint"
         )
     return original
@@ -275,7 +275,7 @@ def _calibration_text(
     images = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     if tokenizer is None:
         what = f'calibration="{config.calibration}"' if config.fits else f'density="{config.density}"'
-        plain = '; or swap plainly: calibration="none"' if config.fits else ""
+        plain = '; or use the plain swap: calibration="none"' if config.fits else ""
         needed = "image processor" if images else "tokenizer"
         raise InputError(f"{what} needs the {needed}: patch(model, ..., tokenizer=...){plain}")
     if images:

@@ -8,22 +8,22 @@ from typing import Any
 from crrelu_llm.patching import loading, mixture
 
 FILE = "README.md"
-# Tells a README that may be written again from one that somebody has written.
+# Marks a README that may be overwritten, in contrast to one written by a person.
 MARK = "<!-- written by crrelu patch -->"
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def is_ours(text: str) -> bool:
-    """Whether `crrelu patch` wrote a README, and nobody else has since taken its mark out."""
+    """Whether `crrelu patch` wrote a README, and nobody has removed its mark since."""
     return MARK in text
 
 
 def how_to_load(name: str, standalone: bool, head: str = loading.CAUSAL_LM) -> list[str]:
-    """Two lines of Markdown; of a model that is no language model one.
+    """Two lines of Markdown, on loading and serving; only the first for a model that is not a language model.
 
     Args:
-        name: What the checkpoint is called there.
-        standalone: Whether it also loads without this package.
+        name: The name of the checkpoint in these lines.
+        standalone: Whether the checkpoint also loads without this package.
         head: transformers' auto class that loads it.
     """
     without = " without it `from_pretrained(…, trust_remote_code=True)`, which runs modeling_crrelu.py from here"
@@ -42,11 +42,11 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
     """Writes the README of a checkpoint.
 
     Args:
-        directory: Where it is now.
-        name: What it is called.
+        directory: The directory of the checkpoint.
+        name: The name of the checkpoint.
         section: The crrelu section of its config.
-        header: Metadata in YAML, between lines of `---`; kept as it is.
-        standalone: Whether it also loads without this package.
+        header: Metadata in YAML, between lines of `---`; kept unchanged.
+        standalone: Whether the checkpoint also loads without this package.
     """
     originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
     activation = section["activation"]
@@ -73,7 +73,7 @@ def write(directory: Path, name: str, section: dict[str, Any], header: str = "",
 
 
 def write_again(directory: Path, name: str, section: dict[str, Any], standalone: bool) -> None:
-    """Brings the README that `crrelu patch` has written up to date; one of somebody else stays as it is."""
+    """Updates a README that `crrelu patch` wrote; leaves any other README unchanged."""
     path = directory / FILE
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     if before is None or is_ours(before):
@@ -81,13 +81,13 @@ def write_again(directory: Path, name: str, section: dict[str, Any], standalone:
 
 
 def header_of(text: str) -> str:
-    """A README's metadata, between lines of `---`, these included; empty where there is none."""
+    """A README's metadata, including the `---` lines around it; empty if there is none."""
     found = _HEADER.match(text.replace("\r\n", "\n"))
     return found.group(0) if found else ""
 
 
 def header_of_model(model: str, revision: str | None = None) -> str:
-    """The metadata of a MODEL's own README, empty where it has none or the hub does not answer."""
+    """The metadata of a MODEL's own README; empty if it has none or the hub does not answer."""
     source = Path(loading.resolve(model))
     path: Any = source / FILE if source.is_dir() else None
     if not source.exists():

@@ -1,4 +1,4 @@
-"""The picture of a patch: what it did to each layer."""
+"""Plots the effect of a patch on each layer."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,11 @@ PLOT = "patch_report.png"
 
 
 def plot_report(report: dict[str, Any], path: str | Path) -> None:
-    """Draws a patch report by layer: the error after a plain swap and after calibration, ε, scale, centre and width.
+    """Plots a patch report by layer: the error after a plain swap and after calibration, ε, scale, centre and width.
 
     Args:
         report: As in patch_report.json.
-        path: The picture to write, its ending says in which format (`.png`, `.svg`, `.pdf`).
+        path: The image file to write; the suffix sets the format (`.png`, `.svg`, `.pdf`).
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def _rows(sites: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, list[A
 
 
 def _positions(paths: list[str]) -> list[float]:
-    """The layer of each site; several sites of a layer stand side by side."""
+    """The layer of each site; several sites of a layer are drawn side by side."""
     layers = [int(found[1]) if (found := re.search(r"\.(\d+)\.", path)) else 0 for path in paths]
     counts = {layer: layers.count(layer) for layer in layers}
     seen: dict[int, int] = {}

@@ -31,7 +31,7 @@ def read(config: Any) -> dict[str, Any] | None:
     """Returns the section of a config, or None for a model that is not patched.
 
     Raises:
-        InputError: The section was written by a newer version of this package, or is not one.
+        InputError: The section was written by a newer version of this package, or is invalid.
     """
     section = getattr(config, "crrelu", None)
     if section is None:
@@ -50,7 +50,7 @@ def read(config: Any) -> dict[str, Any] | None:
 
 
 def is_fitted(section: dict[str, Any]) -> bool:
-    """Whether the activations of a patched model have a centre and a width of their own."""
+    """Whether the activations of a patched model have their own centre and width."""
     return section.get("density", "standard") == "fitted"
 
 
@@ -70,13 +70,13 @@ def crrelu_paths(section: dict[str, Any]) -> list[str]:
 
 
 def float32_names(paths: Iterable[str]) -> set[str]:
-    """Ends of the names of what stays float32 in a model of a lower dtype, for the sites at `paths`."""
+    """Suffixes of the tensor names that stay float32 in a model of a lower dtype, for the sites at `paths`."""
     attributes = {path.rpartition(".")[2] for path in paths}
     return {f"{attribute}.{name}" for attribute in attributes for name in ("epsilon", *MOMENTS, *AFFINE)}
 
 
 def local_path(model: nn.Module, path: str) -> str | None:
-    """A site's path as seen from `model`, the whole model or its base model; None where it is in neither."""
+    """A site's path as seen from `model` (the whole model or its base model); None if neither has it."""
     for candidate in (path, path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
         try:
             model.get_submodule(candidate)
@@ -87,11 +87,11 @@ def local_path(model: nn.Module, path: str) -> str | None:
 
 
 def check_may_be_patched_again(section: dict[str, Any], patch_config: PatchConfig, name: str) -> None:
-    """Whether a model with this section, called `name`, may be patched to `patch_config`.
+    """Checks that a model with this section, called `name`, may be patched to `patch_config`.
 
     Raises:
-        InputError: It has been patched in the same way already; or its weights were trained, refitted or folded, and
-            fit the activation that it has. Back to the original one they may go.
+        InputError: The model has already been patched in the same way; or its weights were trained, refitted or folded
+            for its present activation, and the patch does not go back to the original one.
     """
     activation = section["activation"]
     originals = {site["original"] for site in section["sites"]}
@@ -130,10 +130,10 @@ def write(
         config: The model's.
         patch_config: The patch.
         sites: What was patched.
-        keys: The keys, with their values of before.
+        keys: The keys, with their previous values.
         weights_changed: Whether the patch changed weights.
-        kept: Sites that keep the original activation, which the keys do not say any more.
-        activations: The new activation by the path of the site, where there are several.
+        kept: Sites that keep the original activation, which the keys no longer name.
+        activations: The new activation by the path of the site, if there are several.
     """
     several = (activations or {}) if patch_config.is_mixture else {}
     config.crrelu = {
@@ -162,12 +162,12 @@ def _version(several: bool, kept: bool, calibrated: bool, fitted: bool) -> int:
 
 
 def _key_value(activation: str) -> str:
-    """What the family's own keys say: of several activations what no program knows without this package."""
+    """The value of the family's own keys: for several activations, a name unknown to programs without this package."""
     return "crrelu" if mixture.is_mixture(activation) else activation
 
 
 def make_plain(config: Any) -> None:
-    """Writes that the activations have no scale, shift, gain and offset any more: the weights took them."""
+    """Records that the activations no longer have scale, shift, gain and offset, now folded into the weights."""
     section = {key: value for key, value in config.crrelu.items() if key not in ("calibrated", "calibration")}
     several = mixture.is_mixture(section["activation"])
     version = _version(several, bool(section.get("kept")), False, is_fitted(section))
@@ -182,18 +182,18 @@ def put_back(config: Any, section: dict[str, Any]) -> None:
 
 
 def remove(config: Any) -> None:
-    """Takes the section out, and gives the family's keys their original values."""
+    """Removes the section, and restores the original values of the family's keys."""
     for key, value in config.crrelu["config_keys"].items():
         _set(config, key, value)
     delattr(config, "crrelu")
 
 
 def mlp_config_keys(model: "PreTrainedModel", sites: list[Site]) -> dict[str, str]:
-    """Config keys (dotted) that reach sites and nothing else, with their values.
+    """Config keys (dotted) that set the activation of sites and nothing else, with their values.
 
-    Found by trial: the model is built once more on the meta device with the key changed, and the key counts if the
-    modules that changed are all sites. A model with a convolution gets none: those families hand the same key to a
-    functional convolution, which no module shows.
+    Found by trial: the model is built again on the meta device with one key changed, and the key counts if only sites
+    changed. A model with a convolution gets none: those families pass the same key to a functional convolution, whose
+    activation is not a module.
     """
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return {}
@@ -205,7 +205,7 @@ def mlp_config_keys(model: "PreTrainedModel", sites: list[Site]) -> dict[str, st
         try:
             with torch.device("meta"):
                 probe = type(model)(config)
-        except Exception as error:  # the family looks the name up in a table of its own
+        except Exception as error:  # the family looks the name up in its own table
             logger.debug("config key %s is left alone: %s", key, error)
             continue
         changed = {path for path, module in probe.named_modules() if isinstance(module, CRReLU)}

@@ -1,4 +1,4 @@
-"""Finds the sites of a model: the activation modules of its MLPs, told from everything else by structure."""
+"""Finds the sites of a model: the activation modules of its MLPs, distinguished from others by structure."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching.activations import PEFT_WRAPPER, activation_name
 from crrelu_llm.patching.modules.hidden import SigmoidGate, SoftcappedSiLU, hidden_activation, is_exposed
 
-# Parts of a model: the layers that it mainly is (the decoder of a language model, the encoder of an image model), or
+# Parts of a model: its main layers (the decoder of a language model, the encoder of an image model), or
 # the vision tower beside them.
 PARTS = ("main", "vision", "all")
 _VISION = "vision tower"
-# A path component that says: what is below is not the MLP of a decoder layer.
+# A path component that shows that the modules below it are not the MLP of a decoder layer.
 _ELSEWHERE = {
     _VISION: re.compile(r"vision|visual|image|vit\b|vq"),
     "audio tower": re.compile(r"audio|speech|wav"),
@@ -29,7 +29,7 @@ _ELSEWHERE = {
     "state-space mixer": re.compile(r"mamba|ssm"),
     "short convolution": re.compile(r"conv"),
 }
-# Direct children of an activation's owner that show it is no MLP although linear layers stand beside it.
+# Direct children of an activation's owner which show that it is not an MLP, although it has linear layers.
 _FOREIGN_SIBLINGS = {"per_layer_input_gate": "per-layer input gate"}
 _DOWN_NAMES = (
     "down_proj",
@@ -52,11 +52,12 @@ class Site:
 
     Attributes:
         path: Module path of the activation, e.g. `model.layers.0.mlp.act_fn`.
-        attribute: Its name in the module that owns it, e.g. `act_fn`.
-        original: Name of the activation found there: a name of transformers' ACT2FN where it has one.
+        attribute: The attribute's name in the module that owns it, e.g. `act_fn`.
+        original: Name of the activation found there: its name in transformers' ACT2FN, if any.
         num_channels: Width of its input's last dimension.
-        kind: `"gated"`, `"plain"`, `"experts"` (fused 3-D expert weights), or `"functional"`: the family computes it
-            inside a method, and `patch` makes it a module first (modules/hidden.py); until then nothing is at `path`.
+        kind: `"gated"`, `"plain"`, `"experts"` (fused 3-D expert weights), or `"functional"`: the family computes the
+            activation inside a method, and `patch` first makes it a module (modules/hidden.py); until then there is
+            nothing at `path`.
     """
 
     path: str
@@ -79,7 +80,7 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """An activation module that is not a site, and why."""
+    """An activation module that is not a site, and the reason."""
 
     path: str
     activation: str
@@ -87,14 +88,14 @@ class LeftAlone:
 
 
 class UnknownStructureError(InputError):
-    """A part of the model looks like an MLP, but its activation or its width cannot be told."""
+    """A part of the model looks like an MLP, but its activation or its width cannot be determined."""
 
 
 def find_sites(model: nn.Module, parts: str = "main") -> list[Site]:
     """Returns the MLP activations of a model, in the order of its modules.
 
     Args:
-        model: A Hugging Face causal LM or image classifier, also on the meta device, quantised, or wrapped by PEFT.
+        model: A Hugging Face causal LM or image classifier; may be on the meta device, quantised or wrapped by PEFT.
         parts: `"main"`: the decoder of a language model, the encoder of an image model; `"vision"`: the vision tower
             of a multimodal model; `"all"`: both.
 
@@ -112,8 +113,8 @@ def survey(model: nn.Module, parts: str = "main") -> tuple[list[Site], list[Left
         parts: As for `find_sites`.
 
     Raises:
-        InputError: The model has no MLP activation there, or an MLP whose activation or width cannot be told: a patch
-            would be a partial one.
+        InputError: The model has no MLP activation there, or has an MLP whose activation or width cannot be
+            determined, so that a patch would be partial.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     reasons = _Reasons(model, parts)
@@ -129,7 +130,7 @@ def survey(model: nn.Module, parts: str = "main") -> tuple[list[Site], list[Left
         shape = _shape_at(model, owner_path)
         if shape is None:
             raise UnknownStructureError(
-                f"model type {model_type} is not supported yet: cannot tell the width of {path} ({name}) "
+                f"model type {model_type} is not supported yet: cannot determine the width of {path} ({name}) "
                 f"from the modules of {type(owner).__name__}"
             )
         functional = hidden_activation(owner) or is_exposed(owner)
@@ -138,7 +139,7 @@ def survey(model: nn.Module, parts: str = "main") -> tuple[list[Site], list[Left
     if not sites:
         what = "no MLP in its vision tower" if parts == "vision" else "no MLP"
         if parts == "main" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
-            what = "no MLP of linear layers, but convolutions"
+            what = "no MLP of linear layers, only convolutions"
         raise InputError(f"model type {model_type} has {what}: there is no activation to swap")
     return sites, left_alone
 
@@ -154,7 +155,7 @@ def _refuse_mlps_without_a_site(model: nn.Module, model_type: str, sites: list[S
 
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Path and name of every activation, also hidden ones; a module in several places comes once for each place."""
+    """Path and name of every activation, including hidden ones; a module in several places is listed for each."""
     classes = _activation_classes()
     inside: str | None = None
     for path, module in model.named_modules(remove_duplicate=False):
@@ -178,29 +179,29 @@ def _activation_classes() -> tuple[type, ...]:
 
 
 def _named_like_one(module: nn.Module) -> bool:
-    """A family's own activation class (BloomGelu, ...): a leaf without weights whose name ends as activations do."""
+    """Whether a module is a family's own activation class (BloomGelu, ...): a leaf without weights, named like one."""
     name = type(module).__name__.lower()
     leaf = next(module.children(), None) is None and next(module.parameters(recurse=False), None) is None
     return leaf and bool(re.search(r"(gelu|relu|silu|swish|mish|activation)\d*$", name))
 
 
 class _Reasons:
-    """Says why an activation of a model is no site.
+    """Gives the reason why an activation of a model is not a site.
 
-    An image model has no MLP but in its tower, which then is the model; a language model beside one keeps the tower
-    as it is, unless `parts` asks for it.
+    In an image model the vision tower is the model itself. In a multimodal model the vision tower is left alone unless
+    `parts` includes it.
     """
 
     def __init__(self, model: nn.Module, parts: str):
         self.model, self.parts = model, parts
-        self.prefix = getattr(model, "base_model_prefix", "")  # the model's own name says nothing: convnext, vit
+        self.prefix = getattr(model, "base_model_prefix", "")  # the model's own name (convnext, vit) is no evidence
         self.activations = list(_activations(model))
         owners = [path.rpartition(".")[0] for path, _ in self.activations]
         mlps = [path for path in owners if not self._elsewhere(path, model.get_submodule(path))]
         self.is_tower = all(self._place(path) == _VISION for path in mlps)
 
     def of(self, owner_path: str, owner: nn.Module) -> str | None:
-        """The reason, or None of a site."""
+        """The reason, or None for a site."""
         in_tower = not self.is_tower and self._place(owner_path) == _VISION
         if in_tower and self.parts == "main":
             return f"inside {self._component(owner_path, _VISION)}: {_VISION}"
@@ -220,7 +221,7 @@ class _Reasons:
         return components[1:] if components[0] == self.prefix else components
 
     def _elsewhere(self, owner_path: str, owner: nn.Module) -> str | None:
-        """The reason, whatever the tower is."""
+        """The reason other than the vision tower."""
         for component in self._parts(owner_path):
             for what, pattern in _ELSEWHERE.items():
                 if what != _VISION and pattern.search(component.lower()):
@@ -234,7 +235,7 @@ class _Reasons:
                 return f"beside a convolution ({name})"
             if name in _FOREIGN_SIBLINGS:
                 return _FOREIGN_SIBLINGS[name]
-        if _shape_at(self.model, owner_path) is not None:  # also ConvNeXt's and PVT's, with a convolution beside it
+        if _shape_at(self.model, owner_path) is not None:  # ConvNeXt and PVT too, beside a convolution
             return None
         if "attention" in type(owner).__name__.lower():
             return f"in an attention ({type(owner).__name__})"
@@ -243,15 +244,15 @@ class _Reasons:
 
 
 def _shape_at(model: nn.Module, owner_path: str) -> tuple[int, str] | None:
-    # A gate that is a module of its own (Inkling 2) has the weights beside it, not inside it.
+    # A gate that is a separate module (Inkling 2) has the weights beside it, not inside it.
     return mlp_shape(model.get_submodule(owner_path)) or mlp_shape(model.get_submodule(owner_path.rpartition(".")[0]))
 
 
 def mlp_shape(owner: nn.Module) -> tuple[int, str] | None:
-    """Width and kind of the MLP whose activation `owner` holds, from the weights beside the activation.
+    """Width and kind of the MLP whose activation `owner` holds, inferred from the weights beside the activation.
 
     Returns:
-        `(num_channels, kind)`, or None where the weights do not show an MLP.
+        `(num_channels, kind)`, or None if the weights are not those of an MLP.
     """
     experts = _experts_width(owner)
     if experts is not None:
@@ -277,7 +278,7 @@ def _computes_an_mlp(module: nn.Module) -> bool:
     if _experts_width(module) is not None:
         return True
     linears = [name for name, child in module.named_children() if _linear_size(child)]
-    # "out_proj" is an attention's as often as an MLP's.
+    # "out_proj" belongs to an attention as often as to an MLP.
     named = any(name in linears for name in _DOWN_NAMES if name != "out_proj")
     return named and len(linears) > 1 and mlp_shape(module) is not None
 

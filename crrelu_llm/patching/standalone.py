@@ -1,4 +1,4 @@
-"""Makes a patched checkpoint one that also loads without this package, with `trust_remote_code=True`."""
+"""Makes a patched checkpoint loadable without this package, with `trust_remote_code=True`."""
 
 import json
 from importlib import resources
@@ -14,22 +14,22 @@ from crrelu_llm.patching.sites import find_sites
 
 FILE = "modeling_crrelu.py"
 CLASSES = {"AutoModel": "CRReLUModel", "AutoModelForCausalLM": "CRReLUForCausalLM"}
-# The family's classes in the file as it lies in this package.
+# The family's classes in this package's copy of the file.
 _IMPORTS = {"AutoModel": "LlamaModel as Model", "AutoModelForCausalLM": "LlamaForCausalLM as CausalLM"}
 
 
 def write_standalone(checkpoint: Path, name: str | None = None) -> None:
     """Adds modeling_crrelu.py to a patched checkpoint, in place, and names it in config.json.
 
-    Loading it by `import crrelu_llm` stays what it was. Without the package and without `trust_remote_code` it fails,
-    as before: the family's own classes do not know the activation `crrelu`.
+    Loading the checkpoint after `import crrelu_llm` does not change. Without the package and without
+    `trust_remote_code` loading still fails: the family's own classes do not know the activation `crrelu`.
 
     Args:
         checkpoint: Directory of a patched checkpoint.
-        name: What its README calls it; the directory's name where there is none.
+        name: The name in its README; by default the directory's name.
 
     Raises:
-        InputError: It is no patched checkpoint, or one of a family that needs the package.
+        InputError: The directory is not a patched checkpoint, or its family needs the package.
         DiskError: The disk is full or read-only.
     """
     found = add_file(checkpoint)
@@ -38,7 +38,7 @@ def write_standalone(checkpoint: Path, name: str | None = None) -> None:
 
 
 def add_file(checkpoint: Path) -> dict[str, Any]:
-    """`write_standalone` without the README; gives the crrelu section of the config."""
+    """`write_standalone` without the README; returns the crrelu section of the config."""
     path = checkpoint / "config.json"
     if not path.is_file():
         hint = ": an adapter; merge it first" if (checkpoint / "adapter_config.json").is_file() else ""
@@ -46,12 +46,12 @@ def add_file(checkpoint: Path) -> dict[str, Any]:
     config = loading.load_config(str(checkpoint))
     found = section.read(config)
     if found is None:
-        raise InputError(f"{checkpoint}: not patched, so it loads everywhere as it is; run `crrelu patch` first")
+        raise InputError(f"{checkpoint}: not patched, so it already loads everywhere; run `crrelu patch` first")
     _check(str(checkpoint), config, *_said(found))
     text = (resources.files("crrelu_llm.assets") / "standalone" / FILE).read_text(encoding="utf-8")
     for auto_class, cls in _family_classes(str(checkpoint), config).items():
         text = text.replace(_IMPORTS[auto_class], f"{cls} as {_IMPORTS[auto_class].rpartition(' ')[2]}")
-    # TRL and vLLM look the first of the architectures up in transformers, before they look at auto_map.
+    # TRL and vLLM look up the first architecture in transformers before they read auto_map.
     values = json.loads(path.read_text(encoding="utf-8"))
     values["architectures"] = [CLASSES["AutoModelForCausalLM"]]
     values["auto_map"] = {auto_class: f"{FILE.removesuffix('.py')}.{cls}" for auto_class, cls in CLASSES.items()}
@@ -62,12 +62,12 @@ def add_file(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_standalone(values: dict[str, Any]) -> bool:
-    """Whether the content of a config.json is that of such a checkpoint."""
+    """Whether the content of a config.json is that of a standalone checkpoint."""
     return str((values.get("auto_map") or {}).get("AutoModelForCausalLM", "")).startswith("modeling_crrelu.")
 
 
 def require(model: Any, activation: str, calibrated: bool, name: str) -> None:
-    """Raises InputError where `write_standalone` would refuse a model, called `name`, once it is patched."""
+    """Raises InputError if `write_standalone` would refuse the model, called `name`, after the patch."""
     found = section.read(model.config)
     if found is None:
         sites = find_sites(model)
@@ -89,7 +89,7 @@ def _check(
     kind, names = config.model_type, mixture.names_of(activation)
     if "crrelu" not in names or (calibrated and len(names) > 1):
         other = next(other for other in names if other != "crrelu")
-        reason = f"it is for crrelu, and {other} would silently be computed without its calibration elsewhere"
+        reason = f"only crrelu can be; elsewhere {other} would silently be computed without its calibration"
     elif loading.head_of(config) != loading.CAUSAL_LM:
         reason = f"it is {loading.HEADS[loading.head_of(config)]}, and the file is for language models"
     elif getattr(config, "auto_map", None) and not is_standalone({"auto_map": config.auto_map}):
@@ -104,7 +104,7 @@ def _check(
 
 
 def _family_classes(name: str, config: Any) -> dict[str, str]:
-    """The classes of transformers that the auto classes take for a config; each must have every site."""
+    """transformers' classes that the auto classes choose for a config; each must have every site."""
     import transformers
 
     made = {}

@@ -31,7 +31,7 @@ from crrelu_llm.patching.sites import find_sites
 REPORT = "patch_report.json"
 ORIGIN = "patch_origin.json"
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
-# What the report of a checkpoint that was converted alone has no value for.
+# Fields of the report that have no value for a checkpoint that was only converted.
 _EMPTY = ("activation", "epsilon_per", "options", "calibration", "perplexity")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -49,31 +49,31 @@ def patch_checkpoint(
 ) -> dict[str, Any]:
     """Loads a MODEL, patches it and saves it. A patched MODEL gets its original activations back first.
 
-    A calibration keeps its finished layers beside `output_dir` until the checkpoint is there. The same call again,
-    after a kill, goes on with the layer that was not finished, and ends with the same checkpoint bit for bit.
+    A calibration stores its finished layers beside `output_dir` until the checkpoint is written. After a kill, the
+    same call resumes at the first unfinished layer, and writes the same checkpoint bit for bit.
 
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         config: The patch; None only converts (a GGUF file into a directory).
-        output_dir: Where to save: absent or empty.
-        dtype: Name of the torch dtype to load and save in; `"auto"` keeps the checkpoint's.
-        fold: Move what a calibration found into the weights around each activation, and save a plain network.
-        perplexity: Called with (model, tokenizer) before and after the patch; where the patch is calibrated, also
-            after the plain swap. Of an image model it gives `{accuracy, loss}`.
-        perplexity_of: What it was measured on (`tokens` or `images`, `data`), for the report.
-        loads_alone: Also write the file with which the checkpoint loads without this package (see `standalone`).
+        output_dir: Where to save; must be absent or empty.
+        dtype: Name of the torch dtype for loading and saving; `"auto"` keeps the checkpoint's.
+        fold: Fold the calibration into the weights around each activation, and save a plain network.
+        perplexity: Called with (model, tokenizer) before and after the patch and, if the patch is calibrated, after
+            the plain swap. For an image model it returns `{accuracy, loss}`.
+        perplexity_of: The data of that measurement (`tokens` or `images`, `data`), for the report.
+        loads_alone: Also write the file that lets the checkpoint load without this package (see `standalone`).
         **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
     Returns:
         The patch report, as written to patch_report.json.
 
     Raises:
-        InputError: A MODEL that cannot be read, is already patched in this way, or has no sites.
+        InputError: The MODEL cannot be read, is already patched in this way, or has no sites.
         DiskError: The disk is full or read-only.
     """
     started = time.perf_counter()
     if fold and (config is None or not config.fits):
-        raise InputError("--fold moves what a calibration found into the weights; set calibration: fit")
+        raise InputError("--fold moves a calibration into the weights; set calibration: fit")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     weights = {key: value for key in ("use_safetensors",) if (value := options.pop(key, None)) is not None}
@@ -96,7 +96,7 @@ def patch_checkpoint(
     changes_weights = progress is not None and config is not None and config.calibration == "refit"
     require_space(loaded, output_dir, copies=2 if changes_weights else 1)
     if loading.head_of(about) == loading.CLASSIFIER:
-        perplexity = None  # nothing in it predicts tokens
+        perplexity = None  # a classifier predicts no tokens
     report: dict[str, Any] = {"model": model, "model_type": loaded.config.model_type}
     with _keeping(progress):
         if config is None:
@@ -114,7 +114,7 @@ def patch_checkpoint(
 
 
 def _describe(model: Any, name: str, header: str, loads_alone: bool, directory: Path) -> None:
-    """Writes what stands beside the weights of a checkpoint: its README and, where asked for, its own code."""
+    """Writes the README of a checkpoint and, if requested, its own code."""
     found = section.read(model.config)
     if found is not None:
         readme.write(directory, name, found, header)
@@ -123,14 +123,14 @@ def _describe(model: Any, name: str, header: str, loads_alone: bool, directory: 
 
 
 def progress_dir(output_dir: str | Path) -> Path:
-    """Where the calibration of a checkpoint keeps its finished layers, until the checkpoint is there."""
+    """Where the calibration of a checkpoint stores its finished layers, until the checkpoint is written."""
     target = Path(output_dir).resolve()
     return target.with_name(f".{target.name}.calibration")
 
 
 @contextlib.contextmanager
 def _keeping(progress: Progress | None) -> Iterator[None]:
-    """Removes the progress of a calibration when it is done or cannot be; says where it stopped with the rest."""
+    """Removes the progress of a calibration that succeeded or cannot succeed; otherwise says what was kept."""
     try:
         yield
     except InputError:
@@ -158,13 +158,13 @@ def _patch(
     perplexity: Callable[[Any, Any], Any] | None,
     perplexity_of: dict[str, Any],
 ) -> dict[str, Any]:
-    """Patches a loaded model; what the report says of it."""
+    """Patches a loaded model, and returns the fields of the report."""
     found = section.read(model.config)
     compared = trained_activations(model, config)
     as_it_was: dict[str, Any] = {}
     if found is not None:
         section.check_may_be_patched_again(found, config, name)
-        if perplexity is not None:  # what its weights were trained with: the way back may cost something
+        if perplexity is not None:  # with the activation of training: going back may cost quality
             as_it_was = {"patched": perplexity(model, tokenizer)}
         unpatch(model)
     with reading(name, ours=True):
@@ -185,7 +185,7 @@ def _patch(
         measured["after"] = perplexity(model, tokenizer)
         loss = measured["after"]["loss"] if isinstance(measured["after"], dict) else measured["after"]
         if math.isnan(loss):
-            raise InputError(f"{name}: the patched model computes no numbers on this data; nothing was written")
+            raise InputError(f"{name}: the patched model's loss on this data is NaN; nothing was written")
     return {
         "activation": config.activation,
         "epsilon_per": config.epsilon_per,
@@ -200,9 +200,9 @@ def _patch(
 def _input(
     model: str, about: Any, config: PatchConfig | None, options: dict[str, Any]
 ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
-    """A MODEL's tokenizer or image processor, a little input for it, and what it is calibrated on.
+    """A MODEL's tokenizer or image processor, a small test input, and the calibration data.
 
-    Read before the model: a wrong name must not cost the loading.
+    These are read before the model, so that a wrong name fails before the weights are loaded.
     """
     calibrates = config is not None and config.calibrates
     if loading.head_of(about) == loading.IMAGE_CLASSIFIER:
@@ -223,7 +223,7 @@ def _input(
 
 
 def _measured(values: dict[str, Any] | None, on: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, for the report: perplexity, or of an image model accuracy and loss instead."""
+    """The measurements for the report: perplexity, or accuracy and loss for an image model."""
     if values is None or not isinstance(values["after"], dict):
         return {"perplexity": None if values is None else {**values, **on}}
     found: dict[str, Any] = {"perplexity": None}
@@ -233,7 +233,7 @@ def _measured(values: dict[str, Any] | None, on: dict[str, Any]) -> dict[str, An
 
 
 def _device_for(model: Any) -> torch.device:
-    """The current GPU where the model fits on it with room to work, else the CPU."""
+    """The current GPU if the model fits on it with room to work, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info()
@@ -247,7 +247,7 @@ def _bytes(model: Any) -> int:
 
 
 def require_space(model: Any, output_dir: str | Path, copies: int = 1) -> None:
-    """Raises InputError where the disk has no room for so many copies of the model's weights."""
+    """Raises InputError if the disk has no room for `copies` copies of the model's weights."""
     needed = copies * _bytes(model)
     place = Path(output_dir).absolute()
     parent = next(path for path in (place, *place.parents) if path.exists())
@@ -268,7 +268,7 @@ def read_report(directory: str | Path) -> dict[str, Any] | None:
 def origin(
     model: str, config: PatchConfig | None, dtype: str, revision: str | None, trust_remote_code: bool | None = False
 ) -> dict[str, Any]:
-    """All that decides what a patched copy of a MODEL is, the version of this package included."""
+    """Everything that determines a patched copy of a MODEL, including the version of this package."""
     return {
         "model": model,
         "options": None if config is None else config.as_dict(),
@@ -282,6 +282,6 @@ def origin(
 
 
 def read_origin(directory: str | Path) -> dict[str, Any] | None:
-    """What a patched copy was made from, or None where the directory holds no such copy."""
+    """The origin of a patched copy, or None if the directory holds no patched copy."""
     path = Path(directory) / ORIGIN
     return json.loads(path.read_text()) if path.is_file() else None

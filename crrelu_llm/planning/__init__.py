@@ -1,1 +1,1 @@
-"""Memory of a training run on paper: from a model's config alone, for each way to spread it over GPUs."""
+"""Estimates the memory of a training run from a model's config, for each way to distribute it over GPUs."""

@@ -1,4 +1,4 @@
-"""What is planned: the options of a training run that decide its memory, and the model they are for."""
+"""The job to plan: a model, and the options of a training run that determine its memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ NATIVE = "native"  # the model's own activation, as in a comparison's arms
 
 @dataclass(frozen=True)
 class Job:
-    """The options of a run that decide its memory, named and with the defaults as in TRL and in our recipes.
+    """The options of a run that determine its memory, with the names and defaults of TRL and of our recipes.
 
     Attributes:
         trainer: Name of the kind of training: `"sft"`, `"dpo"`, ...
-        max_length: Tokens of a row; of a sampled answer with its prompt.
+        max_length: Tokens per row; for sampled answers, the prompt included.
         activation: `crrelu`, a name of transformers' ACT2FN, or `native`.
-        calibration: Calibrated activations, other than CRReLU above all, hold more than those of a plain swap.
-        affine_learning_rate: Above 0, what calibration sets is trained.
-        use_cpu: Plan for a CPU: its kernels have other temporaries, and nothing is cast to bf16 unless `bf16` says so.
+        calibration: Calibrated activations, above all those other than CRReLU, need more memory than a plain swap.
+        affine_learning_rate: Above 0, the calibrated scale, shift, gain and offset are trained.
+        use_cpu: Plan for a CPU: its kernels have other temporaries, and nothing is cast to bf16 unless `bf16` is set.
     """
 
     trainer: str = "sft"
@@ -45,18 +45,18 @@ class Job:
     use_cpu: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InputError for options that do not go together."""
+        """Raises InputError for incompatible options."""
         if self.trainer == "image":
-            raise InputError("crrelu plan counts tokens; it does not know image models yet: leave --trainer image out")
+            raise InputError("crrelu plan counts tokens, and does not support image models: leave --trainer image out")
         for key in ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps", "lora_r"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key} must be 1 or more, not {getattr(self, key)}")
         if self.load_in_4bit and not self.use_peft:
-            raise InputError("load_in_4bit: 4-bit weights cannot be trained themselves; add --use_peft")
+            raise InputError("load_in_4bit: 4-bit weights cannot be trained directly; add --use_peft")
         if self.precompute_ref_log_probs and not self.may_precompute:
             raise InputError(f"precompute_ref_log_probs: {self.trainer} has no such option; add --trainer dpo, or kto")
         if self.recompute_activation and not {"crrelu", NATIVE} & {*mixture.names_of(self.activation)}:
-            raise InputError(f"recompute_activation is for CRReLU; it does nothing for {self.activation}")
+            raise InputError(f"recompute_activation is for CRReLU; it has no effect on {self.activation}")
 
     @property
     def kind(self) -> "Kind":
@@ -72,20 +72,20 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a second model is held while training. Adapters are switched off instead."""
+        """Whether training holds a second model; with adapters, the reference is the model without them."""
         return self.kind.reference and not self.use_peft and not self.precompute_ref_log_probs
 
     @property
     def rows(self) -> int:
-        """Sequences in one forward pass; a pair's chosen and rejected answers go together."""
+        """Sequences in one forward pass; the chosen and rejected answers of a pair share a pass."""
         return self.per_device_train_batch_size * self.kind.sequences
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> Any:
-    """The config of a MODEL as `checkpoint` takes it, or of a bare `config.json` under any name.
+    """The config of a MODEL, or a single `config.json` file of any name.
 
     Raises:
-        InputError: No such model, or no config.
+        InputError: The model does not exist, or has no config.
     """
     if not model.endswith(".json"):
         return loading.load_config(model, trust_remote_code=trust_remote_code)

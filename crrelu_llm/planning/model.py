@@ -1,4 +1,4 @@
-"""The model of a job without its weights: every tensor has a shape and a place, and no contents."""
+"""The model of a job without its weights: every tensor has a shape and a device, but no contents."""
 
 import copy
 from dataclasses import dataclass
@@ -17,29 +17,29 @@ from crrelu_llm.patching.sites import survey
 from crrelu_llm.planning.job import NATIVE, Job
 from crrelu_llm.training.optimizer import train_affine
 
-# bitsandbytes' NF4: half a byte, and a scale for each 64, which the recipes quantise too (`use_bnb_nested_quant`): one
-# byte, and a float32 for 256 of them.
+# bitsandbytes' NF4: half a byte per weight, and a scale per 64 weights. The recipes quantise the scales too
+# (`use_bnb_nested_quant`): one byte each, and a float32 per 256 scales.
 _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-_DROPOUT = 0.05  # TRL's default for adapters; what it drops is kept for the backward pass
+_DROPOUT = 0.05  # TRL's default for adapters; the dropout mask is stored for the backward pass
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters; tied ones count once, and ε counts.
+    """Numbers of parameters, including ε; tied parameters count once.
 
     Attributes:
-        total: All of them, adapters included.
-        trainable: Those that are trained.
-        adapters: Those that LoRA adds (with the copies of ε that it trains).
-        quantised: Those that 4-bit loading stores in 4 bits.
-        epsilon: Those of ε.
-        unit: Those of the largest transformer layer, the unit that FSDP2 gathers.
-        unit_trainable: Those of it that are trained.
-        tail: Those of FSDP2's unit that stays gathered: final norm and LM head (with the embedding it is tied to).
-        tail_trainable: Those of it that are trained.
-        embedding: Those of an embedding that is not tied to the head.
-        largest: Those of the largest linear layer.
-        buffer_bytes: Bytes of what calibration has set inside the activations and nothing trains; never sharded.
+        total: All parameters, including adapters.
+        trainable: Trained parameters.
+        adapters: Parameters added by LoRA (including the trained copies of ε).
+        quantised: Parameters that 4-bit loading stores in 4 bits.
+        epsilon: Parameters of ε.
+        unit: Parameters of the largest transformer layer, the unit that FSDP2 gathers.
+        unit_trainable: Trained parameters of this unit.
+        tail: Parameters of the FSDP2 unit that stays gathered: final norm and LM head (with a tied embedding).
+        tail_trainable: Trained parameters of this unit.
+        embedding: Parameters of an embedding that is not tied to the head.
+        largest: Parameters of the largest linear layer.
+        buffer_bytes: Bytes of the calibrated buffers inside the activations that are not trained; never sharded.
     """
 
     total: int
@@ -57,13 +57,13 @@ class Counts:
 
 
 def prepared_config(config: Any, job: Job) -> Any:
-    """A copy of a model's config that builds the model as the job trains it: patched.
+    """A copy of a model's config that builds the patched model of the job.
 
     Raises:
         InputError: The model has no causal LM, no sites, or is patched to another activation.
     """
     config = copy.deepcopy(config)
-    if not job.use_cpu:  # a GPU's attention kernels drop out inside; a CPU's would fall back to one that keeps it all
+    if not job.use_cpu:  # GPU attention kernels include dropout; a CPU would use one that stores all
         for key in ("attn_pdrop", "attention_dropout"):
             if getattr(config.get_text_config(), key, None):
                 setattr(config.get_text_config(), key, 0.0)
@@ -88,14 +88,14 @@ def prepared_config(config: Any, job: Job) -> Any:
 
 
 def build(config: Any, job: Job, dtype: torch.dtype) -> Any:
-    """The model that is trained, in training mode, adapters included; on the meta device."""
+    """The model to train, in training mode, with adapters; on the meta device."""
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
     model = _from_config(config, job.kind.auto_class, dtype=dtype)
     model.config.use_cache = False
     if model.get_output_embeddings() is not None:
         more = ("mean_logits",) if job.kind.reference else ()
-        outputs = ("log_probs", "entropy", "is_top1", *more)  # as TRL asks for them
+        outputs = ("log_probs", "entropy", "is_top1", *more)  # as in TRL
         add_fused_lm_head(model, outputs=outputs)
     if job.use_peft:
         model = _with_adapters(model, job)
@@ -125,9 +125,9 @@ def reference(config: Any, dtype: torch.dtype) -> Any:
 
 
 def give_fake_tensors(model: nn.Module) -> None:
-    """Replaces every parameter and buffer by a fake one on the CPU, tied ones by one; call it in a FakeTensorMode.
+    """Replaces every parameter and buffer by a fake CPU tensor, and keeps ties; call it in a FakeTensorMode.
 
-    Modules are built on the meta device before, which more libraries can do than build on fake tensors.
+    Modules are first built on the meta device, which more libraries support than fake tensors.
     """
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -174,7 +174,7 @@ def _with_adapters(model: Any, job: Job) -> Any:
         r=job.lora_r, target_modules="all-linear", lora_dropout=_DROPOUT, modules_to_save=sites, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, adapters)
-    if job.load_in_4bit:  # TRL makes what QLoRA trains bfloat16; our trainer keeps ε float32
+    if job.load_in_4bit:  # TRL casts QLoRA's trained parameters to bfloat16; our trainer keeps ε in float32
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not name.endswith(".epsilon"):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -227,14 +227,14 @@ def _trainable(parameters: Any) -> int:
 
 
 def _is_quantised(name: str, module: nn.Module, head: Any) -> bool:
-    """What bitsandbytes replaces: linear layers (GPT-2's Conv1D too), but neither the head nor the adapters."""
+    """Whether bitsandbytes replaces a module: linear layers (and GPT-2's Conv1D), but not the head or adapters."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in f".{name}"
 
 
 def weight_bytes(counts: Counts, job: Job) -> float:
-    """Bytes of the weights as they are loaded, adapters and the activations' buffers included."""
+    """Bytes of the loaded weights, including adapters and the activations' buffers."""
     each = getattr(torch, job.dtype).itemsize
     adapters = counts.adapters * (2 if job.load_in_4bit else 4)  # PEFT keeps adapters in float32, TRL's QLoRA in bf16
     base = counts.total - counts.adapters

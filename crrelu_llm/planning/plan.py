@@ -1,4 +1,4 @@
-"""The plan of a job: what a GPU holds under each configuration, which one to take, and the command that starts it."""
+"""The plan of a job: the memory per GPU in each configuration, the recommended one, and the command that starts it."""
 
 from dataclasses import asdict, fields, replace
 from math import ceil
@@ -12,9 +12,9 @@ from crrelu_llm.planning.job import Job
 from crrelu_llm.planning.model import prepared_config, weight_bytes
 from crrelu_llm.planning.spread import Share, Steps, shares
 
-# Left free for what is not counted (the CUDA context, NCCL's buffers, fragmentation).
+# Reserved for memory that is not counted (the CUDA context, NCCL's buffers, fragmentation).
 RESERVE = 0.1
-# From the fastest on, where several fit; DeepSpeed's come later, because they need one more package.
+# Fastest first, if several fit; DeepSpeed's come later, because they need one more package.
 _PREFERENCE = ("single_gpu", "ddp", "fsdp2", "multi_node", "zero2", "zero3")
 COUNTED = (
     "counted: every tensor of a step, padded to max_length. Not counted: the CUDA context (0.5 GiB or so), NCCL's "
@@ -27,14 +27,14 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
 
     Args:
         config: The model's own config.
-        job: What is trained, and how.
-        gpus: How many GPUs there are, in all.
-        gpus_per_node: How many of them one machine has.
-        gpu_memory: Of one GPU, in GiB.
+        job: The training run.
+        gpus: Total number of GPUs.
+        gpus_per_node: Number of GPUs per machine.
+        gpu_memory: Memory of one GPU, in GiB.
 
     Returns:
         `{model_type, parameters, job, gpus, gpus_per_node, gpu_memory, configs, recommended, activations, host,
-        counted}`; all sizes in bytes, but `gpu_memory`. `recommended` is None where nothing fits.
+        counted}`; all sizes in bytes, except `gpu_memory`. `recommended` is None if nothing fits.
 
     Raises:
         InputError: The model cannot be planned, or the options contradict it.
@@ -44,7 +44,7 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
     if min(gpus, gpus_per_node) < 1:
         raise InputError(f"gpus and gpus_per_node must be 1 or more, not {gpus} and {gpus_per_node}")
     if gpus > gpus_per_node and gpus % gpus_per_node:
-        raise InputError(f"{gpus} GPUs are no whole number of nodes with {gpus_per_node} each; set gpus_per_node")
+        raise InputError(f"{gpus} GPUs do not fill whole nodes with {gpus_per_node} each; set gpus_per_node")
     if not 0 < gpu_memory < float("inf"):
         raise InputError(f"gpu_memory must be more than 0 GiB, not {gpu_memory}")
     if job.use_cpu and gpus > 1:
@@ -74,7 +74,7 @@ def plan(config: Any, job: Job, gpus: int, gpus_per_node: int, gpu_memory: float
 
 
 def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
-    """The command that starts the job; `R.yaml` stands for the recipe, whose options the planned ones override."""
+    """The command that starts the job; `R.yaml` stands for the recipe, and the planned options override its own."""
     nodes = ceil(gpus / gpus_per_node)
     launch = ["accelerate launch --config_file", f"recipes/accelerate_configs/{config}.yaml"]
     if config != "single_gpu":
@@ -84,7 +84,7 @@ def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
     left_out = {"trainer", "use_cpu"}
     if not job.may_precompute:
         left_out.add("precompute_ref_log_probs")
-    if job.kind.samples:  # prompt and answer together
+    if job.kind.samples:  # the length of prompt and answer together
         left_out.add("max_length")
     if not job.use_peft:
         left_out.add("lora_r")
@@ -101,7 +101,7 @@ def command(job: Job, config: str, gpus: int, gpus_per_node: int) -> str:
 
 
 def _variants(config: Any, planned: Steps, row: Share) -> list[dict[str, Any]]:
-    """The activations of one configuration with and without what saves them."""
+    """The activation memory of one configuration with and without the options that reduce it."""
     job, result = planned.job, []
     for checkpointing in (True, False):
         for recompute in (False, True) if job.activation in ("crrelu", "native") else (False,):
@@ -120,7 +120,7 @@ def _variants(config: Any, planned: Steps, row: Share) -> list[dict[str, Any]]:
 
 
 def _host(steps: Steps, gpus: int, gpus_per_node: int) -> dict[str, int]:
-    """Memory of a node's host while every process loads the model, and the sizes on disk."""
+    """Host memory of a node while every process loads the model, and the sizes on disk."""
     job, counts = steps.job, steps.replicated().counts
     base = (counts.total - counts.adapters) * getattr(torch, job.dtype).itemsize + counts.buffer_bytes
     models = 2 if job.has_reference else 1

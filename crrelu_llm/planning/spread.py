@@ -1,7 +1,7 @@
-"""What one GPU holds under each Accelerate configuration of `recipes/accelerate_configs`, in bytes.
+"""Memory of one GPU under each Accelerate configuration of `recipes/accelerate_configs`, in bytes.
 
-How each library shards was read in the versions of `constraints.txt` (torch 2.13, accelerate 1.15, trl 1.16, DeepSpeed
-0.19) with the shipped configurations; the step itself is played through (see `step`).
+The sharding rules follow the source of the versions in `constraints.txt` (torch 2.13, accelerate 1.15, trl 1.16,
+DeepSpeed 0.19) with the shipped configurations; the step itself is simulated (see `step`).
 """
 
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ from crrelu_llm.planning.model import weight_bytes
 from crrelu_llm.planning.step import Step, play
 
 _FLOAT32 = 4
-# DeepSpeed's own defaults, which the shipped configurations leave: elements of the bucket in which gradients are
-# reduced, and the most parameters that ZeRO-3 keeps gathered.
+# DeepSpeed's defaults, which the shipped configurations keep: elements in the bucket for reducing gradients, and the
+# most parameters that ZeRO-3 keeps gathered.
 _BUCKET = 500_000_000
 _LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one GPU holds, in bytes.
+    """Memory of one GPU, in bytes.
 
     Attributes:
         config: Name of the file in `recipes/accelerate_configs`.
-        weights: Weights between steps, master copies aside.
+        weights: Weights between steps, without master copies.
         gradients: All gradients that stay on this GPU.
-        optimizer: AdamW's two moments, and float32 master weights where a library makes them.
+        optimizer: AdamW's two moments, and float32 master weights if a library makes them.
         reference: DPO's reference model, between its forward passes.
-        activations: The most that the step itself takes: activations, and what operators need while they compute.
-        buffers: What the library needs to share: gathered weights, buckets of gradients.
-        total: The largest moment of training. Gradients and activations are not at their largest together, so this
-            can be less than the sum; where something happens outside the step (`moment`), it can be more.
-        moment: Which moment that is.
+        activations: The peak of the step itself: activations, and temporary memory of operators.
+        buffers: Communication buffers of the library: gathered weights, buckets of gradients.
+        total: The peak of training. Gradients and activations do not peak together, so the total can be less than the
+            sum; it can be more if the peak is outside the step (see `moment`).
+        moment: The moment of the peak.
     """
 
     config: str
@@ -50,18 +50,18 @@ class Share:
 
 
 class Steps:
-    """A job's step in the precisions that configurations compute in, each played once."""
+    """A job's step in the precisions of the configurations, each simulated once."""
 
     def __init__(self, config: Any, job: Job) -> None:
         self.config, self.job = config, job
         self._played: dict[tuple[torch.dtype, bool], Step] = {}
 
     def replicated(self) -> Step:
-        """Weights as they are loaded, cast by autocast for each product."""
+        """With weights in the loaded dtype, which autocast casts for each matrix product."""
         return self._play(getattr(torch, self.job.dtype), self.job.bf16)
 
     def sharded(self) -> Step:
-        """Weights that were cast to bfloat16 as a whole, by FSDP2 when it gathers them, by DeepSpeed at the start."""
+        """With all weights cast to bfloat16: by FSDP2 when it gathers them, by DeepSpeed at the start."""
         return self._play(torch.bfloat16 if self.job.bf16 else getattr(torch, self.job.dtype), self.job.bf16)
 
     def _play(self, dtype: torch.dtype, autocast: bool) -> Step:
@@ -72,12 +72,12 @@ class Steps:
 
 
 def shares(steps: Steps, gpus: int, gpus_per_node: int) -> list[Share]:
-    """What a GPU holds under each configuration that fits the number of GPUs, the simplest first."""
+    """Memory of a GPU under each configuration for this number of GPUs, simplest first."""
     job = steps.job
     if gpus == 1:
         return [single_gpu(steps)]
     fsdp2_name = "multi_node" if gpus > gpus_per_node else "fsdp2"
-    if job.load_in_4bit:  # they train sharded too, but what a GPU then holds is not counted yet
+    if job.load_in_4bit:  # 4-bit models can be sharded too, but their memory is not modelled
         return [ddp(steps)]
     return [ddp(steps), fsdp2(steps, gpus, fsdp2_name), zero2(steps, gpus), zero3(steps, gpus)]
 
@@ -97,7 +97,7 @@ def _replicated(name: str, steps: Steps, buckets: float) -> Share:
     weights = weight_bytes(step.counts, job)
     base = weights - step.counts.adapters * (2 if job.load_in_4bit else _FLOAT32)
     reference = base if job.has_reference else 0
-    if job.load_in_4bit:  # a layer's weight, as it is computed with
+    if job.load_in_4bit:  # one dequantised weight for the computation
         buckets += step.counts.largest * 2
     optimizer = 2 * step.gradients  # torch keeps the moments in the parameters' dtype
     held = weights + optimizer + reference + buckets
@@ -106,15 +106,15 @@ def _replicated(name: str, steps: Steps, buckets: float) -> Share:
 
 
 def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
-    """Float32 weights, gradients and moments in shares of a GPU; one unit's weights gathered, and the next one's."""
+    """Float32 weights, gradients and moments sharded over the GPUs; the weights of two successive units gathered."""
     job, step, counts, each = steps.job, steps.sharded(), steps.sharded().counts, _compute_bytes(steps.job)
     loaded = getattr(torch, job.dtype).itemsize
-    # Accelerate makes what is trained float32 before it shards, unless nothing is cast.
+    # Accelerate casts trained parameters to float32 before it shards them, unless nothing is cast.
     trained = _FLOAT32 if job.bf16 else loaded
     weights = (counts.trainable * trained + (counts.total - counts.trainable) * loaded) / gpus + counts.buffer_bytes
     gradients, optimizer = counts.trainable * trained / gpus, 2 * counts.trainable * trained / gpus
     reference = counts.total * loaded / gpus + counts.buffer_bytes if job.has_reference else 0
-    # Backward: a unit's weights and the next one's, a unit's gradients, and their copy on the way to the others.
+    # Backward: the weights of two successive units, one unit's gradients, and a copy of them for communication.
     unit = max(2 * counts.unit + 2 * counts.unit_trainable, counts.embedding * 2, counts.tail_trainable)
     buffers = (counts.tail + unit) * each
     held = weights + optimizer + reference
@@ -127,7 +127,7 @@ def fsdp2(steps: Steps, gpus: int, name: str = "fsdp2") -> Share:
 
 
 def zero2(steps: Steps, gpus: int) -> Share:
-    """Whole weights; gradients, moments and master weights in shares of a GPU."""
+    """Whole weights; gradients, moments and master weights sharded over the GPUs."""
     job, step, counts, each = steps.job, steps.sharded(), steps.sharded().counts, _compute_bytes(steps.job)
     weights = counts.total * each + counts.buffer_bytes
     gradients, optimizer = counts.trainable * each / gpus, 3 * counts.trainable * _FLOAT32 / gpus
@@ -137,13 +137,13 @@ def zero2(steps: Steps, gpus: int) -> Share:
     share = gradients / step.gradients
     moments = {
         "step": held + buffers + step.peak(share, job.gradient_accumulation_steps > 1),
-        "update": held + gradients + counts.trainable * _FLOAT32 / gpus,  # gradients in float32 as well
+        "update": held + gradients + counts.trainable * _FLOAT32 / gpus,  # gradients also in float32
     }
     return _share("zero2", weights, gradients, optimizer, reference, step.activations, buffers, moments)
 
 
 def zero3(steps: Steps, gpus: int) -> Share:
-    """Everything in shares of a GPU; up to a milliard parameters stay gathered."""
+    """Everything sharded over the GPUs; up to a billion (10⁹) parameters stay gathered."""
     job, step, counts, each = steps.job, steps.sharded(), steps.sharded().counts, _compute_bytes(steps.job)
     weights = counts.total * each / gpus + counts.buffer_bytes
     gradients, optimizer = counts.trainable * each / gpus, 3 * counts.trainable * _FLOAT32 / gpus
@@ -153,7 +153,7 @@ def zero3(steps: Steps, gpus: int) -> Share:
     held = weights + optimizer + reference
     share = gradients / step.gradients
     moments = {
-        "step": held + buffers + step.peak(share, accumulates=True),  # its place for gradients is made once
+        "step": held + buffers + step.peak(share, accumulates=True),  # the gradient buffer is allocated once
         "update": held + gradients + min(counts.trainable / gpus, _LIVE) * _FLOAT32,
     }
     if job.has_reference:

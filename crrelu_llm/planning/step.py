@@ -1,7 +1,7 @@
-"""Plays one training step through on fake tensors and counts what torch would hold, allocation by allocation.
+"""Simulates one training step on fake tensors, and counts the memory that torch would allocate.
 
-No formula of ours says what a layer keeps: the model's own code, autograd, autocast, gradient checkpointing, TRL's
-fused LM head and `recompute_activation` do what they do in training, on tensors that have a size and no contents.
+The memory of a layer does not come from a formula: the model's own code, autograd, autocast, gradient checkpointing,
+TRL's fused LM head and `recompute_activation` run as in training, on tensors with a size but no contents.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from crrelu_llm.planning.model import Counts, build, count, give_fake_tensors, r
 
 @dataclass(frozen=True)
 class Step:
-    """What a step holds beyond weights, optimiser states and reference, in bytes.
+    """The memory of a step beyond weights, optimiser states and reference, in bytes.
 
     Attributes:
-        moments: Pairs: how much of the gradients is complete, and the most that anything else took meanwhile.
-        kept: What the forward pass leaves for the backward pass.
-        in_reference: The most that was held while DPO's reference computed, what the forward pass had left included.
-        counts: The parameters of the model that was trained.
+        moments: Pairs: the size of the complete gradients, and the peak of everything else at that time.
+        kept: The memory that the forward pass stores for the backward pass.
+        in_reference: The peak while DPO's reference computes, including the memory stored by the forward pass.
+        counts: The parameters of the trained model.
     """
 
     moments: tuple[tuple[int, int], ...]
@@ -39,7 +39,7 @@ class Step:
 
     @property
     def activations(self) -> int:
-        """The most that is held, complete gradients aside: activations, and what operators need while they compute."""
+        """The peak without complete gradients: activations, and temporary memory of operators."""
         return max(other for _, other in self.moments)
 
     @property
@@ -48,11 +48,11 @@ class Step:
         return self.moments[-1][0]
 
     def peak(self, share: float, accumulates: bool) -> float:
-        """The most that gradients and everything else take together.
+        """The peak of gradients and everything else together.
 
         Args:
-            share: How many bytes stay for a byte of gradient (1; less where gradients are sharded).
-            accumulates: The gradients of earlier batches are there from the start.
+            share: Bytes that stay per byte of gradient (1; less if gradients are sharded).
+            accumulates: Whether the gradients of earlier batches exist from the start.
         """
         if accumulates:
             return self.gradients * share + self.activations
@@ -60,12 +60,12 @@ class Step:
 
 
 def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
-    """Plays one step of a job.
+    """Simulates one step of a job.
 
     Args:
         config: From `prepared_config`.
-        job: What is trained, and how.
-        dtype: Of the weights that the step computes with.
+        job: The training run.
+        dtype: The dtype of the weights in the step.
         autocast: Whether matrix products are cast to bfloat16.
 
     Raises:
@@ -73,13 +73,13 @@ def play(config: Any, job: Job, dtype: torch.dtype, autocast: bool) -> Step:
     """
     model = build(config, job, dtype)
     second = reference(config, dtype) if job.has_reference else None
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # says at length what is raised too
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # repeats the raised error at length
     try:
         with FakeTensorMode(), contextlib.nullcontext() if job.use_cpu else head_of_a_gpu():
             return _play(model, second, job, autocast)
     except InputError:
         raise
-    except Exception as error:  # whatever a family's own code does that only real tensors can
+    except Exception as error:  # a family's own code may do things that only real tensors support
         line = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "; its experts take --dtype bfloat16" if "Expected inputs of BF16 type" in line else ""
         raise InputError(
@@ -98,7 +98,7 @@ def _play(model: Any, second: Any, job: Job, autocast: bool) -> Step:
     in_reference = 0
     with tracker:
         ids = torch.ones((job.rows, job.max_length), dtype=torch.long)
-        # A padded batch: rows of equal length need no mask, and a little less memory.
+        # A padded batch: rows of equal length would need no mask, and a little less memory.
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
         if job.kind.samples:
             _sample(model, job, precision)
@@ -123,7 +123,7 @@ def _play(model: Any, second: Any, job: Job, autocast: bool) -> Step:
 
 @torch.no_grad()
 def _sample(model: Any, job: Job, precision: Any) -> None:
-    """The last token of the answers that the next steps are about: the keys and values of all tokens are held."""
+    """Samples the last token of the answers for the next steps, when the keys and values of all tokens are held."""
     ids = torch.ones((job.rows * job.gradient_accumulation_steps, job.max_length), dtype=torch.long)
     model.eval()
     with precision:
@@ -133,7 +133,7 @@ def _sample(model: Any, job: Job, precision: Any) -> None:
 
 @contextlib.contextmanager
 def _without_adapters(model: Any, second: Any) -> Iterator[Any]:
-    """What is compared with: the second model, or the trained one with its adapters off and nothing checkpointed."""
+    """The reference: the second model, or the trained one with its adapters disabled and no checkpointing."""
     if second is not None:
         yield second
         return
@@ -142,13 +142,13 @@ def _without_adapters(model: Any, second: Any) -> Iterator[Any]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the memory of every tensor that an operator makes, until the last one that uses it is gone."""
+    """Counts the memory of every tensor that an operator creates, until the last reference is gone."""
 
     def __init__(self, models: list[nn.Module]) -> None:
         super().__init__()
         self.other = self.gradients = 0
         self.backward = False  # whether the backward pass has begun
-        self.peaks = {0: 0}  # by the gradients that are complete
+        self.peaks = {0: 0}  # by the size of the complete gradients
         self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self._watched = 0
         for model in models:
@@ -160,14 +160,14 @@ class _Tracker(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
-        # Autograd adds a tensor's gradients up in place, except where a mode like this one looks on. Noting the sum
-        # with the next operator alone counts the first summand only where it lives on.
+        # Autograd accumulates gradients in place, except under a dispatch mode like this one. Recording the sum only
+        # at the next operator avoids counting the first summand, unless it is still in use.
         if not (self.backward and func is torch.ops.aten.add.Tensor):
             self.note()
         return result
 
     def note(self) -> None:
-        """Takes down what is held now."""
+        """Records the present memory."""
         self.peaks[self.gradients] = max(self.peaks.get(self.gradients, 0), self.other)
         self._watched = max(self._watched, self.other)
 
@@ -183,13 +183,13 @@ class _Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Callable[[], int]]:
-        """Within it, the most that is held, which the yielded function returns."""
+        """A context that yields a function, which returns the peak inside the context."""
         self._watched = self.other
         yield lambda: self._watched
 
 
 def _take_gradients_away(model: nn.Module, tracker: _Tracker) -> None:
-    """Counts a gradient as complete once it is, and lets go of it: who keeps how much of it is another question."""
+    """Counts each gradient when it is complete, and releases it: `spread` models how much of it each GPU keeps."""
 
     def take(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None

@@ -9,7 +9,7 @@ _COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "bu
 
 
 def text(document: dict[str, Any]) -> str:
-    """A plan, as `plan.plan` returns it, as a table and the lines around it; sizes in GiB."""
+    """A plan from `plan.plan`, as a table with lines around it; sizes in GiB."""
     job, gpus = document["job"], document["gpus"]
     lines = [_model(document), _job(job), ""]
     where = "GiB of the process" if job["use_cpu"] else f"GiB per GPU, {gpus} GPU{'s' if gpus > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Whether the entropy of an activation predicts its loss after fine-tuning: rank correlation over the arms of a
+"""Tests whether the entropy of an activation predicts its loss after fine-tuning: rank correlation over the arms of a
 comparison, with an interval and a test."""
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.report.contents import everything
 
 MIN_ARMS = 4
-"""With fewer, no order of the arms is rare enough to mean anything: 3 arms have 6 orders."""
+"""With fewer arms no order is rare enough to be significant: 3 arms have 6 orders."""
 PREDICTORS = ("at_resolution", "standardised", "entropy", "distance")
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
@@ -25,12 +25,12 @@ def read_losses(directory: Path) -> dict[str, Any]:
         directory: The output directory of `crrelu compare`.
 
     Returns:
-        `directory`; `calibration`: the level of every arm, or None where the recipe does not say; `seeds`;
-        `arms`: each `arm`, `activation`, `losses` (one a seed, in the order of `seeds`); `left_out`: arms that were
-        not swapped, or have runs that are not done.
+        `directory`; `calibration`: the level of every arm, or None if the recipe does not set it; `seeds`; `arms`:
+        `arm`, `activation`, `losses` (one per seed, in the order of `seeds`) each; `left_out`: arms that were not
+        swapped, or have unfinished runs.
 
     Raises:
-        InputError: No comparison, too few finished arms, a grid, or arms that are calibrated differently.
+        InputError: There is no comparison, it has a grid or too few finished arms, or arms are calibrated differently.
     """
     report = build_report(directory)
     arms, left_out = [], []
@@ -40,7 +40,7 @@ def read_losses(directory: Path) -> dict[str, Any]:
         runs = {run.seed: run for run in arm.runs}
         if any(run.grid for run in arm.runs):
             raise InputError(
-                f"{directory}: a comparison over a grid; give one without, so that arms differ in one way"
+                f"{directory}: a comparison over a grid; give one without a grid, so that arms differ in one way"
             )
         losses = [runs[seed].metrics.get("loss") for seed in seeds if seed in runs]
         if arm.activation == "native":
@@ -58,7 +58,7 @@ def read_losses(directory: Path) -> dict[str, Any]:
             levels[arm.arm] = arm.options.get("calibration", report.recipe.get("calibration"))
     if len(arms) < MIN_ARMS:
         raise InputError(
-            f"{directory}: {len(arms)} arms with finished runs of a swapped activation, and a rank correlation needs "
+            f"{directory}: {len(arms)} arms with finished runs of a swapped activation, but a rank correlation needs "
             f"{MIN_ARMS}; compare more, as recipes/eafo/rank.yaml says"
         )
     if len(set(levels.values())) > 1:
@@ -69,18 +69,18 @@ def read_losses(directory: Path) -> dict[str, Any]:
 
 
 def predict(means: list[dict[str, Any]], comparison: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Correlates what was measured before the training with the loss after it.
+    """Correlates the measurements before training with the loss after it.
 
     Args:
-        means: Of `rank.rank`, one entry for every activation of the comparison.
+        means: From `rank.rank`, one entry for every activation of the comparison.
         comparison: From `read_losses`.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
 
     Returns:
-        The comparison with `predictors`, one for each of `PREDICTORS`: `n` arms (those where it is finite), and
-        `spearman`, `kendall`: `value`, `low`, `high`, `p_value`; None where fewer than `MIN_ARMS` are finite. EAFO
-        says that they are above 0 for the entropies. `distance` is the control: how far the activation is from the one
-        that the model was trained with.
+        The comparison with `predictors`, one for each of `PREDICTORS`: `n` (the number of arms where it is finite),
+        and `spearman`, `kendall`: `value`, `low`, `high`, `p_value`; None if fewer than `MIN_ARMS` are finite. EAFO
+        predicts values above 0 for the entropies. `distance` is the control: the distance of the activation from the
+        one with which the model was trained.
     """
     by_name = {entry["activation"]: entry for entry in means}
     arms = [arm | {key: by_name[arm["activation"]][key] for key in PREDICTORS} for arm in comparison["arms"]]
@@ -97,16 +97,15 @@ def predict(means: list[dict[str, Any]], comparison: dict[str, Any], seed: int =
 
 
 def correlate(values: Array, losses: Array, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Spearman's and Kendall's rank correlation of a number of each arm with its mean loss.
+    """Spearman's and Kendall's rank correlation of one number per arm with the mean loss of the arm.
 
-    The interval is a percentile bootstrap that draws arms and, the same for all of them, seeds. The p-value of
-    Spearman's is that of a permutation of the arms, two-sided (exact up to 8 arms), of Kendall's scipy's, exact where
-    nothing is tied.
+    The interval is a percentile bootstrap that resamples arms and, for all arms alike, seeds. Spearman's p-value comes
+    from a two-sided permutation of the arms (exact up to 8 arms), Kendall's from scipy (exact without ties).
 
     Args:
         values: `(arms,)`.
         losses: `(arms, seeds)`.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
     """
     from scipy import stats
 
@@ -140,7 +139,7 @@ def _bootstrap(values: Array, losses: Array, seed: int) -> dict[str, dict[str, f
         "kendall": _tau(x, y),
     }
     tails = [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]
-    # A draw of one arm alone has no correlation.
+    # A resample with a single distinct arm has no correlation.
     return {
         key: dict(zip(("low", "high"), np.nanquantile(r, tails).tolist(), strict=True)) for key, r in found.items()
     }

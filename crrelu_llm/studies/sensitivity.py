@@ -13,21 +13,21 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.report.schema import Arm, Report, Run
 
 FROZEN, LEARNED_LAYER, LEARNED_CHANNEL = WAYS = ("frozen", "learned per layer", "learned per channel")
-# Above the first, CRReLU falls around x = √3; below the second, it falls right of 0 too.
+# Above the first, CRReLU falls around x = √3; below the second, it also falls right of 0.
 _FALLS_RIGHT, _FALLS_AT_ZERO = math.exp(1.5) / 2, -1.0
 
 
 def arm_names(values: list[float]) -> list[str]:
-    """The arms of the study: `native`, then three of CRReLU for every start value.
+    """The arms of the study: `native`, then three CRReLU arms for every start value.
 
-    A frozen ε is one number, whether it is stored once a layer or once a channel: the two are the same function with
-    the same gradients, so they are one arm.
+    A frozen ε is the same function with the same gradients whether it is stored per layer or per channel, so it has
+    one arm.
 
     Args:
         values: Start values of ε.
 
     Raises:
-        InputError: A value that is not finite, or is there twice.
+        InputError: A value is not finite, or is repeated.
     """
     texts = [f"{value + 0.0:.12g}" for value in values]  # −0 becomes 0
     if not all(map(math.isfinite, values)) or len(set(texts)) != len(texts):
@@ -38,14 +38,14 @@ def arm_names(values: list[float]) -> list[str]:
 
 
 def check_recipe(values: dict[str, Any], source: str) -> None:
-    """Refuses a recipe in which the start value would not be the start value, or a learned ε would not move.
+    """Refuses a recipe that would replace the start value, or would not train a learned ε.
 
     Args:
         values: The recipe's keys, as `Recipe.values`.
-        source: Where they come from, for the message.
+        source: The source of the recipe, for the message.
 
     Raises:
-        InputError: `calibration` other than `none`, or `epsilon_learning_rate: 0`.
+        InputError: `calibration` is not `none`, or `epsilon_learning_rate` is 0.
     """
     calibration = values.get("calibration", "none")
     if calibration != "none":
@@ -54,7 +54,7 @@ def check_recipe(values: dict[str, Any], source: str) -> None:
         )
     if float(values.get("epsilon_learning_rate", 1)) == 0:
         raise InputError(
-            f"{source}: epsilon_learning_rate: 0 freezes the ε that should be learned (the frozen arms are there "
+            f"{source}: epsilon_learning_rate: 0 freezes the ε that should be learned (the study has frozen arms "
             "anyway); set it above 0, or leave it out"
         )
 
@@ -66,11 +66,11 @@ def study(report: Report) -> dict[str, Any]:
         report: A comparison's report, with the arms that `arm_names` gives.
 
     Returns:
-        `{command, environment, recipe, native: {before, after}, cases, shapes}`. A case is a way and a start
-        value, over the seeds: `{way, epsilon_init, before, after, after_low, after_high, epsilon_end, epsilon_low,
-        epsilon_high, seeds, missing, failed}`; losses in nats a token, ε over sites and seeds, `missing` the seeds
-        that were not run yet, `failed` a list of `{seed, reason}`. A run whose loss is no number has failed too. What
-        no run has measured is None.
+        `{command, environment, recipe, native: {before, after}, cases, shapes}`. A case is a way and a start value,
+        over the seeds: `{way, epsilon_init, before, after, after_low, after_high, epsilon_end, epsilon_low,
+        epsilon_high, seeds, missing, failed}`. Losses are in nats per token, ε is over sites and seeds, `missing` has
+        the seeds that have not run yet, and `failed` is a list of `{seed, reason}`. A run with a NaN loss counts as
+        failed. A value that no run has measured is None.
     """
     cases = [case for arm in report.arms if (case := _case(arm)) is not None]
     cases.sort(key=lambda case: (WAYS.index(case["way"]), case["epsilon_init"]))
@@ -118,7 +118,7 @@ def _case(arm: Arm) -> dict[str, Any] | None:
 def _why_failed(run: Run) -> str | None:
     if not run.done:
         return run.error or run.status
-    return None if _finite([run.metrics.get("loss")]) else "the loss after training is no number"
+    return None if _finite([run.metrics.get("loss")]) else "the loss after training is not a number"
 
 
 def _finite(values: Any) -> list[float]:
@@ -126,7 +126,7 @@ def _finite(values: Any) -> list[float]:
 
 
 def shape(epsilon: float) -> dict[str, Any]:
-    """What CRReLU is at an ε, without any model.
+    """The shape of CRReLU for an ε, without any model.
 
     With x ~ N(0, 1), the mean of f'(x)² is 1/2 + ε/(2√2) + 2ε²/(3√3), by ∫₀^∞ (1 − x²)·exp(−x²) dx = √π/4 and
     ∫ (1 − x²)²·exp(−3x²/2) dx = (2/3)·√(2π/3): the factor by which a layer scales the square of a gradient.
@@ -155,7 +155,7 @@ def _falling(epsilon: float) -> list[tuple[float | None, float]]:
         return [(-1.0, brentq(slope, 0, 1) if epsilon < _FALLS_AT_ZERO else 0.0)]
     if epsilon <= _FALLS_RIGHT:
         return [(None, -1.0)]
-    lowest = math.sqrt(3)  # where the slope is least; it is 1 at x = 1, and 1 again far to the right
+    lowest = math.sqrt(3)  # the point of the least slope, which is 1 at x = 1 and again far to the right
     return [(None, -1.0), (brentq(slope, 1, lowest), brentq(slope, lowest, lowest + math.sqrt(2 * epsilon)))]
 
 

@@ -1,4 +1,4 @@
-"""The picture of the ε study: loss against the start value, where ε ended, and the functions themselves."""
+"""Plots the ε study: the loss against the start value, the final ε, and the functions themselves."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,18 @@ from crrelu_llm.files import write_figure
 from crrelu_llm.studies.sensitivity import FROZEN, LEARNED_CHANNEL, LEARNED_LAYER, WAYS
 
 PLOT = "epsilon.png"
-_LOWEST = 0.15  # nats: where start values far off leave the picture to those that come near to each other
+_LOWEST = 0.15  # nats: the range of the zoomed panel, which leaves out start values with a much higher loss
 _COLOURS = {FROZEN: "#7a7a7a", LEARNED_LAYER: "#1f6f8b", LEARNED_CHANNEL: "#c4472b"}
 _MARKS = {FROZEN: "s", LEARNED_LAYER: "o", LEARNED_CHANNEL: "D"}
 _LABELS = {FROZEN: "frozen (per layer and per channel are the same)"}
 
 
 def plot(document: dict[str, Any], path: str | Path) -> None:
-    """Draws a study: the losses, their lowest part again, where ε ended, and the functions.
+    """Plots a study: the losses, a zoom on the lowest losses, the final ε, and the functions.
 
     Args:
         document: As in epsilon.json.
-        path: The picture to write, its ending says in which format (`.png`, `.svg`, `.pdf`).
+        path: The image file to write; the suffix sets the format (`.png`, `.svg`, `.pdf`).
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -61,14 +61,14 @@ def _losses(axis: Any, document: dict[str, Any]) -> None:
         if done:
             axis.errorbar(x, y, [y - low, high - y], lw=1.3, **style, label=_LABELS.get(way, way))
         failed = [case["epsilon_init"] for case in cases if case["failed"]]
-        if failed:  # at the upper edge, as they have no loss
+        if failed:  # at the upper edge, because they have no loss
             place = {"transform": axis.get_xaxis_transform(), "clip_on": False}
             style |= {"marker": "x", "ms": 8, "mew": 2, "ls": "none", "label": f"failed runs, {way}"}
             axis.plot(failed, [1.0] * len(failed), **style, **place)
     for key, dash in (("before", "--"), ("after", "-")):
         if document["native"][key] is not None:
             axis.axhline(document["native"][key], color="#3f8f4f", lw=1, ls=dash, label=f"native, {key} training")
-    axis.set(xlabel="ε at the start", ylabel="loss on held-out text, nats a token")
+    axis.set(xlabel="ε at the start", ylabel="loss on held-out text, nats per token")
 
 
 def _zoom(axis: Any, document: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def _shapes(axis: Any, document: dict[str, Any]) -> None:
 
 
 def _start_values(axis: Any, values: list[float]) -> None:
-    """An axis on which start values of different orders of magnitude stand apart."""
+    """An axis that separates start values of different orders of magnitude."""
     sizes = [abs(value) for value in values if value]
     if sizes and max(sizes) > 20 * min(sizes):
         axis.set_xscale("symlog", linthresh=min(sizes))

@@ -1,4 +1,4 @@
-"""An L1 term on activations in a trainer's loss: it draws the outputs of the sites towards 0."""
+"""An L1 term on activations in a trainer's loss, which draws the outputs of the sites towards 0."""
 
 import contextlib
 import re
@@ -14,19 +14,19 @@ from crrelu_llm.patching import section
 from crrelu_llm.patching.activations import is_ours
 from crrelu_llm.patching.modules import fused
 
-_OWN_EXPERT = re.compile(r"experts\.\d+\.")  # a module for each expert, to which a batch may send nothing
+_OWN_EXPERT = re.compile(r"experts\.\d+\.")  # one module per expert; a batch may route no token to it
 
 
 class ActivationL1:
-    """The mean absolute output of the patched sites of a model while it trains.
+    """The mean absolute output of a model's patched sites in training.
 
-    Works by forward hooks. Counted is what a forward pass in training mode with gradients gives within `collecting`:
-    neither evaluation, nor a reference under `no_grad`, nor the repeated passes of gradient checkpointing, which run
-    while gradients are computed. The output is the activation's own: a gated CRReLU is multiplied by the other
-    projection in a step of its own as long as this is there. Under a gradual swap it is the mixture.
+    Forward hooks collect the outputs of forward passes in training mode with gradients, inside `collecting`. Not
+    counted are evaluation, a reference under `no_grad`, and the repeated passes of gradient checkpointing, which run
+    during the backward pass. The output is that of the activation alone: these hooks disable the fused gated product
+    of CRReLU. During a gradual swap the output is the mixture.
 
     Args:
-        model: As a trainer holds it, patched; under PEFT the trained copies are watched too.
+        model: The trainer's patched model; under PEFT the trained copies of the sites are observed too.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,7 +39,7 @@ class ActivationL1:
         self._outputs: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {}
         self._mask: Tensor | None = None
         self._collects = self._looked = False
-        # The decoder: some losses call it, and not the model around it. It gets all options by name.
+        # Hooked on the decoder, because some losses call only the decoder. All its options are passed by keyword.
         decoder = base.get_decoder() or base.base_model
         decoder.register_forward_pre_hook(self._keep_mask, with_kwargs=True)
         for name, module in model.named_modules():
@@ -49,7 +49,7 @@ class ActivationL1:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within it, outputs are counted."""
+        """A context in which outputs are counted."""
         self._outputs.clear()
         self._collects = True
         try:
@@ -58,14 +58,13 @@ class ActivationL1:
             self._collects, self._mask = False, None
 
     def mean(self) -> Tensor:
-        """The mean of |output| over tokens and channels of each site, and of that over the sites; float32, with its
-        gradient.
+        """The mean of |output| over each site's tokens and channels, averaged over the sites; float32, with gradient.
 
         Tokens that a two-dimensional attention mask excludes do not count, except where a model routes tokens to
         experts.
 
         Raises:
-            InputError: Of some site no output came by, so that it would not be drawn to 0.
+            InputError: A site had no output, so the term would not act on it.
         """
         if not self._looked:
             self._looked = True
@@ -84,7 +83,7 @@ class ActivationL1:
         return torch.stack([value.to(means[0].device) for value in means]).mean()
 
     def _site(self, path: str) -> str | None:
-        """The site of the section at a path; a head on the base model has a prefix more or less."""
+        """The section's site at a path; with another head on the base model, the prefix may differ."""
         return next(
             (site for site in self._kinds if f".{site}".endswith(f".{path}") or path.endswith(f".{site}")), None
         )
@@ -93,9 +92,9 @@ class ActivationL1:
         lost = [path for path in self._kinds if path not in self._outputs and not _OWN_EXPERT.search(path)]
         if lost or not self._outputs:
             raise InputError(
-                f"activation_l1: no output of {len(lost)} of {len(self._kinds)} sites came by in training (first: "
-                f"{(lost or list(self._kinds))[0]}): a kernel computes the activation in its own way, or nothing of "
-                "it is trained; leave activation_l1 out"
+                f"activation_l1: {len(lost)} of {len(self._kinds)} sites had no output in training (first: "
+                f"{(lost or list(self._kinds))[0]}): a kernel replaces the activation, or the site is not "
+                "trained; leave activation_l1 out"
             )
 
     def _keep_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,8 +106,8 @@ class ActivationL1:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not (module.training and torch.is_grad_enabled()):
                 return
-            # Also in a repeated pass, which must keep the same tensors for the gradients as the first one did. A norm,
-            # so that no second tensor of the size of the output is made.
+            # Computed in repeated passes too, which must save the same tensors for the gradients as the first pass. A
+            # norm avoids a second tensor of the size of the output.
             wide = None if output.dtype == torch.float64 else torch.float32
             per_token = torch.linalg.vector_norm(output, ord=1, dim=-1, dtype=wide)
             if self._collects:
@@ -118,7 +117,7 @@ class ActivationL1:
 
 
 def _mask_of(per_token: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which of the tokens count; None where all do. Some models flatten batch and tokens before the site (OPT)."""
+    """A mask of the tokens that count; None if all do. Some models (OPT) flatten batch and tokens before the site."""
     if mask is None or mask.numel() != per_token.numel() or (per_token.dim() > 1 and mask.shape != per_token.shape):
         return None
     return (mask != 0).to(per_token).view(per_token.shape)
@@ -127,8 +126,8 @@ def _mask_of(per_token: Tensor, mask: Tensor | None) -> Tensor | None:
 class ActivationL1Mixin:
     """Adds `activation_l1` · the mean absolute activation to a trainer's loss in training, and logs the mean.
 
-    Every micro-batch of every process counts alike in a step, so that gradient accumulation is a larger batch where
-    micro-batches have as many tokens. Evaluation is left alone: `eval_loss` stays the task's.
+    Every micro-batch of every process has the same weight in a step, so that gradient accumulation equals a larger
+    batch if micro-batches have equal numbers of tokens. Evaluation does not change: `eval_loss` is the task's loss.
     """
 
     args: Any
@@ -138,24 +137,24 @@ class ActivationL1Mixin:
     l1: ActivationL1 | None = None
 
     def install_activation_l1(self) -> None:
-        """Watches the sites, where the recipe asks for it and the model is patched.
+        """Installs the hooks on the sites if the recipe sets `activation_l1` and the model is patched.
 
         Raises:
-            InputError: Gradient checkpointing is of the kind through which no gradient comes from inside a layer.
+            InputError: Gradient checkpointing is of the kind that gives no gradient for tensors inside a layer.
         """
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if not self.activation_args.activation_l1 or section.read(base.config) is None:
             return
         if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError(
-                "activation_l1 needs the gradients of single layers, which gradient_checkpointing with use_reentrant: "
+                "activation_l1 needs the gradients inside layers, which gradient_checkpointing with use_reentrant: "
                 "true does not give (TRL sets it for adapters under ZeRO-3); set gradient_checkpointing_kwargs: "
                 "{use_reentrant: false}, or leave activation_l1 out"
             )
         self.l1 = ActivationL1(self.model)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own loss, in training plus the weighted mean; logs `activation_l1`, the mean alone."""
+        """The trainer's own loss, in training plus the weighted mean; logs the unweighted mean as `activation_l1`."""
         if self.l1 is None or not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         with self.l1.collecting():
@@ -168,8 +167,8 @@ class ActivationL1Mixin:
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def _micro_batches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """What the term is divided by: a Trainer divides by the micro-batches of a step only what it takes for a mean
-        of one (see `Trainer.training_step`)."""
+        """The divisor of the term: a Trainer divides a loss by the number of micro-batches in a step only if it takes
+        the loss for the mean of one micro-batch (see `Trainer.training_step`)."""
         items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         whole: Any = getattr(self, "loss_is_scaled_for_ga", None)
         if whole is None:

@@ -1,4 +1,4 @@
-"""The activation section of a recipe: its keys, and what they may be."""
+"""The activation section of a recipe: its keys and their allowed values."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,7 +21,7 @@ class ActivationArguments:
     """The activation section of a recipe: the options of a patch, and what training adds."""
 
     activation: str | None = field(
-        default=None, metadata={"help": "Activation to patch every MLP to. Not set: train the model as it is."}
+        default=None, metadata={"help": "Activation to patch every MLP to. If not set, the model is not patched."}
     )
     epsilon_init: float = _of_patch("epsilon_init")
     epsilon_per: str = _of_patch("epsilon_per")
@@ -53,7 +53,7 @@ class ActivationArguments:
         default=0,
         metadata={
             "help": "Steps over which training goes from the original activation to the new one. The reference of DPO "
-            "then has the original activation, as the model has at the first step."
+            "then has the original activation, like the model at the first step."
         },
     )
     blend_schedule: str = field(default="linear", metadata={"help": "`linear` or `cosine`."})
@@ -65,11 +65,11 @@ class ActivationArguments:
     )
 
     def __post_init__(self) -> None:
-        """Makes one text of an activation for each layer."""
+        """Converts a mapping of layers to activations into text."""
         self.activation = text_of(self.activation)
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
-        """The patch that this section asks for, checked; None where the model is trained as it is."""
+        """The checked patch configuration of this section; None if the model is not patched."""
         positive = ("epsilon_learning_rate", "epsilon_weight_decay", "affine_learning_rate", "blend_steps")
         for key in (*positive, "distill_weight", "density_update_steps", "activation_l1"):
             if not 0 <= getattr(self, key) < float("inf"):
@@ -83,7 +83,7 @@ class ActivationArguments:
         options = {key: getattr(self, key) for key in keys}
         try:
             if self.density in DENSITIES and "crrelu" not in names_of(self.activation or "crrelu"):
-                options["density"] = "standard"  # an arm of a comparison, whose recipe is for all
+                options["density"] = "standard"  # an arm of a comparison: all arms share the recipe
             config = PatchConfig("crrelu" if self.activation is None else self.activation, **options)
         except InputError as error:
             raise InputError(f"{where}{error}") from error
@@ -95,15 +95,15 @@ class ActivationArguments:
         if self.activation is not None and self.density_update_steps and self.density != "fitted":
             raise InputError(
                 f"{where}density_update_steps moves a centre and a width, which density: {self.density} does not "
-                "have; set density: fitted, or leave it out"
+                "have; set density: fitted, or leave density_update_steps out"
             )
         return None if self.activation is None else config
 
     def require_activation(self, where: str = "") -> None:
-        """Raises InputError for options that do nothing without a swap; a comparison's arms share them, one run not.
+        """Raises InputError for options that have no effect without a swap; not called for the arms of a comparison.
 
         Args:
-            where: Put before the message.
+            where: The prefix of the message.
         """
         if self.activation is None and self.blend_steps:
             raise InputError(f"{where}blend_steps needs an activation to blend to; set activation: crrelu")

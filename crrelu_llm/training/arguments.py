@@ -1,4 +1,4 @@
-"""Recipes: TRL's own options plus the activation section, parsed by TRL's own parser, errors in one line."""
+"""Recipes: TRL's own options and the activation section, parsed by TRL's own parser, with errors in one line."""
 
 import difflib
 import os
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recipe:
-    """A parsed recipe: TRL's four argument groups, the activation section, and where it came from.
+    """A parsed recipe: TRL's four argument groups, the activation section, and the source of the recipe.
 
     Attributes:
-        values: What was asked for, as it may be published.
-        hidden: A hash of what is hidden there, where something is.
+        values: The requested options, in publishable form.
+        hidden: A hash of the values that are hidden there, if any.
     """
 
     kind: "Kind"
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What every load of the recipe's model is given, where it is set: `revision`, `trust_remote_code`."""
+        """The options for every load of the recipe's model, where set: `revision`, `trust_remote_code`."""
         given = {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
         return {key: value for key, value in given.items() if value}
 
@@ -61,15 +61,15 @@ def make_parser(kind: str, prog: str | None = None, **kwargs: Any) -> RecipePars
     """The parser of `crrelu KIND`: every option of `trl KIND` and the activation section."""
     trl = kind_of(kind)
     groups: Any = (trl.script, trl.config, ModelConfig, DatasetMixtureConfig, ActivationArguments)
-    # An abbreviated option would be taken, but missing from what run.json says was asked for.
+    # An abbreviated option would be accepted, but run.json would not record it.
     return RecipeParser(groups, prog=prog or f"crrelu {kind}", allow_abbrev=False, **kwargs)
 
 
 def parse(kind: str, argv: list[str]) -> Recipe:
-    """Parses `--config R.yaml --option value ...`; options win over the file, and nothing is written.
+    """Parses `--config R.yaml --option value ...`; options override the file. Writes nothing.
 
     Raises:
-        InputError: A missing file, an unknown key, a wrong type or an impossible value: one line, with the file.
+        InputError: A missing file, an unknown key, a wrong type or an invalid value: one line, with the file.
     """
     parser = make_parser(kind)
     path, values = read_recipe(argv)
@@ -81,7 +81,7 @@ def parse(kind: str, argv: list[str]) -> Recipe:
         _check_options(parser, argv)
         raise InputError(f"{where}{_no_model(kind)}")
     try:
-        # Every key has been checked: what the parser does not know are options of `accelerate launch`.
+        # Every key has been checked: those unknown to the parser are options of `accelerate launch`.
         script, training, model, mixture, activation = parser.parse_args_and_config(argv, fail_with_unknown_args=False)
     except InputError as error:
         raise InputError(f"{where}{_name_the_option(error)}") from error
@@ -104,7 +104,7 @@ def _no_model(kind: str) -> str:
 
 
 def read_recipe(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Path and keys of the recipe that a command line names, unchecked; None and nothing where it names none."""
+    """Path and unchecked keys of the recipe named on a command line; None and no keys if it names none."""
     path = _config_path(argv)
     return path, _read_yaml(path) if path else {}
 
@@ -129,13 +129,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a list of `key: value` lines")
-    if isinstance(values.get("activation"), dict):  # one a layer
+    if isinstance(values.get("activation"), dict):  # one per layer
         values["activation"] = text_of(values["activation"])
     return values
 
 
 def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> None:
-    """Unknown keys and wrong types, all of them in one line."""
+    """Reports all unknown keys and wrong types in one line."""
     actions = {action.dest: action for action in parser._actions}
     single = _single_options(parser)
     problems = []
@@ -168,8 +168,8 @@ def _check_keys(parser: RecipeParser, values: dict[str, Any], where: str) -> Non
 
 
 def _single_options(parser: RecipeParser) -> dict[str, bool]:
-    """Options that hold one value, and whether it may be empty; many of TRL's that the command line takes as text may
-    be a list or a dictionary."""
+    """Options with a single value, and whether the value may be empty. Many of TRL's options that the command line
+    takes as text may be a list or a dictionary, and are not included."""
     hints = {name: hint for group in parser.dataclass_types for name, hint in get_type_hints(group).items()}
     plain = {name: {hint} if get_origin(hint) is None else set(get_args(hint)) for name, hint in hints.items()}
     one = {str, int, float, bool, NoneType}
@@ -181,7 +181,7 @@ def _single_options(parser: RecipeParser) -> dict[str, bool]:
 
 
 def _check_options(parser: RecipeParser, argv: list[str]) -> None:
-    """Unknown options of the command line, named as the user wrote them."""
+    """Reports unknown options of the command line, as the user wrote them."""
     known = [option for action in parser._actions for option in action.option_strings] + ["--config"]
     for argument in argv:
         option = argument.partition("=")[0]
@@ -216,12 +216,12 @@ def _check(recipe: Recipe, where: str) -> None:
         check_blend_ends(activation.blend_steps, training.max_steps, where)
     if activation.recompute_activation and training.torch_compile:
         raise InputError(
-            f"{where}recompute_activation does nothing in a compiled model, which decides by itself what it keeps; "
+            f"{where}recompute_activation has no effect in a compiled model, which decides itself what to store; "
             "leave it or torch_compile out"
         )
     if activation.activation_l1 and training.torch_compile:
         raise InputError(
-            f"{where}activation_l1 watches every activation by a hook, which a compiled model does not allow; "
+            f"{where}activation_l1 observes every activation with a hook, which a compiled model does not allow; "
             "leave it or torch_compile out"
         )
     if activation.density_update_steps:
@@ -241,13 +241,13 @@ def _check(recipe: Recipe, where: str) -> None:
 def _check_density_updates(training: Any, where: str) -> None:
     if training.torch_compile:
         raise InputError(
-            f"{where}density_update_steps watches every activation by a hook, which a compiled model does not allow; "
-            "leave it or torch_compile out"
+            f"{where}density_update_steps observes every activation with a hook, which a compiled model does not "
+            "allow; leave it or torch_compile out"
         )
     if getattr(training, "sync_ref_model", False):
         raise InputError(
-            f"{where}sync_ref_model does not go with density_update_steps: it would move the weights of the reference "
-            "and not its centres and widths; leave one of them out"
+            f"{where}sync_ref_model does not go with density_update_steps: it would update the weights of the "
+            "reference but not its centres and widths; leave one of them out"
         )
 
 

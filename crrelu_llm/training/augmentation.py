@@ -1,4 +1,4 @@
-"""Images changed at random while they are trained on: crops, flips, RandAugment. Pillow alone; a generator decides."""
+"""Random augmentation of training images: crops, flips, RandAugment; needs only Pillow and a random generator."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to every training image.
+    """The augmentation of every training image.
 
     Attributes:
-        crop_padding: Pixels of black around the image, of which a part of the image's own size is cut out.
-        crop_scale: The least share of the image's area that is cut out and shown; 0: all of it.
-        horizontal_flip: Whether every other image is mirrored.
-        randaugment_ops: How many operations of RandAugment follow each other.
-        randaugment_magnitude: How strong each is, from 0 to 10.
+        crop_padding: Black pixels added around the image before a crop of the image's own size.
+        crop_scale: The least share of the image's area in a random crop; 0: no crop.
+        horizontal_flip: Whether to mirror images at random, with probability 1/2.
+        randaugment_ops: How many operations of RandAugment to apply one after the other.
+        randaugment_magnitude: The strength of each operation, from 0 to 10.
     """
 
     crop_padding: int = 0
@@ -36,7 +36,7 @@ class Augmentation:
     randaugment_magnitude: float = 9.0
 
     def __call__(self, image: Image, random: np.random.Generator) -> Image:
-        """The image as `random` changes it."""
+        """Returns the augmented image."""
         if self.crop_padding:
             image = _padded_crop(image, self.crop_padding, random)
         if self.crop_scale:
@@ -54,11 +54,11 @@ class Augmentation:
 def _padded_crop(image: Image, padding: int, random: np.random.Generator) -> Image:
     left, top = (int(random.integers(-padding, padding + 1)) for _ in range(2))
     width, height = image.size
-    return image.crop((left, top, left + width, top + height))  # what is outside is black
+    return image.crop((left, top, left + width, top + height))  # black outside the image
 
 
 def _part(image: Image, least: float, random: np.random.Generator) -> Image:
-    """A part of random area and of a ratio of sides between 3:4 and 4:3, in the image's size."""
+    """A crop with a random area and an aspect ratio between 3:4 and 4:3, resized to the image's size."""
     from PIL.Image import Resampling
 
     width, height = image.size
@@ -80,7 +80,7 @@ def _mirrored(image: Image) -> Image:
 
 
 def _moved(image: Image, matrix: tuple[float, float, float, float, float, float]) -> Image:
-    """An affine map of the image; what comes in from outside is grey."""
+    """An affine map of the image; grey outside the image."""
     from PIL.Image import Resampling, Transform
 
     fill = _GREY if image.mode == "L" else (_GREY,) * 3

@@ -1,4 +1,4 @@
-"""The gradual swap in a trainer: λ step by step, and the reference model that DPO measures against."""
+"""The gradual swap in a trainer: sets λ at every step, and fixes DPO's reference model."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ def blend_of(model: Any, section: dict[str, Any]) -> Blend:
     """The blend of a patched model, at λ = 0.
 
     Args:
-        model: As a trainer holds it; under PEFT a site's trained copy and the original beside it both blend.
+        model: The trainer's model; under PEFT both the trained copy of a site and the original beside it blend.
         section: The `crrelu` section of the model's config.
     """
     originals = {site["path"]: site["original"] for site in section["sites"]}
@@ -35,7 +35,7 @@ def blend_of(model: Any, section: dict[str, Any]) -> Blend:
 
 
 def check_blend_ends(blend_steps: int, max_steps: int, where: str = "") -> None:
-    """Raises InputError where λ would not reach 1 before the last step is done."""
+    """Raises InputError if λ would not reach 1 by the last step."""
     if max_steps < blend_steps:
         raise InputError(
             f"{where}blend_steps must be at most the number of training steps, {max_steps}, not {blend_steps}"
@@ -43,21 +43,21 @@ def check_blend_ends(blend_steps: int, max_steps: int, where: str = "") -> None:
 
 
 class BlendCallback(TrainerCallback):
-    """Sets λ before every optimiser step from the number of steps done and nothing else, so that a resume is right."""
+    """Sets λ before every optimiser step, from the number of finished steps only, so that a resume is exact."""
 
     def __init__(self, blend: Blend, steps: int, schedule: str):
         self.blend, self.steps, self.schedule = blend, steps, schedule
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises InputError where the training is too short for the blend."""
+        """Raises InputError if the training is too short for the blend."""
         check_blend_ends(self.steps, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sets λ of the step that begins, the same for all its micro-batches."""
+        """Sets λ for the next step, the same for all its micro-batches."""
         self.blend.set(blend_weight(state.global_step, self.steps, self.schedule))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends the blend: from here on the model has the new activation alone in training mode too."""
+        """Ends the blend: from now on the model uses only the new activation, in training mode too."""
         if state.global_step < self.steps:
             logger.warning(
                 "training stopped after %d of %d blend_steps: the model is saved with the new activation alone",
@@ -68,11 +68,11 @@ class BlendCallback(TrainerCallback):
 
 
 class BlendedReferenceMixin:
-    """DPO's reference under a blend: the model that training starts from.
+    """DPO's reference with a blend: the model at the start of training.
 
-    At the first step λ is 0, so the policy is the patched checkpoint with the original activation. That, fixed, is
-    the reference, and the first loss is ln 2. It holds for a reference model of its own, for the base model under an
-    adapter that is switched off, and for log-probabilities that are computed in advance.
+    At the first step λ is 0, so the policy is the patched checkpoint with the original activation. This model, fixed,
+    is the reference, and the first loss is ln 2. The same holds for a separate reference model, for the base model
+    with its adapter disabled, and for precomputed log-probabilities.
     """
 
     model: Any
@@ -81,7 +81,7 @@ class BlendedReferenceMixin:
     reference_blend: Blend | None = None
 
     def install_blend(self) -> None:
-        """Also fixes the reference."""
+        """Installs the blend, and fixes the reference."""
         super().install_blend()  # type: ignore[misc]
         if self.blend is None:
             return
@@ -92,7 +92,7 @@ class BlendedReferenceMixin:
             self.model.disable_adapter = self._disable_adapter(self.model.disable_adapter)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """TRL's own, of the model that training starts from; also called while the trainer is being built."""
+        """TRL's own method, on the model at the start of training; also called while the trainer is built."""
         self.install_blend()
         alone = self.blend is None or self.ref_model is not None
         with contextlib.nullcontext() if alone else self.blend.original():  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ class BlendedReferenceMixin:
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self.install_blend()
-        # TRL caches by the weights alone; arms differ in the activation, which may have none.
+        # TRL's cache key covers only the weights, but arms differ in the activation, which may have no weights.
         activation = self.model.config.to_dict().get("crrelu")
         mark = f" {activation}, original: {self.blend is not None}"
         if not self._precompute_model_hash.endswith(mark):  # type: ignore

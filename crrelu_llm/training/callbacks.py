@@ -1,4 +1,4 @@
-"""What watches a training: ε that must be learned, and one line a log, without one number for every site."""
+"""Callbacks: a check that ε is learned, and log lines without the values per site."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def _without_sites(logs: dict[str, float] | None) -> dict[str, float]:
 
 
 class QuietProgressCallback(ProgressCallback):
-    """transformers' progress bar; ε of each site goes to the trackers and the log history only."""
+    """transformers' progress bar; the ε of each site goes only to the trackers and the log history."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Prints the logs without the values per site."""
@@ -23,7 +23,7 @@ class QuietProgressCallback(ProgressCallback):
 
 
 class QuietPrinterCallback(PrinterCallback):
-    """The same without a progress bar (`disable_tqdm`)."""
+    """The same without the progress bar (`disable_tqdm`)."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Prints the logs without the values per site."""
@@ -31,12 +31,12 @@ class QuietPrinterCallback(PrinterCallback):
 
 
 class EpsilonLearns(TrainerCallback):
-    """Stops a training that was to learn ε where no gradient reaches it, or the optimiser does not have it.
+    """Stops a training that should learn ε if no gradient reaches ε, or if the optimiser lacks it.
 
-    Looked at once, before the first step. Sharded parameters are others than the model's, and are not looked at.
+    The check runs once, before the first step. Sharded parameters, which differ from the model's, are not checked.
 
     Args:
-        trainer: One of ours.
+        trainer: One of our trainers.
     """
 
     def __init__(self, trainer: Any):
@@ -44,7 +44,7 @@ class EpsilonLearns(TrainerCallback):
         self._looked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at the gradients of the first step."""
+        """Checks the gradients of the first step."""
         if self._looked or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
             return
         self._looked = True
@@ -62,7 +62,7 @@ class EpsilonLearns(TrainerCallback):
 
 
 def quieten(trainer: Any) -> None:
-    """Puts our two callbacks in the place of transformers' own."""
+    """Replaces two of transformers' callbacks by ours."""
     for theirs, ours in ((ProgressCallback, QuietProgressCallback), (PrinterCallback, QuietPrinterCallback)):
         if trainer.pop_callback(theirs) is not None:
             trainer.add_callback(ours)

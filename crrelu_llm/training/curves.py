@@ -1,4 +1,4 @@
-"""The curve that an activation of a model computes, to be drawn: the mean of its channels."""
+"""The curve of an activation of a model, for plots: the mean over its channels."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ POINTS = torch.linspace(-4, 3, 71)
 
 @torch.no_grad()
 def curves(model: Any) -> dict[str, list[float]]:
-    """What CRReLU gives at `POINTS`, averaged over channels, at the first, a middle and the last site of a model.
+    """The values of CRReLU at `POINTS`, averaged over channels, for the first, a middle and the last site of a model.
 
-    With ε, centre, width, scale, shift, gain and offset as they are now. Where these are sharded, every process must
-    call it.
+    Uses the present ε, centre, width, scale, shift, gain and offset. If these are sharded, every process must call
+    this function.
     """
     modules = epsilon_modules(model)
     paths = list(modules)

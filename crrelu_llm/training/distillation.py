@@ -1,4 +1,4 @@
-"""Recovery by distillation: an SFT loss with a KL divergence from the original model, the teacher, added to it."""
+"""Recovery by distillation: adds the KL divergence from the original model, the teacher, to the SFT loss."""
 
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from crrelu_llm.patching.transform import read_origin
 from crrelu_llm.training.arguments import Recipe
 from crrelu_llm.training.prepare import starting_checkpoint
 
-_FORWARD_KL = 0.0  # TRL's beta: KL(teacher ‖ student), an average over what the teacher expects
+_FORWARD_KL = 0.0  # TRL's beta: KL(teacher ‖ student), an average over the teacher's distribution
 _NOT_OF_THE_BACKBONE = ("labels", "shift_labels", "use_cache", "output_router_logits")
 
 
 class DistillationMixin:
     """Adds `weight` · KL(teacher ‖ student) to the training loss of TRL's SFTTrainer.
 
-    The divergence is that of the next-token distributions over the whole vocabulary, in float32, summed over the
-    tokens that the cross-entropy is summed over and divided by the same number, so that gradient accumulation is
-    a larger batch for both. TRL's own kernel computes it from hidden states, tile by tile, without full logits. The
-    student's hidden states are those of its one forward pass. Evaluation is left alone: `eval_loss` stays the
-    cross-entropy, comparable with every other run.
+    The divergence compares next-token distributions over the whole vocabulary, in float32. It is summed over the same
+    tokens as the cross-entropy and divided by the same number, so that gradient accumulation equals a larger batch for
+    both. TRL's own kernel computes it from hidden states, tile by tile, without full logits. The student's hidden
+    states come from its single forward pass. Evaluation does not change: `eval_loss` is the cross-entropy, comparable
+    with every other run.
     """
 
     model: Any
@@ -35,7 +35,7 @@ class DistillationMixin:
     _weight: float = 0.0
 
     def learn_from(self, teacher: Any, weight: float) -> None:
-        """Sets the teacher: a causal LM of the student's architecture, on its device; it is frozen here."""
+        """Sets and freezes the teacher: a causal LM of the student's architecture, on the student's device."""
         self.teacher, self._weight = teacher.eval().requires_grad_(False), weight
         self._seen = _LastHiddenState()
         _base(self.model).base_model.register_forward_hook(self._seen)
@@ -58,12 +58,12 @@ class DistillationMixin:
         count = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         loss = self._weight * total / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The number counts the tokens of all processes, over which DDP averages the gradients.
+            # num_items_in_batch counts the tokens of all processes, over which DDP averages the gradients.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
         return (result[0] + loss, result[1]) if return_outputs else result + loss
 
     def _divergence(self, student_states: Tensor, inputs: Any, mask: Tensor) -> Tensor:
-        """The divergence summed over the tokens that `mask`, (batch, tokens − 1), selects."""
+        """The divergence summed over the tokens selected by `mask`, (batch, tokens − 1)."""
         with torch.no_grad():
             kwargs = {key: value for key, value in inputs.items() if key not in _NOT_OF_THE_BACKBONE}
             teacher_states = self.teacher.base_model(**kwargs, use_cache=False).last_hidden_state
@@ -90,20 +90,20 @@ class DistillationMixin:
 
 
 class _LastHiddenState:
-    """A forward hook on a backbone: keeps the hidden states that the LM head is about to get."""
+    """A forward hook on a backbone that keeps the hidden states for the LM head."""
 
     value: Tensor | None = None
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled():  # TRL may run the model once more for its metrics
+        if torch.is_grad_enabled():  # TRL may run the model again for its metrics
             self.value = output.last_hidden_state
 
 
 def teacher_source(recipe: Recipe, model: str) -> str:
-    """The unpatched checkpoint that a run's starting checkpoint `model` was made from.
+    """The unpatched checkpoint from which a run's starting checkpoint `model` was made.
 
     Raises:
-        InputError: `model` is patched, and does not say what from or names a checkpoint that is gone or patched too.
+        InputError: `model` is patched, and does not name its original, or the original is missing or patched too.
     """
     trust = recipe.training.trust_remote_code
     if section.read(loading.load_config(model, revision=recipe.model.model_revision, trust_remote_code=trust)) is None:
@@ -111,26 +111,26 @@ def teacher_source(recipe: Recipe, model: str) -> str:
     origin = read_origin(model) if Path(model).is_dir() else None
     where = f"{recipe.source}: distill_weight: the teacher is the model before the patch, but"
     if origin is None:
-        raise InputError(f"{where} {model} does not say what it was made from; start from the original checkpoint")
+        raise InputError(f"{where} {model} does not name the original; start from the original checkpoint")
     try:
         source = starting_checkpoint(
             origin["model"],
             None,
-            Path(recipe.training.output_dir) / "teacher",  # used by a GGUF file only, which has to be converted
+            Path(recipe.training.output_dir) / "teacher",  # used only for a GGUF file, which must be converted
             origin["dtype"],
             revision=origin["revision"],
             trust_remote_code=trust,
         )
         patched = section.read(loading.load_config(source, revision=origin["revision"], trust_remote_code=trust))
     except InputError as error:
-        raise InputError(f"{where} it is gone from where {model} was made: {error}") from error
+        raise InputError(f"{where} the original of {model} is no longer there: {error}") from error
     if patched is not None:
         raise InputError(f"{where} {origin['model']}, which {model} was made from, is patched too")
     return source
 
 
 def load_teacher(recipe: Recipe, model: str, quantization_config: Any, device: torch.device) -> Any:
-    """The teacher of a run that starts from `model`: loaded, and quantised, like the student."""
+    """Loads the teacher of a run that starts from `model`, quantised like the student."""
     source = teacher_source(recipe, model)
     options: dict[str, Any] = {
         **recipe.training.model_init_kwargs,
@@ -153,7 +153,7 @@ def _base(model: Any) -> Any:
 
 
 def _logit_scale(config: Any) -> float:
-    """What a family multiplies its logits by (Cohere, Falcon-H1, Granite, ...); 1 for most."""
+    """The factor by which a family scales its logits (Cohere, Falcon-H1, Granite, ...); 1 for most."""
     for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, key, None) is not None:
             return getattr(config, key)

@@ -1,4 +1,4 @@
-"""Dynamic EAFO: tracks the density of pre-activations in training, and moves CRReLU's centre and width after it."""
+"""Dynamic EAFO: tracks the density of pre-activations in training, and moves CRReLU's centre and width with it."""
 
 import logging
 from collections.abc import Callable
@@ -18,18 +18,18 @@ MIN_WIDTH = 1e-3  # a narrower bump would lie between neighbouring bfloat16 numb
 
 
 class MomentTracker:
-    """Sums over the pre-activations of every fitted site while a model trains: how many, Σx and Σx².
+    """Sums over the pre-activations of every fitted site in training: their number, Σx and Σx².
 
-    Works by forward pre-hooks. Counted is what a forward pass in training mode with gradients sees, so neither
-    evaluation nor a reference under `no_grad`. Gradient checkpointing repeats forward passes: with `use_reentrant` the
-    repeated one alone is counted, else every site counts all of it twice, which changes no mean. Tokens that a
-    two-dimensional attention mask excludes are left out, except where a model flattens batch and tokens before the
-    site (OPT, experts).
+    Forward pre-hooks count the forward passes in training mode with gradients, and so neither evaluation nor a
+    reference under `no_grad`. Gradient checkpointing repeats forward passes: with `use_reentrant` only the repeated
+    pass is counted, otherwise every site counts both, which does not change the mean. Tokens that a two-dimensional
+    attention mask excludes are left out, except where a model flattens batch and tokens before the site (OPT,
+    experts).
 
-    Sums are taken in float64 on CPUs. On other devices one forward pass is summed in float32, and passes in float64.
+    Sums are float64 on CPUs. On other devices one forward pass is summed in float32, and the passes in float64.
 
     Args:
-        model: As a trainer holds it; under PEFT the trained copies are watched.
+        model: The trainer's model; under PEFT the trained copies are observed.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,7 +39,7 @@ class MomentTracker:
         self._mask: Tensor | None = None
         trained: Any = model
         base = trained.get_base_model() if hasattr(model, "get_base_model") else trained
-        # The decoder: some losses call it, and not the model around it. It gets all options by name.
+        # Hooked on the decoder, because some losses call only the decoder. All its options are passed by keyword.
         decoder: nn.Module = base.base_model
         self._handles: list[RemovableHandle] = [
             decoder.register_forward_pre_hook(self._keep_mask, with_kwargs=True),
@@ -47,14 +47,14 @@ class MomentTracker:
         ]
 
     def take(self, device: torch.device | str = "cpu") -> Tensor:
-        """The sums since the last call, `(sites, 3)`, float64: count, Σx, Σx²; they start again at 0."""
+        """Returns the sums since the last call, `(sites, 3)`, float64: count, Σx, Σx²; then resets them to 0."""
         nothing = torch.zeros(3, dtype=torch.float64)
         sums = torch.stack([self._sums.get(path, nothing).to(device) for path in self.modules])
         self._sums.clear()
         return sums
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -84,20 +84,20 @@ def _sums(x: Tensor, mask: Tensor | None) -> Tensor:
         keep = mask.to(x.device) != 0
         x = torch.where(keep[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         count = keep.sum().to(wide) * x.shape[-1]
-    # A norm, so that no second tensor of the size of x is made.
+    # A norm avoids a second tensor of the size of x.
     square = torch.linalg.vector_norm(x, dtype=wide).double().square()
     return torch.stack([count.double(), x.sum(dtype=wide).double(), square])
 
 
 class DensityCallback(TrainerCallback, ExportableState):
-    """Moves centre and width of every fitted CRReLU to the running moments of its pre-activations.
+    """Moves the centre and width of every fitted CRReLU to the running moments of its pre-activations.
 
-    After every optimiser step the first two raw moments of each site, over all tokens of the step (every micro-batch,
-    every process) and all channels, are averaged into running ones: m ← momentum·m + (1 − momentum)·batch, from the
-    model's own centre and width on. Where the number of steps done is a multiple of `steps`, centre and width are set
-    to the running mean and standard deviation, before anything is logged or saved.
+    After every optimiser step the running moments of each site are updated: m ← momentum·m + (1 − momentum)·batch.
+    `batch` is the first two raw moments over all tokens of the step (every micro-batch, every process) and all
+    channels; the start values come from the model's own centre and width. After every `steps` steps, centre and width
+    are set to the running mean and standard deviation, before anything is logged or saved.
 
-    The running moments are in `trainer_state.json`, so that a resumed run repeats an uninterrupted one exactly.
+    `trainer_state.json` stores the running moments, so that a resumed run equals an uninterrupted one exactly.
 
     Args:
         steps: Optimiser steps between two updates.
@@ -111,13 +111,13 @@ class DensityCallback(TrainerCallback, ExportableState):
         self._warned = False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: mean and mean square of every site."""
+        """The state in a checkpoint: mean and mean square of every site."""
         arguments = {"steps": self.steps, "momentum": self.momentum}
         return {"args": arguments, "attributes": {"moments": {path: [*pair] for path, pair in self.moments.items()}}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Watches the model, from the moments of the checkpoint that is resumed or else its own."""
-        if self._tracker is not None:  # a second start, with a batch that fits the memory
+        """Starts tracking from the moments of the resumed checkpoint, or else from the model's own."""
+        if self._tracker is not None:  # a second start, with a batch size that fits in memory
             self._tracker.remove()
         self._tracker = MomentTracker(model)
         saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
@@ -126,10 +126,10 @@ class DensityCallback(TrainerCallback, ExportableState):
             path: [*known[path]] if path in known else _moments_of(module)
             for path, module in self._tracker.modules.items()
         }
-        state.stateful_callbacks[type(self).__name__] = self.state()  # the trainer saves only what it finds there
+        state.stateful_callbacks[type(self).__name__] = self.state()  # the trainer saves only the state found there
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts the step that is done; every `steps` steps, sets centre and width."""
+        """Counts the finished step; every `steps` steps, sets centre and width."""
         assert self._tracker is not None
         if not self._tracker.modules:
             return
@@ -137,7 +137,7 @@ class DensityCallback(TrainerCallback, ExportableState):
         if args.world_size > 1:
             torch.distributed.all_reduce(sums)
         for (path, running), (count, first, second) in zip(self.moments.items(), sums.tolist(), strict=True):
-            if count == 0:  # no token came by
+            if count == 0:  # no token reached the site
                 continue
             if not abs(first) + second < float("inf"):
                 self._warn(path, state.global_step)
@@ -149,7 +149,7 @@ class DensityCallback(TrainerCallback, ExportableState):
                 _set_density(module, *self.moments[path])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the model as a plain one."""
+        """Removes the hooks."""
         if self._tracker is not None:
             self._tracker.remove()
             self._tracker = None
@@ -157,7 +157,7 @@ class DensityCallback(TrainerCallback, ExportableState):
     def _warn(self, path: str, step: int) -> None:
         if not self._warned:
             logger.warning(
-                "%s: pre-activations at step %d are not finite; centre and width keep out of such steps (said once)",
+                "%s: pre-activations at step %d are not finite; centre and width skip such steps (logged once)",
                 path,
                 step,
             )
@@ -165,7 +165,7 @@ class DensityCallback(TrainerCallback, ExportableState):
 
 
 def density_means(model: nn.Module) -> tuple[float, float] | None:
-    """The means of the centre and of the width over the fitted sites; None where there is no such site."""
+    """The means of the centre and of the width over the fitted sites; None if there is no fitted site."""
     pairs = [(m.center, m.width) for m in epsilon_modules(model).values() if isinstance(m, FittedCRReLU)]
     if not pairs:
         return None
@@ -174,7 +174,7 @@ def density_means(model: nn.Module) -> tuple[float, float] | None:
 
 
 def _moments_of(module: FittedCRReLU) -> list[float]:
-    """Mean and mean square of the density that a module stands for."""
+    """Mean and mean square of a module's density."""
     center, width = module.center.item(), module.width.item()
     return [center, width * width + center * center]
 

@@ -1,4 +1,4 @@
-"""TRL's trainers with a learnable ε: one mixin over any of them."""
+"""TRL's trainers with a learnable ε: one mixin for all of them."""
 
 from typing import Any
 
@@ -36,10 +36,10 @@ from crrelu_llm.training.processes import (
 
 
 class EpsilonMixin(ActivationL1Mixin):
-    """What a Trainer needs for ε: float32, a parameter group of its own, its value in the logs.
+    """Adds a learnable ε to a Trainer: in float32, with its own parameter group, and logged.
 
-    The same, without logs, for scale, shift, gain and offset where these are trained. And what the activation section
-    asks for beside it: a gradual swap, a density that is tracked, and an L1 term.
+    Does the same, without logs, for scale, shift, gain and offset if they are trained. Also adds the other features of
+    the activation section: the gradual swap, the tracked density and the L1 term.
     """
 
     args: Any
@@ -58,14 +58,14 @@ class EpsilonMixin(ActivationL1Mixin):
         patched = section.read(self.model.config)
         if patched is not None and not hasattr(self.model, "peft_config"):
             patched["weights_changed"] = True  # training fits the weights to the new activation
-        if activation_args.recompute_activation:  # a checkpoint that was patched before may not say so
+        if activation_args.recompute_activation:  # not set in the config of an already patched checkpoint
             recompute_activation(self.model)
         if activation_args.epsilon_learning_rate == 0:
             for module in epsilon_modules(self.model).values():
                 freeze(self.model, module, "epsilon")
         if activation_args.affine_learning_rate > 0:
-            # The model that is trained alone: in a reference, or under an adapter that is switched off, they are
-            # buffers still. And after TRL's QLoRA has cast what is trained to bfloat16.
+            # Only in the trained model: in a reference, or with the adapter disabled, the four stay buffers. Done
+            # after TRL's QLoRA has cast the trained parameters to bfloat16.
             refuse_16_bit_zero3(self.accelerator, self.model)
             train_affine(self.model)
         ours = [] if patched is None else section.crrelu_paths(patched)
@@ -80,22 +80,22 @@ class EpsilonMixin(ActivationL1Mixin):
         if activation_args.density_update_steps and ours:
             tracking = DensityCallback(activation_args.density_update_steps, activation_args.density_momentum)
             self.add_callback(tracking)  # type: ignore[attr-defined]
-        self.install_activation_l1()  # last: its hooks see what the others make of an output
+        self.install_activation_l1()  # last: its hooks see the outputs of the others' hooks
 
     def install_blend(self) -> None:
-        """Makes the model blend where the recipe asks for it and the model is patched; again is harmless."""
+        """Installs the blend if the recipe sets blend_steps and the model is patched; a second call has no effect."""
         patched = section.read(self.model.config)
         if self.blend is None and self.activation_args.blend_steps and patched is not None:
             self.blend = blend_of(self.model, patched)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, with FSDP2's units and dtypes set for ε and for the loss."""
+        """The trainer's own method, with FSDP2's units and dtypes set for ε and for the loss."""
         prepare_fsdp2(self.accelerator, self.model)
         with sharding(shard_fsdp2):
             return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own optimiser, with ε, and the four that are trained, moved into groups of their own."""
+        """The trainer's own optimiser, with ε and, if trained, the four moved into their own groups."""
         if self.optimizer is None:
             super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
             model = args[0] if args and args[0] is not None else kwargs.get("model") or self.model
@@ -105,23 +105,23 @@ class EpsilonMixin(ActivationL1Mixin):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The trainer's own, which every process calls; ε is written as the optimiser has it, in float32, and so are
-        scale, shift, gain and offset where they are trained.
+        """The trainer's own method, which every process calls; saves ε and the trained scale, shift, gain and offset
+        with the optimiser's float32 values.
 
-        DeepSpeed gathers the 16-bit weights of mixed precision, in which ε would lose what its last steps added.
+        DeepSpeed gathers the 16-bit weights of mixed precision, in which ε would lose its last small updates.
         """
         if self.accelerator.distributed_type == "DEEPSPEED":
             modules = affine_modules(self.model).values()
             ours = {id(value) for module in modules for value in module.parameters(recurse=False)}
             named = {name: p for name, p in self.model.named_parameters() if id(p) in ours}
             exact = whole_values(named)
-            if state_dict is not None:  # the main process has it
+            if state_dict is not None:  # in the main process
                 state_dict |= {name: value for name, value in exact.items() if name in state_dict}
         with hidden(self.args):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; where the first one fails, the model, the rows or the recipe are not what it takes."""
+        """The trainer's own method; a failure of the first step is reported as wrong input (model, rows or recipe)."""
         if self.state.global_step:
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
         try:
@@ -131,7 +131,7 @@ class EpsilonMixin(ActivationL1Mixin):
             raise InputError(f"{why}; does plain TRL train this model with this recipe?") from error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds ε of every site (its mean, where it is per channel), λ of a blend and a tracked density to the logs."""
+        """Logs also the ε of every site (the mean of a per-channel ε), the λ of a blend and a tracked density."""
         if "loss" in logs:
             if self.blend is not None:
                 logs["blend"] = self.blend.weight
@@ -145,13 +145,13 @@ class EpsilonMixin(ActivationL1Mixin):
 
 
 def epsilon_means(model: Any) -> dict[str, float]:
-    """The mean of ε for each site's path; where it is sharded, every process must call it."""
+    """The mean of ε by the path of the site; if ε is sharded, every process must call this function."""
     values = whole_values({path: module.epsilon for path, module in epsilon_modules(model).items()})
     return {path: value.mean().item() for path, value in values.items()}
 
 
 def recompute_activation(model: Any) -> None:
-    """Makes every CRReLU of a patched model keep no output for the backward pass; other models stay as they are."""
+    """Makes every CRReLU of a patched model recompute its output in the backward pass; other models do not change."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = section.read(base.config)
     if found is not None and (ours := section.crrelu_paths(found)):
@@ -161,10 +161,10 @@ def recompute_activation(model: Any) -> None:
 
 
 def restore_float32(model: Any) -> None:
-    """Makes ε and the four that are trained float32 again, with their exact values, after a library has cast what is
-    trained (TRL, QLoRA).
+    """Restores ε and the trained four to float32, with their exact values, after a library has cast the trained
+    parameters (TRL, QLoRA).
 
-    ZeRO-3 wants one dtype for all parameters, and has their float32 values in the optimiser.
+    ZeRO-3 needs one dtype for all parameters, and keeps their float32 values in the optimiser.
     """
     if is_deepspeed_zero3_enabled():
         return

@@ -1,4 +1,4 @@
-"""`accelerate launch` from within: a recipe or command line with launch options starts itself on several processes."""
+"""Runs `accelerate launch` from within: a command with launch options restarts itself in several processes."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from typing import Any
 from crrelu_llm.errors import InputError, reading
 
 CONFIG_KEY = "accelerate_config"
-PROCESSES_ASKED = "CRRELU_PROCESSES_ASKED"  # how many the user named, for the launched processes to check
+PROCESSES_ASKED = "CRRELU_PROCESSES_ASKED"  # the number requested by the user, which the launched processes check
 
 
 @cache
@@ -28,20 +28,19 @@ def launch_keys() -> frozenset[str]:
 
 
 def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any], own: set[str]) -> int | None:
-    """Starts a command again through Accelerate where launch options are given.
+    """Restarts a command through Accelerate if launch options are given.
 
     Args:
         command: The command: `["sft"]`, `["compare"]`.
         argv: The command line.
         values: The recipe's keys.
-        own: Options that the recipe parser knows; they are never launch options.
+        own: Options known to the recipe parser, which are never launch options.
 
     Returns:
-        The exit status of what was launched, or None where there is nothing to launch.
+        The exit status of the launch, or None if there is nothing to launch.
 
     Raises:
-        InputError: An `accelerate_config` that is neither a file nor a shipped name, or launch options that
-            Accelerate refuses.
+        InputError: `accelerate_config` is neither a file nor a shipped name, or Accelerate refuses the launch options.
     """
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # already launched
         return None
@@ -62,7 +61,7 @@ def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any
             arguments += [f"--{key}", str(value)]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):  # argparse's usage of a hundred options
+        with contextlib.redirect_stderr(said):  # hides argparse's usage text of a hundred options
             parsed = launch_command_parser().parse_args([*arguments, "-m", "crrelu_llm", *command, *rest])
     except SystemExit as error:
         reason = said.getvalue().strip().rpartition("error: ")[2]
@@ -81,7 +80,7 @@ def relaunch_if_asked(command: list[str], argv: list[str], values: dict[str, Any
 
 
 def _launched(launch_command: Callable[[Any], None], parsed: Any) -> int:
-    """The exit status of a launch; its processes have said what was wrong."""
+    """The exit status of a launch; its processes have already reported what was wrong."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -100,7 +99,7 @@ def _launched(launch_command: Callable[[Any], None], parsed: Any) -> int:
 
 
 def _split(argv: list[str], own: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Launch options of a command line, and the rest."""
+    """Splits a command line into launch options and the rest."""
     keys = launch_keys() - own
     options, rest, index = {}, [], 0
     while index < len(argv):
@@ -130,9 +129,9 @@ def _config_file(name: str) -> str:
 
 
 def _readable(path: str) -> str:
-    """The path of a configuration that Accelerate can read."""
+    """Checks that Accelerate can read the configuration at `path`, and returns the path."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    with reading(f"{CONFIG_KEY} {path} is no configuration of Accelerate"):
+    with reading(f"{CONFIG_KEY} {path} is not a configuration of Accelerate"):
         load_config_from_file(path)
     return path

@@ -1,4 +1,4 @@
-"""ε in an optimiser, and the four of a calibrated activation: groups of their own, with their own learning rates."""
+"""Optimiser parameter groups for ε and for the four of a calibrated activation, with their own learning rates."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,28 +11,28 @@ from crrelu_llm.errors import InputError
 
 
 def epsilon_modules(model: nn.Module) -> dict[str, CRReLU]:
-    """The CRReLU modules of a model by the path of their site; under PEFT, the ones that are trained.
+    """The CRReLU modules of a model by the path of their site; under PEFT, the trained copies.
 
-    Paths are those of the base model, whatever wraps it (PEFT, DDP, torch.compile).
+    Paths are those of the base model, without wrappers (PEFT, DDP, torch.compile).
     """
     return {path: module for path, module in affine_modules(model).items() if isinstance(module, CRReLU)}
 
 
 def affine_modules(model: nn.Module) -> dict[str, AffineModule]:
-    """The CRReLU modules of a model, and other activations that are calibrated; as for `epsilon_modules`."""
+    """The CRReLU modules of a model and other calibrated activations; otherwise like `epsilon_modules`."""
     found: dict[str, AffineModule] = {}
     for name, module in model.named_modules():
         if isinstance(module, AffineModule):
             path = site_path(name)
-            # PEFT keeps the original beside the trained copy; the copy comes later and replaces it here.
+            # PEFT keeps the original beside the trained copy; the copy comes later and replaces the original here.
             if path not in found or ".modules_to_save." in f".{name}.":
                 found[path] = module
     return found
 
 
 def check_learnable(model: nn.Module, sites: Iterable[str]) -> None:
-    """Raises InputError where an ε that is to be learned would stay as it is, without a word: a library has renamed or
-    frozen what is around it.
+    """Raises InputError if an ε that should be learned would silently stay fixed, because a library has renamed or
+    frozen the modules around it.
 
     Args:
         sites: The paths in the config's section.
@@ -43,20 +43,20 @@ def check_learnable(model: nn.Module, sites: Iterable[str]) -> None:
     if lost:
         raise InputError(
             f"ε of {len(lost)} sites would not be trained (first: {lost[0]}): the adapter's target_parameters or "
-            "modules_to_save take hold of what is around it, where PEFT can neither train nor save it; change these, "
-            "or set epsilon_learning_rate: 0"
+            "modules_to_save include the modules around ε, where PEFT can neither train nor save it; change these "
+            "options, or set epsilon_learning_rate: 0"
         )
 
 
 def _same_site(site: str, path: str) -> bool:
-    """Whether they are one; a head on the base model, or the base model alone, has a prefix more or less."""
+    """Whether both paths name the same site; with another head, or for the base model, the prefix may differ."""
     return f".{site}".endswith(f".{path}") or f".{path}".endswith(f".{site}")
 
 
 def train_affine(model: nn.Module) -> None:
-    """Makes scale, shift, gain and offset of every calibrated activation trainable; under PEFT, of the trained copy.
+    """Makes scale, shift, gain and offset of every calibrated activation trainable; under PEFT, in the trained copy.
 
-    The copy's own parameters other than ε, as PReLU's, stay frozen, as without the four.
+    Other parameters of the copy, such as PReLU's, stay frozen, as they are when the four are not trained.
     """
     for module in affine_modules(model).values():
         if module.is_calibrated:
@@ -70,8 +70,8 @@ def train_affine(model: nn.Module) -> None:
 def freeze(model: nn.Module, module: nn.Module, name: str) -> None:
     """Freezes a parameter of an activation; under PEFT it becomes a buffer.
 
-    Whenever PEFT switches adapters on again, as after every reference pass of DPO, it makes all parameters of a
-    module that it copied trainable: they would get gradients, which nobody zeroes and clipping counts.
+    When PEFT enables adapters again, as after every reference pass of DPO, it makes all parameters of a copied module
+    trainable: they would get gradients that are never zeroed and that gradient clipping counts.
     """
     value = getattr(module, name)
     if hasattr(model, "peft_config"):
@@ -82,12 +82,12 @@ def freeze(model: nn.Module, module: nn.Module, name: str) -> None:
 
 
 def split_off_epsilon(optimizer: Any, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
-    """Moves every trainable ε of `model` out of the optimiser's groups into one of its own, in place."""
+    """Moves every trainable ε of `model` from the optimiser's groups into a separate group, in place."""
     _split_off(optimizer, [module.epsilon for module in epsilon_modules(model).values()], learning_rate, weight_decay)
 
 
 def split_off_affine(optimizer: Any, model: nn.Module, learning_rate: float) -> None:
-    """The same for scale, shift, gain and offset, without weight decay, which would draw scale and gain to 0."""
+    """Does the same for scale, shift, gain and offset, without weight decay, which would draw scale and gain to 0."""
     four = [getattr(module, name) for module in affine_modules(model).values() for name in AFFINE]
     _split_off(optimizer, [value for value in four if isinstance(value, nn.Parameter)], learning_rate, 0.0)
 

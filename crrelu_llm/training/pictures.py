@@ -1,4 +1,4 @@
-"""What an image classifier is trained on: rows as pixels and labels, each row's chance decided by its own number."""
+"""The training data of an image classifier: rows as pixels and labels, with reproducible random augmentation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,17 +17,17 @@ from crrelu_llm.training.augmentation import Augmentation
 class Pictures(Dataset):
     """Rows of a data set as `pixel_values` and `labels`.
 
-    What augmentation and mixup do to a row depends on the seed, the epoch and the row alone: not on the batch, the
-    process or the worker that it comes to, nor on what was drawn before. So a training that goes on, and one in
-    several processes, sees what one in one piece sees.
+    Augmentation and mixup of a row depend only on the seed, the epoch and the row: not on the batch, the process, the
+    worker or earlier random draws. So a resumed training, and one in several processes, sees the same data as an
+    uninterrupted training in one process.
 
     Args:
-        rows: With undecoded images (see `data.images.undecoded`).
+        rows: Rows with undecoded images (see `data.images.undecoded`).
         args: The training arguments, which name the columns.
         processor: The model's image processor.
         config: The model's config.
-        name: Of the data, for messages.
-        augmentation: What is done to each image; None in evaluation.
+        name: The name of the data, for messages.
+        augmentation: The augmentation of each image; None in evaluation.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Pictures(Dataset):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """The row of a number; `epoch × rows + index` in training (see `Epochs`)."""
+        """The row with a number, which is `epoch × rows + index` in training (see `Epochs`)."""
         epoch, index = divmod(int(number), len(self))
         random = np.random.default_rng([self.seed, epoch, index])
         pixels, label = self._pixels(index, random), torch.tensor(self.labels[index])
@@ -57,7 +57,7 @@ class Pictures(Dataset):
         return {"pixel_values": pixels, "labels": label}
 
     def image(self, index: int) -> Any:
-        """The image of a row, opened."""
+        """Opens the image of a row."""
         entry = self.rows[index][self.image_column]
         return open_image(entry, self.channels, f"{self.name}: row {index + 1}")
 
@@ -69,13 +69,13 @@ class Pictures(Dataset):
 
 
 class Epochs(Sampler):
-    """The rows of an epoch in an order of its own, as `epoch × rows + index`.
+    """The rows of an epoch in the epoch's own order, as `epoch × rows + index`.
 
     Args:
-        rows: How many there are.
-        seed: Of the order.
-        epoch: Gives the number of the epoch that begins.
-        shuffles: Whether there is another order in each epoch.
+        rows: The number of rows.
+        seed: The seed of the order.
+        epoch: Returns the number of the next epoch.
+        shuffles: Whether each epoch has another order.
     """
 
     def __init__(self, rows: int, seed: int, epoch: Callable[[], int], shuffles: bool = True):
@@ -91,10 +91,10 @@ class Epochs(Sampler):
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of rows.
+    """Collates rows into a batch.
 
     Raises:
-        InputError: Their images have several sizes.
+        InputError: The images have several sizes.
     """
     if len(shapes := {tuple(row["pixel_values"].shape[1:]) for row in rows}) > 1:
         shown = ", ".join(f"{width}×{height}" for height, width in sorted(shapes))

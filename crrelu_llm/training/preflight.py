@@ -1,4 +1,4 @@
-"""What can be known before the long work: packages, trackers, access to the hub, rows, and whether saving works."""
+"""Checks before the long work: packages, trackers, access to the hub, rows, and saving."""
 
 import itertools
 import json
@@ -21,14 +21,14 @@ from crrelu_llm.patching import loading
 from crrelu_llm.training.arguments import Recipe
 
 logger = logging.getLogger("crrelu_llm")
-_OF_A_STREAM = 100  # rows that are looked at where reading all of them would be the training itself
+_OF_A_STREAM = 100  # rows checked in a stream, which cannot be read ahead as a whole
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Looks for what a recipe needs from outside: optional packages, trackers, a login.
+    """Checks the requirements of a recipe outside this package: optional packages, trackers, a login.
 
     Raises:
-        InputError: Something is missing.
+        InputError: A requirement is missing.
     """
     args, where = recipe.training, recipe.source
     for name in args.report_to or ():
@@ -43,7 +43,7 @@ def check_machine(recipe: Recipe) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise InputError(f"{where}: optim {args.optim}: {reason_of(error)}") from error
-    except Exception:  # some optimisers ask for the model, which is not there yet
+    except Exception:  # some optimisers need the model, which is not loaded yet
         pass
     if args.use_liger_kernel:
         with reading(f"{where}: use_liger_kernel", "pip install liger-kernel, or leave it out"):
@@ -66,10 +66,10 @@ def _check_wandb(where: str) -> None:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Builds the model without weights, as its config and the recipe's options say, with the trainer's head.
+    """Builds the model without weights from its config and the recipe's options, with the trainer's head.
 
     Raises:
-        InputError: It cannot be built, or lacks the head that is trained.
+        InputError: The model cannot be built, or lacks the head to train.
     """
     if recipe.kind.skeleton is not None:
         recipe.kind.skeleton(recipe)
@@ -91,10 +91,10 @@ def check_model(recipe: Recipe) -> None:
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
-    """The tokenizer that the rows will be read with, its chat template the recipe's.
+    """The tokenizer for the rows, with the recipe's chat template.
 
     Raises:
-        InputError: It cannot be loaded, or has tokens that the model has no embeddings for.
+        InputError: The tokenizer cannot be loaded, or has tokens without an embedding in the model.
     """
     model = str(recipe.model.model_name_or_path)
     tokenizer = loading.load_tokenizer(model, **recipe.loading)
@@ -105,28 +105,28 @@ def tokenizer_of(recipe: Recipe) -> Any:
     elif source.endswith((".jinja", ".j2")):
         with reading(f"{recipe.source}: chat_template_path {source}", "check the path"):
             tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
-    else:  # its tokens come with it, and TRL gives the model embeddings for them
+    else:  # the template brings its own tokens, for which TRL adds embeddings to the model
         with reading(f"{recipe.source}: chat_template_path {source}", "check the path"):
             tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenizer
 
 
 def text_check(recipe: Recipe) -> Callable[[Recipe, Any, str], None]:
-    """What looks at every row of text, as the recipe's tokenizer reads it (see `check_rows`)."""
+    """A check of every row of text with the recipe's tokenizer (see `check_rows`)."""
     tokenizer = tokenizer_of(recipe)
     return lambda recipe, rows, name: check_rows(recipe, rows, name, tokenizer)
 
 
 def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
-    """Looks at every row as TRL will: its parts, and what the chat template makes of it.
+    """Checks every row as TRL will use it: its parts, and its rendering by the chat template.
 
     Args:
-        rows: A split; of a stream the first rows are looked at.
-        name: What the data is called, for messages.
-        tokenizer: Of the model, with the chat template that will be used.
+        rows: A split; of a stream only the first rows are checked.
+        name: The name of the data, for messages.
+        tokenizer: The model's tokenizer, with the chat template of the training.
 
     Raises:
-        InputError: A row that cannot be used; the message has its number, from 1 on.
+        InputError: A row cannot be used; the message has its number, counted from 1.
     """
     if rows is None or (getattr(recipe.training, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         return
@@ -141,7 +141,7 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
             if "input_ids" in first:
                 _check_ids(row, last)
                 continue
-            if "chosen_ids" in first:  # tokenised already
+            if "chosen_ids" in first:  # already tokenised
                 continue
             if "label" in first and "completion" in first and row["label"] not in (0, 1):
                 raise InputError(f"label is {row['label']!r:.40}; it must be true (desirable) or false")
@@ -149,14 +149,14 @@ def check_rows(recipe: Recipe, rows: Any, name: str, tokenizer: Any) -> None:
             sides = _sides(recipe, row)
             talks = not isinstance(next(iter(sides.values())), str)
             if conversational not in (None, talks):
-                raise InputError(f"it is {_kind(talks)}, and the rows before are {_kind(not talks)}")
+                raise InputError(f"it is {_kind(talks)}, but the previous rows are {_kind(not talks)}")
             conversational = talks
             if talks:
                 _render(tokenizer, row, sides)
 
 
 def _check_ids(row: dict[str, Any], last: int) -> None:
-    """Of a row that is tokenised already."""
+    """Checks a row that is already tokenised."""
     ids, labels = row["input_ids"], row.get("labels")
     if not isinstance(ids, list) or not ids or not all(isinstance(entry, int) and 0 <= entry <= last for entry in ids):
         raise InputError(f"input_ids are not a list of tokens from 0 to {last}")
@@ -169,7 +169,7 @@ def _kind(conversational: bool) -> str:
 
 
 def _sides(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a row that are trained on, each a text or messages."""
+    """The trained parts of a row, each a text or messages."""
     names = recipe.kind.parts(recipe, row)
     sides = {name: row.get(name) for name in names}
     for name, side in sides.items():
@@ -188,18 +188,18 @@ def _render(tokenizer: Any, row: dict[str, Any], sides: dict[str, Any]) -> None:
     options = {"tools": tools, **row.get("chat_template_kwargs", {})}
     for side in [side for name, side in sides.items() if name != "prompt"]:
         tokenizer.apply_chat_template([*prompt, *side], tokenize=False, **options)
-    if len(sides) == 1 and prompt:  # what is sampled from
+    if len(sides) == 1 and prompt:  # the prompt for sampling
         tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
 
 
 def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -> None:
-    """Looks at the rows that TRL has prepared: how many are left, whether any token is trained on, how long they are.
+    """Checks the rows that TRL has prepared: their number, their length, and whether they have trained tokens.
 
     Args:
-        given: How many rows each split had, by name; None of a stream.
+        given: How many rows each split had, by name; None for a stream.
 
     Raises:
-        InputError: Nothing is left, or a row is longer than the model's table of positions.
+        InputError: No row is left, or a row is longer than the model's table of positions.
     """
     for name, data in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if data is None or not hasattr(data, "__len__"):
@@ -209,12 +209,12 @@ def check_prepared(trainer: Any, recipe: Recipe, given: dict[str, int | None]) -
         cut = f"max_length is {getattr(recipe.training, 'max_length', None)}"
         if len(data) == 0 or ("labels" in data.column_names and not _any_label(data)):
             raise InputError(
-                f"{recipe.source}: no row of the {name} data has a token to be trained on: {cut}, and prompts alone "
-                "fill it, or everything is masked; raise max_length, or look at the data"
+                f"{recipe.source}: no row of the {name} data has a token to train on: {cut}, and prompts alone fill "
+                "it, or everything is masked; raise max_length, or check the data"
             )
         if rows is not None and not packed and len(data) < rows:
             logger.warning(
-                "%d of %d rows of the %s data are left out: nothing of them is trained on (%s)",
+                "%d of %d rows of the %s data are left out: they have no token to train on (%s)",
                 rows - len(data), rows, name, cut,
             )  # fmt: skip
         if not packed:
@@ -226,13 +226,13 @@ def _any_label(data: Any) -> bool:
 
 
 def _check_positions(trainer: Any, data: Any, where: str) -> None:
-    """A table of positions has no entry beyond its end; rotary positions have no end, but the model has seen none."""
+    """Refuses rows beyond a table of positions; warns of rotary positions beyond those of the model's training."""
     model = trainer.model
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = getattr(trainer.args, "max_length", None)
     if not positions or (most or positions + 1) <= positions:
         return
-    longest = min(_longest(trainer, data), most or positions + 1_000_000)  # pairs are cut when they are batched
+    longest = min(_longest(trainer, data), most or positions + 1_000_000)  # pairs are truncated when they are batched
     if longest <= positions:
         return
     table = any(
@@ -240,19 +240,19 @@ def _check_positions(trainer: Any, data: Any, where: str) -> None:
         for name, module in model.named_modules()
         if "pos" in name or name.endswith("wpe")
     )
-    said = f"{where}: the longest row has {longest} tokens, and the model {positions} positions"
+    said = f"{where}: the longest row has {longest} tokens, but the model has {positions} positions"
     if table:
         raise InputError(f"{said}; set max_length to {positions} or less")
-    logger.warning("%s: what is beyond them the model has not been trained for", said)
+    logger.warning("%s: the model was not trained for longer rows", said)
 
 
 def _longest(trainer: Any, data: Any) -> int:
-    """Tokens of the longest sequence that a row gives; 0 where the rows do not tell."""
+    """Tokens in the longest sequence of any row; 0 if unknown."""
     lengths = {name: [len(ids) for ids in data[name]] for name in data.column_names if name.endswith("_ids")}
     if "input_ids" in lengths:
         return max(lengths["input_ids"], default=0)
     answers = [values for name, values in lengths.items() if name != "prompt_ids"]
-    starts = lengths.get("prompt_ids", [0] * len(data))  # without prompts, the answers hold them
+    starts = lengths.get("prompt_ids", [0] * len(data))  # without this column, the answers include the prompts
     if not answers and "prompt" in data.column_names and hasattr(trainer, "_tokenize_prompts"):  # they are sampled
         starts = [len(ids) for ids in trainer._tokenize_prompts(list(data["prompt"]))[0]]
         answers = [[trainer.args.max_completion_length or 0] * len(data)]
@@ -260,10 +260,10 @@ def _longest(trainer: Any, data: Any) -> int:
 
 
 def try_saving(trainer: Any, recipe: Recipe) -> None:
-    """Saves everything but the weights, as the end of training will: what is refused then costs the training.
+    """Saves everything but the weights, as the end of training will, where a failure would cost the training.
 
     Raises:
-        InputError: Something cannot be saved.
+        InputError: A part cannot be saved.
     """
     model, adapts = trainer.model, hasattr(trainer.model, "peft_config")
     base = model.get_base_model() if adapts else model
@@ -277,5 +277,5 @@ def try_saving(trainer: Any, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(dir=place, prefix=".trial.", suffix=".tmp") as made:
         for name, part in parts.items():
             if part is not None:
-                with reading(f"{recipe.source}: {name} could not be saved after training", "mend it before"):
+                with reading(f"{recipe.source}: {name} could not be saved after training", "correct it first"):
                     part.save_pretrained(made)

@@ -1,4 +1,4 @@
-"""Before training: the checkpoint a run starts from, patched and saved, and the data it reads."""
+"""Prepares a training: the starting checkpoint, patched and saved, and the data."""
 
 import logging
 from pathlib import Path
@@ -30,25 +30,25 @@ def starting_checkpoint(
     renews: bool = False,
     **options: Any,
 ) -> str:
-    """The path or hub name that a trainer starts from; a patched copy is made in `directory` where one is needed.
+    """The path or hub name from which a trainer starts; makes a patched copy in `directory` if necessary.
 
-    Training starts from a path, not from a model in memory, so that everything that loads the model again (the DPO
-    reference above all) sees the same activation. A copy that was made from the same files in the same way is used
-    again. A model that is already patched to this activation is taken as it is, ε included.
+    Training starts from a path, not from a model in memory, so that everything that loads the model again (above all
+    the DPO reference) sees the same activation. An existing copy made from the same files in the same way is reused.
+    A model that is already patched to this activation is used unchanged, including ε.
 
     Args:
         model: A MODEL as the user writes it.
-        config: The patch; None trains the model as it is.
-        directory: Where the copy is made.
-        dtype: Of the copy.
-        trains_affine: Whether scale, shift, gain and offset are to be trained, which a calibrated model alone has.
-        renews: Whether a copy that other files have been used for, or another version of this package, is made anew;
-            else it is refused, as runs that began with it could not go on with another.
+        config: The patch; None trains the model without a patch.
+        directory: Where to make the copy.
+        dtype: The dtype of the copy.
+        trains_affine: Whether scale, shift, gain and offset, which only a calibrated model has, will be trained.
+        renews: Whether to replace a copy made from other files or by another version of this package. Otherwise such a
+            copy is refused, because runs that started from it could not resume from another.
         **options: `revision`, `trust_remote_code`, `use_safetensors`.
 
     Raises:
         InputError: The model is already patched to another activation or ε granularity, or would not be calibrated
-            though `trains_affine`, or `directory` holds another copy.
+            despite `trains_affine`, or `directory` holds another copy.
     """
     source = loading.resolve(model)
     if config is None and not loading.is_gguf(source) and not trains_affine:
@@ -69,12 +69,12 @@ def starting_checkpoint(
         if not directory.is_dir():
             patch_checkpoint(model, config, directory, dtype, **options)
         elif PartialState().is_local_main_process:
-            remove(progress_dir(directory))  # the call that made it may have been killed right then
-    return str(directory.resolve())  # an adapter remembers it, wherever it is loaded from
+            remove(progress_dir(directory))  # left if the call that made the copy was killed just then
+    return str(directory.resolve())  # an adapter stores this path, and may be loaded from anywhere
 
 
 def _renew(directory: Path, wanted: dict[str, Any], renews: bool) -> None:
-    """Removes a patched copy that is not of these files; one of another model or of other options is refused."""
+    """Removes a patched copy of changed files; refuses a copy of another model or with other options."""
     found = read_origin(directory) or {}
     if found == wanted:
         return
@@ -82,7 +82,7 @@ def _renew(directory: Path, wanted: dict[str, Any], renews: bool) -> None:
     asked = ("model", "options", "dtype", "revision")
     if not renews and fingerprint.without_times(found) == fingerprint.without_times(wanted):
         logger.warning(
-            "%s was made before %s changed, in time or version alone: it is used", directory, ", ".join(differs)
+            "%s was made before %s changed, in time or version only: it is used", directory, ", ".join(differs)
         )
         return
     if not found or not renews or any(wanted.get(key) != found.get(key) for key in asked):
@@ -91,15 +91,15 @@ def _renew(directory: Path, wanted: dict[str, Any], renews: bool) -> None:
             "choose another output_dir"
         )
     if PartialState().is_local_main_process:
-        logger.warning("%s was made before %s changed: it is made anew", directory, ", ".join(differs))
+        logger.warning("%s was made before %s changed: it is made again", directory, ", ".join(differs))
         remove(directory)
 
 
 def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
-    """The training split and, where the recipe evaluates or `always_test` says so, the evaluation split.
+    """The training split and, if the recipe evaluates or `always_test` is set, the evaluation split.
 
     Raises:
-        InputError: Data that cannot be read, a missing split, or columns that the trainer cannot use.
+        InputError: The data cannot be read, a split is missing, or the trainer cannot use the columns.
     """
     from trl import get_dataset
 
@@ -148,18 +148,18 @@ def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) ->
             "checkpoint"
         )
     level = found.get("calibration", "none") if section.is_calibrated(found) else "none"
-    logger.warning("%s is already patched to %s: it is trained as it is, ε included", model, config.activation)
+    logger.warning("%s is already patched to %s: it is trained unchanged, with its ε", model, config.activation)
     if level != config.calibration:
-        logger.warning("its calibration is %s, and calibration: %s is not done to it", level, config.calibration)
+        logger.warning("it has calibration: %s, and calibration: %s is not applied", level, config.calibration)
 
 
 def check_calibrated(model: str, config: PatchConfig | None, found: dict[str, Any] | None) -> None:
-    """Raises InputError where a run that trains scale, shift, gain and offset would start without them.
+    """Raises InputError if a run that trains scale, shift, gain and offset would start without them.
 
     Args:
         model: The MODEL, for the message.
-        config: The patch that is asked for.
-        found: The section of the MODEL's config; None where it is not patched.
+        config: The requested patch.
+        found: The section of the MODEL's config; None if it is not patched.
     """
     what = "affine_learning_rate trains scale, shift, gain and offset, which calibration sets"
     if found is not None and not section.is_calibrated(found):
@@ -176,7 +176,7 @@ def check_calibrated(model: str, config: PatchConfig | None, found: dict[str, An
 def _check_columns(recipe: Recipe, split: Any, name: str) -> None:
     columns = None if split is None else split.column_names
     if columns is None or recipe.kind.takes(set(columns), recipe.training):
-        return  # not evaluated, a stream that does not know its columns, or what the trainer takes
+        return  # no evaluation split, a stream with unknown columns, or columns that the trainer takes
     fitting = [kind.name for kind in all_kinds() if kind is not recipe.kind and kind.takes(set(columns), _DEFAULTS)]
     other = f"; crrelu {' or '.join(fitting)} takes these" if fitting else ""
     raise InputError(f"{name}: {recipe.kind.name} needs {recipe.kind.needs}, not {', '.join(columns)}{other}")

@@ -1,4 +1,4 @@
-"""Several processes: who goes first, how a run is distributed, and parameters that are sharded."""
+"""Several processes: their order, the distribution of a run, and sharded parameters."""
 
 import contextlib
 import dataclasses
@@ -17,21 +17,21 @@ from crrelu_llm.activation import AffineModule
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.training.launch import PROCESSES_ASKED
 
-_PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer than the half hour of a collective
+_PATIENCE = datetime.timedelta(days=7)  # calibrating a large model takes longer than a collective's default half hour
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """What the main process has made, the others find made, however long it takes.
+    """A context that the main process runs first, for any length of time, so that the others find its files.
 
-    On several hosts that share no disk the main process of each makes its own: after the first, one a host goes. What
-    one process raises, all do.
+    Then one process of each other host runs it, in case the hosts do not share a disk, and then the rest. An error in
+    one process is raised in all.
     """
     state = PartialState()
     if state.num_processes == 1:
         yield
         return
-    # gloo, not the training's backend: no GPU is kept busy waiting, and it may wait longer than a training step.
+    # gloo, not the training's backend: waiting does not occupy a GPU, and may take longer than a training step.
     group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     turn = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
     try:
@@ -50,7 +50,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def _exchange(group: Any, error: Exception | None) -> None:
-    """Waits for all processes; raises what one of them has brought, with its message."""
+    """Waits for all processes; raises the error of any of them, with its message."""
     kinds = {kind.__name__: kind for kind in (InputError, DiskError)}
     brought: list[Any] = [None] * torch.distributed.get_world_size()
     mine = None if error is None else (type(error).__name__, str(error))
@@ -61,10 +61,10 @@ def _exchange(group: Any, error: Exception | None) -> None:
 
 
 def all_agree(value: Any, otherwise: str) -> Any:
-    """The value that every process has.
+    """Returns `value` if it is the same in every process.
 
     Raises:
-        InputError: With `otherwise`: they have different ones, as hosts without a shared disk may.
+        InputError: The values differ, as they may on hosts without a shared disk; the message is `otherwise`.
     """
     if any(other != value for other in gather_object([value])):
         raise InputError(otherwise)
@@ -72,7 +72,7 @@ def all_agree(value: Any, otherwise: str) -> Any:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, in every process: hosts that share no disk would otherwise go different ways."""
+    """The main process's value, in every process; without it, hosts without a shared disk might diverge."""
     return broadcast_object_list([value])[0]
 
 
@@ -90,12 +90,12 @@ def distribution(accelerator: Accelerator) -> str:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises InputError where Accelerate silently does not what it was asked: fewer processes, or no sharding."""
+    """Raises InputError if Accelerate silently ignores the configuration: fewer processes, or no sharding."""
     processes = os.environ.get(PROCESSES_ASKED)
     if processes and int(processes) != accelerator.num_processes:
         raise InputError(
-            f"the launch asks for {processes} processes, and Accelerate started {accelerator.num_processes}: name a "
-            "configuration that starts several, as --accelerate_config ddp"
+            f"the launch asks for {processes} processes, but Accelerate started {accelerator.num_processes}: use a "
+            "configuration that starts several, such as --accelerate_config ddp"
         )
     for name in ("FSDP", "DEEPSPEED"):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
@@ -108,13 +108,13 @@ def check_launch(accelerator: Accelerator) -> None:
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         if not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise InputError(
-                "ZeRO-3 would save no model that can be loaded: set zero3_save_16bit_model: true in the launch's "
+                "ZeRO-3 would not save a loadable model: set zero3_save_16bit_model: true in the launch's "
                 "configuration (stage3_gather_16bit_weights_on_model_save in a DeepSpeed file)"
             )
 
 
 def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
-    """Raises InputError where weights are split over the processes and `what` reads them outside a forward pass."""
+    """Raises InputError if weights are sharded, for an option `what` that reads them outside a forward pass."""
     found = distribution(accelerator)
     if found.startswith("FSDP") or found == "ZeRO-3":
         raise InputError(
@@ -123,24 +123,24 @@ def refuse_sharded_weights(accelerator: Accelerator, what: str) -> None:
 
 
 def refuse_16_bit_zero3(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raises InputError where scale, shift, gain and offset would be trained by ZeRO-3 beside 16-bit weights.
+    """Raises InputError if ZeRO-3 would train scale, shift, gain and offset beside 16-bit weights.
 
-    It wants one dtype for all parameters; rounded to it, the four would not be those of the calibration.
+    ZeRO-3 needs one dtype for all parameters, and rounding the four would change the calibration.
     """
     narrow = any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
     if distribution(accelerator) == "ZeRO-3" and (narrow or accelerator.mixed_precision != "no"):
         raise InputError(
-            "affine_learning_rate trains float32 numbers, which ZeRO-3 does not beside 16-bit weights; use the ddp or "
-            "fsdp2 configuration, or leave it out"
+            "affine_learning_rate trains float32 numbers, which ZeRO-3 cannot do beside 16-bit weights; use the ddp "
+            "or fsdp2 configuration, or leave affine_learning_rate out"
         )
 
 
 def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
-    """Sets what FSDP2 will do to a model, before Accelerate or TRL shards it; does nothing under anything else.
+    """Configures FSDP2 for a model before Accelerate or TRL shards it; has no effect without FSDP2.
 
-    Outputs keep the dtype they are computed in: Accelerate would round them to that of mixed precision, so that a DPO
-    loss of ln 2 became 0.6914. And an activation whose parameters have another dtype than the layer around it becomes
-    a unit of its own.
+    Outputs keep the dtype of the computation: Accelerate would round them to the dtype of mixed precision, which
+    turned a DPO loss of ln 2 into 0.6914. An activation with parameters of another dtype than the layer around it
+    becomes a separate unit.
     """
     if distribution(accelerator) != "FSDP2":
         return
@@ -149,7 +149,7 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
     quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     if accelerator.mixed_precision != "no" and not quantised:
-        return  # Accelerate makes all that is trained float32
+        return  # Accelerate makes all trained parameters float32
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     ours = {type(module).__name__ for module in _affine_modules(model) if next(module.parameters(), None) is not None}
     if len(dtypes) > 1 and ours:
@@ -160,11 +160,11 @@ def prepare_fsdp2(accelerator: Accelerator, model: Any) -> None:
 def shard_fsdp2(accelerator: Accelerator, model: Any) -> Any:
     """Accelerate's `fsdp2_prepare_model`, for models whose activations have buffers; every process must call it.
 
-    It takes all that a state dict holds for sharded parameters. Buffers outside the state dict it keeps, but each
-    process its own, and only the main one of a host may have read the checkpoint.
+    `fsdp2_prepare_model` treats everything in a state dict as sharded parameters. It keeps buffers outside the state
+    dict, but separately in each process, and only the main process of a host may have read the checkpoint.
     """
     modules = [inner for module in _affine_modules(model) for inner in module.modules()]
-    hidden: dict[nn.Module, set[str]] = {}  # what a state dict holds, and for now does not
+    hidden: dict[nn.Module, set[str]] = {}  # buffers of the state dict that are temporarily left out of it
     for module in modules:
         buffers = dict(module.named_buffers(recurse=False))
         for name, value in buffers.items():
@@ -184,7 +184,7 @@ def _affine_modules(model: Any) -> list[AffineModule]:
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Makes ZeRO-3's parameters whole within it; others are left alone. Every process must enter it."""
+    """A context in which ZeRO-3's parameters are whole; others do not change. Every process must enter it."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
@@ -196,9 +196,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def whole_values(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The whole values of parameters, float32, on the CPU, however they are sharded. Every process must call it.
+    """The whole values of sharded or plain parameters, float32, on the CPU. Every process must call this function.
 
-    Under DeepSpeed they are those of the optimiser's float32 copy, of which the model's own may be a rounding.
+    Under DeepSpeed the values come from the optimiser's float32 copy, because the model's may be rounded.
     """
     values = {}
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one; and what is wrong with one that is not."""
+"""Finds the checkpoint from which a run resumes, the newest whole one, and says what is wrong with a damaged one."""
 
 import json
 import logging
@@ -16,9 +16,9 @@ from crrelu_llm.training.processes import all_agree, main_process_first
 
 logger = logging.getLogger("crrelu_llm")
 STATE = "trainer_state.json"
-FILES = "checkpoint_files.json"  # what a whole checkpoint has: the size of each file, by name
+FILES = "checkpoint_files.json"  # the files of a whole checkpoint: the size of each, by name
 ASIDE = ".old.tmp"
-# What killed writers leave in an output directory; nothing else is ever removed there.
+# Leftovers of killed writers in an output directory; nothing else is ever removed there.
 _LEFTOVERS = (".checkpoint-*.tmp", ".saving.tmp", ".model.tmp", ".trial.*.tmp", ".patched.*.tmp", ".run.json.*.tmp")
 _PARTS = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 
@@ -27,12 +27,12 @@ def checkpoint_to_resume(wanted: Any, output_dir: Path) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names, checked.
 
     Args:
-        wanted: A path; `true`: the newest checkpoint of `output_dir`; `auto`: the newest whole one, or None where
-            there is none; `false` or nothing: None.
+        wanted: A path; `true`: the newest checkpoint of `output_dir`; `auto`: the newest whole one, or None if there
+            is none; `false` or nothing: None.
         output_dir: The run's directory.
 
     Raises:
-        InputError: There is none, or it is damaged; the message names the newest whole one.
+        InputError: The checkpoint is missing or damaged; the message names the newest whole one.
     """
     with main_process_first():
         if PartialState().is_main_process:
@@ -54,7 +54,7 @@ def checkpoint_to_resume(wanted: Any, output_dir: Path) -> str | None:
         if not begun:
             raise InputError(
                 f"resume_from_checkpoint: {output_dir} has no checkpoint to resume from; leave it out, or set it to "
-                "auto, which starts from the beginning where there is none"
+                "auto, which starts from the beginning if there is none"
             )
         found = begun[0]
     else:
@@ -74,12 +74,12 @@ def _warn_without_optimizer(checkpoint: Path) -> None:
     states = ("optimizer*", "latest", "pytorch_model_fsdp*", "global_step*")
     if not any(any(checkpoint.glob(state)) for state in states) and PartialState().is_main_process:
         logger.warning(
-            "%s was saved with save_only_model: the optimiser and the learning rate's schedule start again", checkpoint
+            "%s was saved with save_only_model: the optimiser and the learning-rate schedule start again", checkpoint
         )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The directories `checkpoint-N`, whole or not, the newest first."""
+    """The directories `checkpoint-N`, whole or not, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
 
@@ -94,21 +94,21 @@ def last_checkpoint(output_dir: Path, warn: bool = True) -> str | None:
 
     Args:
         output_dir: The run's directory.
-        warn: Whether to say which newer ones are passed over, and why.
+        warn: Whether to log which newer checkpoints are skipped, and why.
     """
     for path in checkpoints(output_dir):
         fault = fault_of(path)
         if fault is None:
             return str(path)
         if warn and PartialState().is_main_process:
-            logger.warning("%s is not a whole checkpoint (%s): it is passed over", path, fault)
+            logger.warning("%s is not a whole checkpoint (%s): it is skipped", path, fault)
     return None
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint or cut off, or None: then it can be resumed from.
+    """What is missing or truncated in a checkpoint, or None if a run can resume from it.
 
-    A checkpoint of ours lists its files; one that another program wrote is judged by its parts.
+    Our checkpoints list their files; a checkpoint of another program is checked part by part.
     """
     if not checkpoint.is_dir():
         return "no such directory"
@@ -138,7 +138,7 @@ def _listed(checkpoint: Path) -> str | None:
 
 
 def _lacking(checkpoint: Path) -> str | None:
-    if (checkpoint / FILES).is_file() or (checkpoint / "latest").is_file():  # DeepSpeed has files of its own
+    if (checkpoint / FILES).is_file() or (checkpoint / "latest").is_file():  # DeepSpeed has its own files
         return None
     there = {part: any(checkpoint.glob(part)) for part in _PARTS}
     lacking = [part.replace("*", "") for part, found in there.items() if not found]
@@ -146,7 +146,7 @@ def _lacking(checkpoint: Path) -> str | None:
 
 
 def _cut_off(checkpoint: Path) -> str | None:
-    """The first file that does not end where its own index says; what is inside is not read."""
+    """The first file that is shorter or longer than its own index says; the tensors are not read."""
     for file in sorted(checkpoint.rglob("*")):
         name = file.relative_to(checkpoint)
         if file.suffix == ".safetensors":
@@ -161,7 +161,7 @@ def _cut_off(checkpoint: Path) -> str | None:
 
 
 def tidy(output_dir: Path) -> None:
-    """Removes what killed writers left behind; a checkpoint that was moved aside for another gets its name back."""
+    """Removes the leftovers of killed writers; a checkpoint that was moved aside for another gets its name back."""
     for aside in output_dir.glob(f".checkpoint-*{ASIDE}"):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))
         if not target.exists():
@@ -172,7 +172,7 @@ def tidy(output_dir: Path) -> None:
 
 
 def how_to_go_on(output_dir: Path) -> str:
-    """What is safe of a run that stopped, and what to type."""
+    """The part of a stopped run that is safe, and how to resume."""
     found = last_checkpoint(output_dir, warn=False)
     if found:
         return f"{found} is safe; add --resume_from_checkpoint {found} to go on"

@@ -1,4 +1,4 @@
-"""Reward functions of GRPO and RLOO: by TRL's names, by import path or from a file; tried before any training."""
+"""Reward functions of GRPO and RLOO: by TRL's names, by import path or from a file; tested before training."""
 
 import asyncio
 import contextlib
@@ -24,14 +24,14 @@ from crrelu_llm.errors import InputError, reading, reason_of
 from crrelu_llm.training.kinds.kind import refuse_moving_references
 
 logger = logging.getLogger("crrelu_llm")
-# TRL's scripts know these by name.
+# Names known to TRL's scripts.
 _NAMED = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 _OVERLONG = "get_soft_overlong_punishment"
-_TRIED = 2  # rows
+_TRIED = 2  # rows in the test
 
 
 def has_prompts(columns: set[str], args: Any) -> bool:
-    """Whether data of these columns has prompts to sample answers to."""
+    """Whether data with these columns has prompts from which to sample answers."""
     return bool({"prompt", "messages"} & columns) or holds_pairs(columns)
 
 
@@ -41,17 +41,17 @@ def parts_of_a_prompt(recipe: Any, row: dict[str, Any]) -> list[str]:
 
 
 def refuse_blend(recipe: Any, where: str) -> None:
-    """Raises InputError for a gradual swap: answers would be sampled by one activation, and judged beside another."""
+    """Raises InputError for a gradual swap: sampling and training would use different activations."""
     refuse_moving_references(recipe, where)
     if recipe.activation.blend_steps:
         raise InputError(f"{where}blend_steps is not for {recipe.kind.name}, which samples its answers; leave it out")
 
 
 def reward_arguments(recipe: Any) -> dict[str, Any]:
-    """`reward_funcs` of the trainer: a reward model, and the functions of the recipe, each checked at every call.
+    """The trainer's `reward_funcs`: a reward model and the functions of the recipe, each checked at every call.
 
     Raises:
-        InputError: There is none, or one that cannot be found.
+        InputError: No reward function is given, or one cannot be found.
     """
     script, where = recipe.script, f"{recipe.source}: reward_funcs"
     found: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
@@ -66,22 +66,22 @@ def reward_arguments(recipe: Any) -> dict[str, Any]:
 
 
 def load_function(name: str, where: str) -> Callable[..., Any]:
-    """A reward function by one of TRL's names, an import path, or `FILE.py:FUNCTION`.
+    """Loads a reward function by one of TRL's names, an import path, or `FILE.py:FUNCTION`.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: The function cannot be found.
     """
     if name in _NAMED:
         return getattr(trl.rewards, name)
     if name == _OVERLONG:  # with the values of TRL's scripts
         return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     file, colon, attribute = name.rpartition(":")
-    with reading(f"{where} {name}", "give a name of TRL's, package.module.function, or FILE.py:FUNCTION"):
+    with reading(f"{where} {name}", "give one of TRL's names, package.module.function, or FILE.py:FUNCTION"):
         if colon:
             spec = importlib.util.spec_from_file_location(Path(file).stem, file)
             if spec is None or spec.loader is None or not Path(file).is_file():
                 raise InputError(f"no such file: {file}")
-            _search(str(Path(file).resolve().parent))  # for what lies beside it
+            _search(str(Path(file).resolve().parent))  # for modules beside the file
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
@@ -96,13 +96,13 @@ def load_function(name: str, where: str) -> Callable[..., Any]:
 
 
 def _search(folder: str) -> None:
-    """Lets imports find what is in a folder."""
+    """Lets imports find the modules in a folder."""
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward function that raises InputError where it fails, or gives anything but a finite number, or None, for
+    """Wraps a reward function to raise InputError if it fails, or returns anything but a finite number or None for
     each answer."""
     name = getattr(function, "__name__", type(function).__name__)
     if inspect.iscoroutinefunction(function):
@@ -126,7 +126,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Failures of a reward function as one line."""
+    """Reports failures of a reward function in one line."""
     try:
         yield
     except Exception as error:
@@ -134,15 +134,15 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _judged(name: str, rewards: Any, answers: list[Any]) -> Any:
-    """What a reward function gave, where it can be used."""
+    """Checks and returns the rewards of a reward function."""
     if not hasattr(rewards, "__len__") or len(rewards) != len(answers):
         many = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else f"{rewards!r:.40}"
-        raise InputError(f"the reward function {name} gave {many} for {len(answers)} answers; give one for each")
+        raise InputError(f"the reward function {name} returned {many} for {len(answers)} answers; return one for each")
     for number, reward in enumerate(rewards, 1):
         if reward is not None and not _finite(reward):
             raise InputError(
-                f"the reward function {name} gave {reward!r:.40} for answer {number}; give a finite number, or None "
-                "for what it does not judge"
+                f"the reward function {name} returned {reward!r:.40} for answer {number}; return a finite number, or "
+                "None for an answer that it does not judge"
             )
     return rewards
 
@@ -155,8 +155,8 @@ def _finite(value: Any) -> bool:
 
 
 class SampledMixin:
-    """What a trainer that samples its answers needs: reward functions that were tried before any training, and steps
-    that are counted on after a resume."""
+    """Extends a trainer that samples its answers: tests the reward functions before training, and continues the step
+    count after a resume."""
 
     args: Any
     model: Any
@@ -177,7 +177,7 @@ class SampledMixin:
         """Calls every reward function once, on a few prompts with a made-up answer.
 
         Raises:
-            InputError: One fails, or gives no reward that can be used.
+            InputError: A function fails, or returns an unusable reward.
         """
         rows = [row for row, _ in zip(self.train_dataset, range(_TRIED), strict=False)]
         prompts = [row["prompt"] for row in rows]
@@ -196,7 +196,7 @@ class SampledMixin:
 
 
 class _CountOn(TrainerCallback):
-    """Counts the steps of a resumed training on; TRL counts them from 0, and samples anew by their number."""
+    """Continues the step count of a resumed training; TRL restarts it at 0, and it determines when to sample."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -207,8 +207,8 @@ class _CountOn(TrainerCallback):
         every = args.steps_per_generation * args.num_iterations
         if self.trainer._step % every:
             logger.warning(
-                "the checkpoint lies between two samplings of answers (one in %d steps): the resume samples anew, and "
-                "is not the training that was stopped; choose save_steps that are a multiple of it",
+                "the checkpoint lies between two samplings of answers (one in %d steps): the resumed run samples "
+                "again and differs from the stopped run; choose a multiple of that number as save_steps",
                 every // args.gradient_accumulation_steps,
             )
 

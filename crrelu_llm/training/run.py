@@ -25,15 +25,15 @@ from crrelu_llm.training.trainers import build_trainer, require_bitsandbytes
 
 __all__ = ["RUN", "last_checkpoint", "run_recipe", "train_and_save"]
 RUN = "run.json"
-# What the Trainer measures of the steps since a resume alone.
+# Metrics that the Trainer measures only over the steps since a resume.
 _SPEEDS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def run_recipe(kind: str, argv: list[str]) -> dict[str, Any]:
-    """`crrelu KIND`: trains one recipe into its output_dir; returns what run.json says.
+    """`crrelu KIND`: trains one recipe into its output_dir; returns the content of run.json.
 
     Raises:
-        InputError: Anything wrong with the recipe, its model or its data; nothing has been trained then.
+        InputError: The recipe, its model or its data is wrong; nothing has been trained.
         DiskError: The disk is full or read-only; the message says which checkpoint is safe.
     """
     recipe = parse(kind, argv)
@@ -88,11 +88,11 @@ def train_and_save(
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     not_training: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
-    """Trains, saves the model, measures, and writes run.json last: where it exists, the run is complete.
+    """Trains, saves the model, measures, and writes run.json last: if run.json exists, the run is complete.
 
     Args:
-        evaluate: Called with the trained trainer; what it returns is added to the record.
-        not_training: Seconds that a callback has used for something else, known after training.
+        evaluate: Called with the trained trainer; its result is added to the record.
+        not_training: Returns, after training, the seconds that a callback spent on something else.
     """
     args = trainer.args
     if trainer.accelerator.is_main_process:
@@ -104,7 +104,7 @@ def train_and_save(
         save_final_model(trainer)
     history = trainer.state.log_history
     tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0)
-    # After a resume the Trainer times and counts the rest only: no number is better than a wrong one.
+    # After a resume the Trainer measures only the remaining steps: no number is better than a wrong one.
     resumed = bool(args.resume_from_checkpoint)
     seconds = None if resumed else result.metrics["train_runtime"] - not_training()
     record = {

@@ -1,4 +1,4 @@
-"""Checkpoints and final models that are whole or absent, and logs that a resume continues where they stopped."""
+"""Atomic checkpoints and final models, and logs that a resumed run continues where they stopped."""
 
 import json
 import logging
@@ -26,14 +26,14 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 class SavingMixin:
-    """A Trainer whose `checkpoint-N` gets its name when all of it is on the disk.
+    """A Trainer that names a `checkpoint-N` only when all of its files are on disk.
 
-    transformers writes into a directory of that name as it goes, and a kill leaves a part of it under the name of
-    the whole. Here every process writes below a hidden directory instead; when all have, the main process writes the
-    list of files, waits for the disk, and renames. Only then older checkpoints make room (`save_total_limit`).
+    transformers writes directly into `checkpoint-N`, so a kill leaves an incomplete checkpoint of that name. Here
+    every process writes into a hidden directory instead; when all have finished, the main process writes the list of
+    files, waits for the disk, and renames the directory. Only then are older checkpoints deleted (`save_total_limit`).
 
-    A checkpoint also holds what has been summed up since the last line of the log, so that the first line after a
-    resume is that of an uninterrupted run where `save_steps` is no multiple of `logging_steps`.
+    A checkpoint also stores the sums since the last log entry, so that the first entry after a resume equals that of
+    an uninterrupted run, even if `save_steps` is not a multiple of `logging_steps`.
     """
 
     args: Any
@@ -51,8 +51,8 @@ class SavingMixin:
     _counted_from: int = 0
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, in a directory without the leftovers of killed writers."""
-        self.accelerator.wait_for_everyone()  # another process may still be trying what it is to save, there
+        """The trainer's own method, in a directory without the leftovers of killed writers."""
+        self.accelerator.wait_for_everyone()  # another process may still be testing there whether it can save
         if self.accelerator.is_local_main_process:
             tidy(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
@@ -60,7 +60,7 @@ class SavingMixin:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir)) or True
         elif not resume_from_checkpoint and (earlier := checkpoints(Path(self.args.output_dir))):
             logger.warning(
-                "%s holds %s of an earlier run: this one starts from the beginning and overwrites what it reaches",
+                "%s holds %s of an earlier run: this run starts from the beginning and overwrites what it reaches",
                 self.args.output_dir,
                 earlier[0].name,
             )
@@ -73,15 +73,15 @@ class SavingMixin:
             self.remove_callback(counting)  # type: ignore[attr-defined]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, which would train a step too many after a resume from the last one's checkpoint."""
+        """The trainer's own method, which would train one step too many after a resume from the last checkpoint."""
         if self.state.global_step >= self.state.max_steps:
-            self.model.train()  # as after a step: TRL sorts its metrics by it
+            self.model.train()  # as after a step: TRL uses the mode to sort its metrics
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Makes the mean loss at the end that of all steps, or of those since a resume that found no sums."""
+        """Makes the final mean loss cover all steps, or the steps since a resume that found no sums."""
         if self._resumed and "train_loss" in logs:
             steps = self.state.global_step - self._counted_from
             if steps > 0:
@@ -91,7 +91,7 @@ class SavingMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        """The trainer's own; a checkpoint of another model or adapter is the user's to mend."""
+        """The trainer's own method; a checkpoint of another model or adapter is an InputError."""
         with reading(f"resume_from_checkpoint: {resume_from_checkpoint} is of another model or adapter"):
             if not self._load_renamed(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -101,10 +101,10 @@ class SavingMixin:
             super()._load_best_model()  # type: ignore[misc]
 
     def _load_renamed(self, checkpoint: Path) -> bool:
-        """Loads a checkpoint whose weights have other names in files than in the model; whether it is one.
+        """Loads a checkpoint whose weights have other names in files than in the model; returns whether it is one.
 
-        transformers saves some families (ViT, Mixtral) under the names of earlier releases, and its Trainer would look
-        for the model's, find nothing, and go on with the weights that it has.
+        transformers saves some families (ViT, Mixtral) under the names of earlier releases. Its Trainer would look for
+        the model's names, find none, and silently continue with the present weights.
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
         if sharded or hasattr(self.model, "peft_config"):
@@ -148,11 +148,11 @@ class SavingMixin:
             rotate(target, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._scratch is None:  # else it is pushed when it has its name
+        if self._scratch is None:  # otherwise it is pushed after the rename
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _publish(self, made: Path, target: Path) -> None:
-        """Gives a checkpoint that every process has written its name, and its name to the trainer's state."""
+        """Renames a checkpoint that every process has written, and records the name in the trainer's state."""
         step = self.state.best_global_step
         best = target.with_name(f"checkpoint-{step}")
         if step and (best == target or best.is_dir()):
@@ -164,7 +164,7 @@ class SavingMixin:
             sync(made)
             _rename(made, target)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process and made.is_dir():  # a node with a disk of its own
+        if self.accelerator.is_local_main_process and made.is_dir():  # a node with its own disk
             _rename(made, target)
 
     def _counts(self) -> dict[str, Any]:
@@ -186,13 +186,13 @@ class SavingMixin:
 
 
 class _GoOnCounting(TrainerCallback):
-    """Puts the sums of a checkpoint back, after the Trainer has set them to 0."""
+    """Restores the sums of a checkpoint after the Trainer has set them to 0."""
 
     def __init__(self, trainer: Any, checkpoint: Any):
         self.trainer, self.checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads this process's sums; a checkpoint of plain TRL has none, nor one of fewer processes."""
+        """Reads this process's sums; a checkpoint of plain TRL, or of fewer processes, has none."""
         path = Path(str(self.checkpoint)) / _counts_name(args.process_index)
         if self.checkpoint and path.is_file():
             self.trainer._counted_from = 0
@@ -202,9 +202,9 @@ class _GoOnCounting(TrainerCallback):
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Deletes checkpoints beside the newest until `limit` are left, never it or the best one; the oldest first.
+    """Deletes the oldest checkpoints until `limit` are left, but never the newest or the best one.
 
-    Those with a greater number than the newest are of an earlier run, so the oldest of all.
+    Checkpoints with a greater number than the newest belong to an earlier run and count as the oldest.
     """
     found = checkpoints(newest.parent)
     kept = {newest.name, Path(best).name} if best else {newest.name}
@@ -215,52 +215,52 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def save_final_model(trainer: Any) -> None:
-    """Writes the trained model into `output_dir` file by file, each whole or absent.
+    """Writes the trained model into `output_dir`, each file atomically.
 
     Raises:
         DiskError: The disk is full or read-only.
     """
     target = Path(trainer.args.output_dir)
     made = target / _MODEL
-    learned = learned_epsilons(trainer.model)  # of several processes every one must ask
+    learned = learned_epsilons(trainer.model)  # every process must call this
     with writing(f"the trained model in {target}"):
         try:
             if trainer.args.should_save and (target / "README.md").is_file():  # PEFT completes it
                 made.mkdir(parents=True, exist_ok=True)
                 shutil.copy(target / "README.md", made)
-            if trainer.is_fsdp_enabled:  # whatever the checkpoints are, the model is whole
+            if trainer.is_fsdp_enabled:  # the model is saved whole, even if checkpoints are sharded
                 trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-            trainer.save_model(str(made), _internal_call=True)  # else it would also push, before the files are there
+            trainer.save_model(str(made), _internal_call=True)  # else it would also push, too early
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
                 sync(made)
                 _move_into(made, target)
                 require_saved(target, learned)
-            trainer.accelerator.wait_for_everyone()  # another host's first process, on the same disk, would remove it
+            trainer.accelerator.wait_for_everyone()  # another host on the same disk would remove it
         finally:
             if trainer.accelerator.is_local_main_process:
                 remove(made)
 
 
 def learned_epsilons(model: Any) -> dict[str, Tensor]:
-    """The values of every ε that is trained, by the path of its site; where it is sharded, every process must call."""
+    """The values of every trained ε, by the path of its site; if ε is sharded, every process must call this."""
     modules = epsilon_modules(model).items()
     return whole_values({path: module.epsilon for path, module in modules if module.epsilon.requires_grad})
 
 
 def require_saved(directory: Path, learned: dict[str, Tensor]) -> None:
-    """Looks into the files of a saved model or adapter for the value of every ε that was trained.
+    """Checks that the files of a saved model or adapter contain the value of every trained ε.
 
-    By value, not by name: transformers gives the weights of some families other names in files.
+    Compared by value, not by name: transformers gives the weights of some families other names in files.
 
     Raises:
-        RuntimeError: One is missing. The files stay as they are.
+        RuntimeError: A value is missing. The files are kept.
     """
     files = [*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")]
     found = []
     for file in files:
         with safe_open(file, "pt") as saved:
-            # keys() is no dictionary's
+            # keys() is not that of a dictionary
             found += [saved.get_tensor(key).float() for key in saved.keys() if key.endswith(".epsilon")]  # noqa: SIM118
     left = []
     for path, value in learned.items():
@@ -270,7 +270,7 @@ def require_saved(directory: Path, learned: dict[str, Tensor]) -> None:
         else:
             del found[place]
     if files and left:
-        raise RuntimeError(f"the saved model lacks what was learned of ε at {len(left)} sites (first: {left[0]})")
+        raise RuntimeError(f"the saved model lacks the learned ε of {len(left)} sites (first: {left[0]})")
 
 
 def _move_into(made: Path, target: Path) -> None:
@@ -279,7 +279,7 @@ def _move_into(made: Path, target: Path) -> None:
         if path.is_dir():
             remove(target / path.name)
         os.replace(path, target / path.name)
-    for pattern in _WEIGHTS:  # of an earlier model, in other pieces
+    for pattern in _WEIGHTS:  # of an earlier model with other shards
         for path in target.glob(pattern):
             if path.name not in names:
                 path.unlink()
@@ -287,7 +287,7 @@ def _move_into(made: Path, target: Path) -> None:
 
 def _rename(made: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}{ASIDE}")
-    if target.exists():  # an earlier run's, or a damaged one; `tidy` puts it back where a kill comes now
+    if target.exists():  # an earlier run's, or a damaged one; `tidy` restores it after a kill here
         remove(aside)
         os.replace(target, aside)
     os.replace(made, target)

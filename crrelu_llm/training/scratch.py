@@ -1,4 +1,4 @@
-"""The image model that a run starts from, before any patch: drawn from a config, or a checkpoint with a new head."""
+"""The starting image model of a run, before any patch: initialised from a config, or a checkpoint with a new head."""
 
 import json
 import logging
@@ -21,10 +21,10 @@ _SHOWN = 8
 
 
 def image_config(recipe: Recipe) -> Any:
-    """The config of a recipe's model: of its checkpoint, or made of `model_config`, without labels yet.
+    """The config of a recipe's model: that of its checkpoint, or made from `model_config`, still without labels.
 
     Raises:
-        InputError: It cannot be read, or is no image classifier's.
+        InputError: The config cannot be read, or is not that of an image classifier.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as classes
@@ -39,15 +39,15 @@ def image_config(recipe: Recipe) -> Any:
         with reading(name, "check its keys and values"):
             config = AutoConfig.for_model(**values) if "model_type" in values else None
         if config is None:
-            raise InputError(f"{name} has no model_type; name a family of transformers, as vit")
+            raise InputError(f"{name} has no model_type; name a family of transformers, such as vit")
     kind = classes.get(config.model_type)
     if kind is None or loading.head_of(config) != loading.IMAGE_CLASSIFIER:
         what = loading.HEADS[loading.head_of(config)]
         raise InputError(
-            f"{name}: {config.model_type} is no image classifier but {what}; give crrelu image an image model, or "
+            f"{name}: {config.model_type} is {what}, not an image classifier; give crrelu image an image model, or "
             "train it with crrelu sft"
         )
-    # Some families have several heads for images, of which the config names one, or the first is taken.
+    # Some families have several image heads: the one named in the config is used, or else the first.
     config.architectures = config.architectures or (
         [] if given is None else [kind if isinstance(kind, str) else kind[0]]
     )
@@ -58,14 +58,14 @@ def skeleton(recipe: Recipe) -> Any:
     """A recipe's model without weights.
 
     Raises:
-        InputError: It cannot be built, or takes no pixels.
+        InputError: The model cannot be built, or does not take pixels.
     """
     import transformers
 
     config, attention = image_config(recipe), recipe.model.attn_implementation
     where = str(recipe.model.model_name_or_path or f"{recipe.source}: model_config")
     options = {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"), reading(f"{where}: no model can be built of its config", "check the options"):
+    with torch.device("meta"), reading(f"{where}: no model can be built from its config", "check the options"):
         try:
             model = getattr(transformers, loading.IMAGE_CLASSIFIER).from_config(config, **options)
         except ImportError as error:
@@ -76,18 +76,18 @@ def skeleton(recipe: Recipe) -> Any:
 
 
 def starting_model(recipe: Recipe, train: Any, directory: Path) -> str:
-    """The MODEL that a run starts from; made in `directory` where the recipe's is not one with a head for the labels.
+    """The MODEL from which a run starts; made in `directory` if the recipe's model has no head for the labels.
 
-    All weights that no checkpoint gives are drawn with the recipe's seed, so that arms that share it start alike. What
-    an earlier call has made of the same is used again.
+    Weights without a checkpoint are initialised with the recipe's seed, so that arms with the same seed start equal.
+    An existing model of the same config, labels and seed is reused.
 
     Args:
-        recipe: The run's.
+        recipe: The recipe of the run.
         train: The training rows, which name the labels.
-        directory: Where.
+        directory: Where to make the model.
 
     Raises:
-        InputError: The checkpoint's head knows other labels, or `directory` holds another model.
+        InputError: The checkpoint's head has other labels, or `directory` holds another model.
     """
     name = str(recipe.script.dataset_name)
     config, names = image_config(recipe), label_names(train, recipe.training.label_column_name, name)
@@ -99,7 +99,7 @@ def starting_model(recipe: Recipe, train: Any, directory: Path) -> str:
         if not recipe.training.ignore_mismatched_sizes:
             unknown = next(label for label in names if label not in set(known))
             raise InputError(
-                f"{name}: the label {unknown} is none of {model}'s: {', '.join(map(str, known[:_SHOWN]))}"
+                f"{name}: the label {unknown} is not one of {model}'s: {', '.join(map(str, known[:_SHOWN]))}"
                 f"{', …' if len(known) > _SHOWN else ''}; set ignore_mismatched_sizes: true for a new head"
             )
     given = recipe.training.model_config
@@ -113,7 +113,7 @@ def starting_model(recipe: Recipe, train: Any, directory: Path) -> str:
         if directory.is_dir() and any(directory.iterdir()):
             if json.loads(json.dumps(made_of)) != _made_of(directory):
                 raise InputError(
-                    f"{directory} holds a model of another config, other labels or another seed; remove it, or "
+                    f"{directory} holds a model with another config, other labels or another seed; remove it, or "
                     "choose another output_dir"
                 )
         elif PartialState().is_local_main_process:
@@ -141,19 +141,19 @@ def _values(given: Any, name: str) -> dict[str, Any]:
         path = path / "config.json" if path.is_dir() else path
         values = json.loads(str(given) if str(given).lstrip().startswith("{") else path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("it is no map of keys and values")
+            raise ValueError("it is not a map of keys and values")
     return values
 
 
 def _draw(recipe: Recipe, config: Any, names: list[str]) -> Any:
-    """The whole model with a head for these labels, all that is new drawn with the recipe's seed."""
+    """The whole model with a head for these labels; new weights are initialised with the recipe's seed."""
     import transformers
 
     auto = getattr(transformers, loading.IMAGE_CLASSIFIER)
     model, before = recipe.model.model_name_or_path, config.num_labels
     config.id2label = dict(enumerate(names))
     config.label2id = {label: number for number, label in config.id2label.items()}
-    with reading(f"{recipe.source}: no model can be built of its config", "check the options"):
+    with reading(f"{recipe.source}: no model can be built from its config", "check the options"):
         torch.manual_seed(recipe.training.seed)
         drawn = auto.from_config(config)
         if model is None:
@@ -168,7 +168,7 @@ def _draw(recipe: Recipe, config: Any, names: list[str]) -> Any:
 
 
 def _head_keys(auto: Any, config: Any, labels: int) -> set[str]:
-    """Names of the weights whose shape depends on the number of labels: of the head's last layer."""
+    """Names of the weights with a shape that depends on the number of labels: the head's last layer."""
     import copy
 
     shapes = []
@@ -181,7 +181,7 @@ def _head_keys(auto: Any, config: Any, labels: int) -> set[str]:
 
 
 def _processor(recipe: Recipe, config: Any) -> Any:
-    """The checkpoint's image processor; of a config, one that resizes to the model's size and maps to −1 … 1."""
+    """The checkpoint's image processor; for a config, one that resizes to the model's size and scales to −1 … 1."""
     model = recipe.model.model_name_or_path
     if model is not None:
         return loading.load_processor(model, **recipe.loading)

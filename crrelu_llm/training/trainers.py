@@ -1,4 +1,4 @@
-"""The call that builds a trainer from a recipe, whatever its kind."""
+"""Builds the trainer of a recipe, for every kind."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger("crrelu_llm")
 
 
 def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
-    """A trainer for a recipe, starting from the checkpoint `model` (a path or a hub name)."""
+    """Builds the trainer of a recipe, starting from the checkpoint `model` (a path or a hub name)."""
     args, options = recipe.training, recipe.model
     args.model_init_kwargs = {
         "revision": options.model_revision,
@@ -33,7 +33,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
     }
     given = {"train": _rows(train), "eval": _rows(test)}
     adapting = trainable_layers() if quantises(recipe) else contextlib.nullcontext()
-    # What TRL finds wrong while it builds a trainer is wrong in the recipe or in the data.
+    # An error while TRL builds a trainer is an error in the recipe or in the data.
     with preparing_references(_sharded), adapting, reading(recipe.source):
         trainer: Any = recipe.kind.trainer(
             model=model,
@@ -49,7 +49,7 @@ def build_trainer(recipe: Recipe, model: str, train: Any, test: Any) -> Any:
             refuse_sharded_weights(trainer.accelerator, f"{recipe.source}: distill_weight")
             teacher = load_teacher(recipe, model, get_quantization_config(options), trainer.accelerator.device)
             trainer.learn_from(teacher, recipe.activation.distill_weight)
-    # All models are loaded: access tokens are needed no more, and trackers write the arguments down.
+    # All models are loaded, so access tokens are no longer needed, and trackers would record them.
     args.model_init_kwargs = publishable_map(args.model_init_kwargs)
     if recipe.kind.check_rows is None:
         preflight.check_prepared(trainer, recipe, given)
@@ -66,10 +66,10 @@ def _rows(data: Any) -> int | None:
 
 
 def _peft_config(recipe: Recipe, model: str) -> Any:
-    """TRL's own adapter configuration; ε is trained and saved in the adapter by its site's exact path.
+    """TRL's own adapter configuration, with the exact paths of the sites: ε is trained and saved in the adapter.
 
-    So are scale, shift, gain and offset, of any activation, where they are trained. And so is a density that is
-    tracked: the reference of DPO, the model without its adapter, keeps the one it had.
+    The same holds for scale, shift, gain and offset of any activation if they are trained, and for a tracked density:
+    DPO's reference, the model without its adapter, keeps its original density.
     """
     config: Any = get_peft_config(recipe.model)
     if config is None:
@@ -87,7 +87,7 @@ def _peft_config(recipe: Recipe, model: str) -> Any:
     paths = [site["path"] for site in found["sites"]] if trains_affine else section.crrelu_paths(found)
     if trains_affine or (learns and paths):
         own = config.modules_to_save or []
-        # A module that the user trains whole has its ε with it.
+        # A module that the user trains whole includes its ε.
         paths = [
             path for path in paths if not any(above.endswith(name) for above in _with_owners(path) for name in own)
         ]
@@ -101,12 +101,12 @@ def _with_owners(path: str) -> list[str]:
 
 
 def _sharded(model: Any, accelerator: Any) -> Any:
-    """DPO's reference, sharded under FSDP2 as Accelerate shards what is trained, a unit a layer.
+    """DPO's reference, sharded under FSDP2 as Accelerate shards the trained model, one unit per layer.
 
-    TRL makes one unit of it, so that every GPU holds all of the reference whenever it computes; what is sharded it
-    leaves as it is.
+    TRL would make one unit of it, so that every GPU holds the whole reference during its forward pass; TRL does not
+    change a model that is already sharded.
     """
-    model.requires_grad_(False)  # of what is frozen FSDP2 does not ask one dtype, and ε is float32
+    model.requires_grad_(False)  # FSDP2 needs one dtype only for trainable parameters, and ε is float32
     prepare_fsdp2(accelerator, model)
     return shard_fsdp2(accelerator, model) if accelerator.is_fsdp2 else model
 

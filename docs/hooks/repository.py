@@ -1,8 +1,8 @@
 """Links of the pages to files of the repository: checked, and the files taken into the site.
 
-The pages link to `../eval/results/…` and the like, so that a link works where the pages are read as files. For the
-site, each such file, and each file that it links to in turn, is put below `repository/`, and the links are rewritten.
-A link that leads to nothing stays as it is: `mkdocs build --strict` refuses it.
+The pages link to `../eval/results/…` and the like, so that links work when the pages are read as files. For the site,
+each linked file, and each file linked from it, is copied below `repository/`, and the links are rewritten. A broken
+link is not changed, and `mkdocs build --strict` refuses it.
 """
 
 import posixpath
@@ -18,15 +18,15 @@ _ELSEWHERE = re.compile(r"[a-z+]+:|//")
 
 
 def links(markdown: str) -> list[str]:
-    """The relative links of a page, outside of code, without what follows `#`."""
+    """The relative links of a page, outside of code, without anchors."""
     found = (match["link"].partition("#")[0] for match in _LINK.finditer(_CODE.sub("", markdown)))
     return [link for link in found if link and not _ELSEWHERE.match(link)]
 
 
 def target(page: str, link: str) -> str | None:
-    """The file that a link of a page leads to, both below the repository's root; a directory's is its README.
+    """The target file of a link in a page, both relative to the repository's root; for a directory, its README.
 
-    None where there is none.
+    None if there is no such file.
     """
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
     if (ROOT / path).is_dir():
@@ -35,7 +35,7 @@ def target(page: str, link: str) -> str | None:
 
 
 def reached(pages: Iterable[str]) -> list[str]:
-    """The files outside of docs/ that pages lead to, by themselves or by the pages that they lead to."""
+    """The files outside docs/ that the pages link to, directly or through other pages."""
     waiting, found = list(pages), set()
     while waiting:
         page = waiting.pop()
@@ -47,12 +47,12 @@ def reached(pages: Iterable[str]) -> list[str]:
 
 
 def in_site(path: str) -> str:
-    """Where a file of the repository is in the site's sources."""
+    """The path of a repository file in the site's sources."""
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def rewritten(markdown: str, page: str) -> str:
-    """A page with its links to files as they are in the site; a link to a directory without a README is plain text."""
+    """A page with its links rewritten for the site; a link to a directory without a README becomes plain text."""
     here = posixpath.dirname(in_site(page))
 
     def new(match: re.Match[str]) -> str:
@@ -78,7 +78,7 @@ def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: adds the files of the repository that the pages lead to."""
+    """mkdocs: adds the repository files that the pages link to."""
     from mkdocs.structure.files import File
 
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
@@ -88,6 +88,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """mkdocs: writes the links of a page anew."""
+    """mkdocs: rewrites the links of a page."""
     uri = page.file.src_uri
     return rewritten(markdown, uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}")

@@ -1,4 +1,4 @@
-"""The calibrated starting point of one arm, made as `crrelu compare` makes it, and its perplexity before and after.
+"""Makes the calibrated starting point of one arm as `crrelu compare` does, and measures perplexity before and after.
 
     calibrate.py ARM --model M --data DATA --out DIRECTORY --perplexity_tokens N OPTIONS OF THE RECIPE
 
@@ -20,7 +20,7 @@ def main() -> int:
     for name in ("model", "data", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--perplexity_tokens", type=int, required=True)
-    args, options = parser.parse_known_args()  # what it does not know is the recipe's
+    args, options = parser.parse_known_args()  # unknown options belong to the recipe
     from crrelu_llm.data import language_modelling_blocks
     from crrelu_llm.errors import InputError
     from crrelu_llm.evaluation.perplexity import perplexity
@@ -48,7 +48,7 @@ def main() -> int:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2
     found, spent = report["perplexity"], report["calibration"]
-    naive = "" if found["after_naive"] is None else f", {found['after_naive']:.1f} by a plain swap"
+    naive = "" if found["after_naive"] is None else f", {found['after_naive']:.1f} after a plain swap"
     print(f"perplexity {found['before']:.2f} -> {found['after']:.2f}{naive}; calibrated in {spent['seconds']:.0f} s")
     return 0
 

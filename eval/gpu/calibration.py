@@ -1,11 +1,11 @@
-"""Whether a calibration on the GPU is the one on the CPU: the same model, the same tokens, two patched checkpoints.
+"""Compares a calibration on the GPU with one on the CPU: the same model, the same tokens, two patched checkpoints.
 
     calibration.py GPU_CHECKPOINT CPU_CHECKPOINT OUT.json
 
-What must agree (exit status 1 where it does not): the perplexity after the patch within PERPLEXITY; of ε, scale,
-shift, gain and offset the median relative difference within MEDIAN; and the curve of CURVES_WITHIN of all channels
-within CURVE of its size. Single channels may differ more: where two sets of numbers fit a channel equally well, the
-rounding of its inputs decides between them.
+The exit status is 1 unless these agree: the perplexity after the patch within PERPLEXITY; ε, scale, shift, gain and
+offset with a median relative difference within MEDIAN; and the curves of at least CURVES_WITHIN of the channels within
+CURVE of their size. Single channels may differ more: if two sets of numbers fit a channel equally well, the rounding
+of its inputs decides between them.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """How far two calibrations are apart, and whether that is within what is allowed."""
+    """The differences between two calibrations, and whether they are within the limits."""
     import torch
 
     ours, theirs = _numbers(first), _numbers(second)
@@ -71,7 +71,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 
 def _numbers(directory: Path) -> dict[str, dict[str, Any]]:
-    """The five of each site, `(channels,)` each, float64."""
+    """ε and the four of each site, `(channels,)` each, float64."""
     from safetensors import safe_open
 
     sites: dict[str, dict[str, Any]] = {}
@@ -88,7 +88,7 @@ def _numbers(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _curves_apart(first: dict[str, Any], second: dict[str, Any]) -> Any:
-    """For each channel: the root mean square of the difference over that of the curve, on inputs of −4 to 4."""
+    """For each channel: the root mean square of the difference, relative to the curve's, for inputs from −4 to 4."""
     import torch
 
     x = torch.linspace(-4, 4, 161, dtype=torch.float64)[:, None]

@@ -1,8 +1,8 @@
-"""Weights in parts that fit a transfer, with checksums, and together again. The standard library alone.
+"""Splits weights into parts for a transfer, with checksums, and joins them again. Needs only the standard library.
 
 carry.py split SOURCE FOLDER [MEGABYTES]    a .gguf file or a checkpoint's directory -> FOLDER/weights-1-of-2, ...
-carry.py sums FOLDER                        FOLDER/SHA256SUMS of all that lies in it
-carry.py check FOLDER                       whether all parts of the weights are there, and whole
+carry.py sums FOLDER                        FOLDER/SHA256SUMS of all its files
+carry.py check FOLDER                       checks that all parts of the weights are present and undamaged
 carry.py join FOLDER TARGET                 FOLDER/weights-... -> the directory TARGET
 """
 
@@ -17,16 +17,16 @@ from pathlib import Path
 
 PART = re.compile(r"weights-(\d+)-of-(\d+)")
 SUMS = "SHA256SUMS"
-MEGABYTES = 32  # a part at most, so that 50 MB hold it and the repository
+MEGABYTES = 32  # the largest part, so that it fits into 50 MB together with the repository
 _CHUNK = 1 << 20
 
 
 class Refused(Exception):
-    """What is said in one line, with exit status 2."""
+    """An error that is reported in one line, with exit status 2."""
 
 
 def split(source: Path, folder: Path, megabytes: float = MEGABYTES) -> None:
-    """Writes a compressed archive of a file, or of the files of a directory, in parts of nearly the same size."""
+    """Writes a compressed archive of a file, or of the files of a directory, in parts of nearly equal size."""
     if not source.exists():
         raise Refused(f"{source}: no such file or directory; give a .gguf file or the directory of a checkpoint")
     if source.is_dir() and not (source / "config.json").is_file():
@@ -53,14 +53,14 @@ def split(source: Path, folder: Path, megabytes: float = MEGABYTES) -> None:
 
 
 def sums(folder: Path) -> None:
-    """Writes the SHA-256 of each file below a folder, as sha256sum does."""
+    """Writes the SHA-256 of each file in a folder, in the format of sha256sum."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
 
 
 def join(folder: Path, target: Path) -> None:
-    """Puts the parts together and unpacks them; what is there already is kept."""
+    """Joins the parts and unpacks them; keeps a target that already exists."""
     if target.is_dir():
         return
     parts = check(folder)
@@ -73,7 +73,7 @@ def join(folder: Path, target: Path) -> None:
 
 
 def check(folder: Path) -> list[Path]:
-    """The parts in their order; refuses missing ones, and, where there are sums, those that are not as they say."""
+    """The parts in order; refuses missing parts and, if there are checksums, damaged ones."""
     parts, listing = _parts(folder), folder / SUMS
     if listing.is_file():
         lines = listing.read_text().splitlines()
@@ -105,7 +105,7 @@ def _digest(path: Path) -> str:
 
 
 class _Joined(io.RawIOBase):
-    """Files one after the other, to be read once."""
+    """A concatenation of files that can be read once."""
 
     def __init__(self, paths: list[Path]):
         self._rest = list(paths)
@@ -122,7 +122,7 @@ class _Joined(io.RawIOBase):
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the four; exit status 2 where something is wrong with what it is given."""
+    """Runs one of the four commands; the exit status is 2 for wrong input."""
     commands = {"split": split, "sums": sums, "check": check, "join": join}
     if len(argv) < 2 or argv[0] not in commands:
         print(__doc__, file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gathers what a GPU machine without a network lacks into one folder that git ignores: wheels, weights in parts, data.
+# Collects the files for a GPU machine without a network in one folder that git ignores: wheels, weights in parts, data.
 # See README.md beside this file.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -40,7 +40,7 @@ mkdir -p "$folder"
 rm -rf "$folder/wheels" "$folder/data"
 mkdir "$folder/wheels" "$folder/data"
 
-# The versions of constraints.txt, without what they need: a GPU machine has torch, transformers, peft and the like.
+# The versions of constraints.txt, without dependencies: a GPU machine already has torch, transformers, peft and others.
 download() {
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
         --python-version "$version" --implementation cp --platform manylinux_2_28_x86_64 \

@@ -1,5 +1,5 @@
-# What run.sh is made of: parts with a time limit and a log each. A part that fails or hangs does not stop the others.
-# Wants WORK (a folder of its own), OUT, BUDGET (seconds for all parts together) and PYTHON; times are SECONDS since start.
+# The parts of run.sh, each with a time limit and a log. A part that fails or hangs does not stop the others.
+# Needs WORK (a separate folder), OUT, BUDGET (seconds for all parts together) and PYTHON; times are SECONDS since start.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 GRACE=5 # seconds to end in, after the limit
@@ -11,7 +11,7 @@ note() { # NAME STATUS SECONDS LIMIT WHY
     echo "run: $1: $2${5:+ ($5)}, $3 s of $4" >&2
 }
 
-# part NAME LIMIT COMMAND...: its output goes to $WORK/parts/NAME/log, and so may its result: $WORK/parts/NAME/*.json.
+# part NAME LIMIT COMMAND...: writes its output to $WORK/parts/NAME/log, and may write results to $WORK/parts/NAME/*.json.
 part() {
     local name=$1 limit=$2 began=$SECONDS code=0 took
     shift 2
@@ -21,7 +21,7 @@ part() {
         note "$name" skipped 0 "$limit" "no time was left"
         return 0
     fi
-    # In a shell of its own, which has nowhere to say that something was killed.
+    # In a separate shell, which cannot print that a process was killed.
     (
         timeout --signal=INT --kill-after=$GRACE "$limit" "$@" >"$WORK/parts/$name/log" 2>&1 </dev/null
         exit $?
@@ -43,7 +43,7 @@ skip() { # NAME WHY
     note "$1" skipped 0 0 "$2"
 }
 
-# What came out so far, in few files, so that a run that is ended from outside leaves that.
+# Collects the results so far in few files, so that a run that is ended from outside leaves them.
 gather() {
     "$PYTHON" "$here/summary.py" "$WORK" "$OUT" >/dev/null || echo "run: no summary could be written" >&2
 }

@@ -1,8 +1,8 @@
-"""Before anything is measured: the model as a directory, and data of a size that a few minutes can read.
+"""Prepares the measurements: the model as a directory, and data small enough to be read in a few minutes.
 
     prepare.py --model M --sft DATA --dpo DATA --work W [--rows N]   ->   W/model.txt, W/data/sft, W/data/dpo
 
-A MODEL that is a folder of weights-1-of-N, as pack.sh makes it, is put together first.
+If MODEL is a folder of weights-1-of-N, as made by pack.sh, the parts are joined first.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _as_directory(model: str, work: Path) -> str:
-    """A GGUF file is dequantised once for all parts; any other MODEL is taken as it is."""
+    """Dequantises a GGUF file once for all parts; does not change any other MODEL."""
     from crrelu_llm.patching import loading
     from crrelu_llm.patching.transform import patch_checkpoint
 
@@ -61,7 +61,7 @@ def _as_directory(model: str, work: Path) -> str:
 
 
 def _subset(kind: str, name: str, folder: Path, rows: int) -> None:
-    """The first rows of a data set as train.jsonl and test.jsonl; where it has no test split, the rows that follow."""
+    """Writes the first rows of a data set as train.jsonl and test.jsonl; without a test split, uses the next rows."""
     if folder.is_dir():
         return
     splits = _pairs(rows) if name == PAIRS else _splits(name)
@@ -88,7 +88,7 @@ def _splits(name: str) -> Any:
 
 
 def _pairs(rows: int) -> dict[str, list[dict[str, str]]]:
-    """Preference pairs from the standard library's docstrings: how a text goes on, and the same words in disorder."""
+    """Preference pairs from the standard library's docstrings: how a text continues, and the same words shuffled."""
     generator, found = random.Random(0), {}
     for split, texts in _splits("builtin:docstrings").items():
         if split not in ("train", "test"):

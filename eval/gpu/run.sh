@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One command for a machine with one NVIDIA GPU, 8 minutes at most: kernels against float64, speed beside GELU, a
-# calibration against the CPU's, and a comparison of activations by SFT and DPO. See README.md beside this file.
+# One command for a machine with one NVIDIA GPU, 8 minutes at most: kernels against float64, speed against GELU, a
+# calibration against the CPU's, and a comparison of activations in SFT and DPO. See README.md beside this file.
 set -uo pipefail
 
 usage() {
@@ -48,11 +48,11 @@ if ls "$CARRY"/wheels/*.whl >/dev/null 2>&1; then
         --target "$WORK/site" "$CARRY"/wheels/*.whl || stop "the carried wheels cannot be installed by $PYTHON -m pip"
     export PYTHONPATH=$root:$WORK/site
 fi
-# Nothing is asked of the hub where no name of it can be meant.
+# Do not contact the hub unless a hub name may be given.
 [ -n "${MODEL-}${SFT_DATA-}${DPO_DATA-}${CALIBRATION_DATA-}" ] || export HF_HUB_OFFLINE=1
 ((!dry)) || export CUDA_VISIBLE_DEVICES=
 
-# The first start of torch on a cold machine; whether there is a GPU decides the sizes.
+# Starts torch for the first time on a cold machine; the sizes depend on whether there is a GPU.
 part environment 120 bash -c '(nvidia-smi || true); "$0" -m crrelu_llm env --json >"$1" && cat "$1"' \
     "$PYTHON" "$WORK/parts/environment/environment.json"
 device=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["environment"]["device"])' \
@@ -103,7 +103,7 @@ patched() { # ARM FOLDER PART OPTIONS OF THE RECIPE
     part "$name" "$(limit calibrate)" "$PYTHON" "$here/calibrate.py" "$arm" --model "$(<"$WORK/model.txt")" --data "$WORK/data/sft" \
         --out "$WORK/$folder" --perplexity_tokens "$((tokens / 2))" "${calibrated[@]}" "$@"
 }
-# Beside the tests, which are not timed: the model as a directory, and the calibrated starting points of the arms.
+# In parallel with the tests, which are not timed: the model as a directory, and the arms' calibrated starting points.
 background() {
     ((BUDGET = BUDGET < 190 ? BUDGET : 190))
     [ "$device" != cpu ] || BUDGET=600

@@ -1,8 +1,8 @@
-"""What the parts of run.sh left behind, in few files: summary.txt, results.json, logs.tar.gz and the two reports.
+"""Collects the results of run.sh's parts in few files: summary.txt, results.json, logs.tar.gz and the two reports.
 
     summary.py WORK OUT
 
-The standard library alone; each file is written beside and renamed, so that one that is there is whole.
+Needs only the standard library; each file is written beside its place and renamed, so that it is always complete.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-# As run.sh has them; others come after these.
+# In the order of run.sh; other parts come after these.
 ORDER = ["environment", "prepare", "tests", "calibrate-gelu", "calibrate-relu", "calibrate-crrelu", "calibrate-cpu",
          "calibration", "bench-op-bfloat16", "bench-train", "bench-mlp", "bench-op-float32", "sft", "dpo"]  # fmt: skip
 
@@ -51,12 +51,12 @@ def _part(work: Path, line: list[str]) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except ValueError as error:  # of a part that was killed
+    except ValueError as error:  # from a part that was killed
         return {"unreadable": str(error)}
 
 
 def _counts(path: Path) -> dict[str, Any]:
-    """What a JUnit file says: how many tests ended how, and which failed."""
+    """The content of a JUnit file: the number of tests by outcome, and the failed ones."""
     try:
         suite = ElementTree.parse(path).getroot().find("testsuite")
     except ElementTree.ParseError as error:
@@ -70,7 +70,7 @@ def _counts(path: Path) -> dict[str, Any]:
 
 
 def _said(folder: Path, results: dict[str, Any]) -> str:
-    """One line about the result, or the last one of the log."""
+    """One line about the result, or the last line of the log."""
     tests, calibration = results.get("tests"), results.get("calibration")
     if tests and "tests" in tests:
         passed = tests["tests"] - tests["failures"] - tests["errors"] - tests["skipped"]
@@ -101,7 +101,7 @@ def _table(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def _bandwidths(parts: list[dict[str, Any]]) -> list[str]:
-    """Forward and backward together, of CRReLU's compiled backends and of Liger, of every bench that ran."""
+    """Forward and backward together, for CRReLU's compiled backends and Liger, for every benchmark that ran."""
     lines = []
     for part in parts:
         bench = part["results"].get("bench") or {}
@@ -126,7 +126,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _pack(work: Path, path: Path) -> None:
-    """Logs and results of all parts."""
+    """Packs the logs and results of all parts."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with tarfile.open(scratch, "w:gz") as archive:
         for file in sorted((work / "parts").rglob("*")):

@@ -1,10 +1,10 @@
-"""One comparison, `crrelu compare sft|dpo`, of as many steps as fit its time: native, gelu, relu and crrelu, 3 seeds.
+"""One comparison, `crrelu compare sft|dpo`, with as many steps as fit: native, gelu, relu and crrelu, 3 seeds.
 
     train.py sft --model M --data D --work W --out O --seconds S [--most N] [--seeds ...] [OPTIONS OF THE RECIPE]
 
-The number of steps comes from two short runs of the native arm, the first of which warms up. Seed after seed is then
-trained in every arm, so that time that runs out costs a seed, not an arm; the report is of what is finished.
-Calibrated starting points in W/patched are used, so that no time is spent on them.
+The number of steps comes from two short runs of the native arm; the first is a warm-up. The arms are then trained seed
+by seed, so that a lack of time costs a seed, not an arm; the report covers the finished runs. Existing calibrated
+starting points in W/patched are used, to save time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ARMS = ["native", "gelu", "relu", "crrelu"]
 FEWEST, PROBE = 3, 3
-SLOWER = 1.25  # a swapped arm beside the native one, at most
+SLOWER = 1.25  # the largest expected ratio of a swapped arm's time to the native arm's
 REPORT_SECONDS = 12
 
 
@@ -33,10 +33,10 @@ def main() -> int:
     parser.add_argument("kind", choices=("sft", "dpo"))
     for name in ("model", "data", "work", "out"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="for all of it")
+    parser.add_argument("--seconds", type=float, required=True, help="for the whole comparison")
     parser.add_argument("--most", type=int, default=200, help="steps of a run at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args, options = parser.parse_known_args()  # what it does not know is the recipe's
+    args, options = parser.parse_known_args()  # unknown options belong to the recipe
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -51,13 +51,13 @@ def main() -> int:
         ended = started + args.seconds - REPORT_SECONDS
         fitting = _steps_that_fit(args.kind, recipe, work / f"{args.kind}-probe", ended, len(ARMS) * len(args.seeds))
         steps = min(args.most, fitting)
-        print(f"train: {steps} steps a run", flush=True)
+        print(f"train: {steps} steps per run", flush=True)
         recipe += ["--max_steps", str(steps)]
         status = 1 if _compare(args.kind, recipe, args.seeds, comparison, work / "patched") else 0
     except KeyboardInterrupt:
-        print("train: out of time; the report is of the runs that are finished", flush=True)
+        print("train: out of time; the report covers the finished runs", flush=True)
         status = 0
-    except Exception:  # the report of what is finished is still wanted
+    except Exception:  # the report of the finished runs is still wanted
         traceback.print_exc()
         status = 1
     signal.alarm(0)
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _steps_that_fit(kind: str, recipe: list[str], probe: Path, ended: float, runs: int) -> int:
-    """What two probes say: the seconds of a step, and what a run costs beside its steps."""
+    """Uses two probes to find the seconds per step, and the overhead of a run beside its steps."""
     shutil.rmtree(probe, ignore_errors=True)
     wall = 0.0
     for seed in (0, 1):
@@ -88,12 +88,12 @@ def _steps_that_fit(kind: str, recipe: list[str], probe: Path, ended: float, run
     step, beside = taken / PROBE * SLOWER, max(0.0, wall - taken)
     left = ended - time.monotonic()
     steps = int((0.9 * left / runs - beside) / step)
-    print(f"train: {step:.3f} s a step, {beside:.1f} s beside, {left:.0f} s left", flush=True)
+    print(f"train: {step:.3f} s per step, {beside:.1f} s of overhead, {left:.0f} s left", flush=True)
     return max(FEWEST, steps)
 
 
 def _compare(kind: str, recipe: list[str], seeds: list[int], comparison: Path, patched: Path) -> Exception | None:
-    """Trains seed after seed; returns what to say where runs failed."""
+    """Trains seed by seed; returns the error if runs failed."""
     _matrix(kind, recipe, ["native"], seeds[:1], comparison)  # makes the directory of this comparison
     from crrelu_llm.comparison.arms import arm_dir
 

@@ -1,11 +1,11 @@
-"""Makes the files of the study from the published data sets: three tasks of SFT, three of DPO, the calibration text.
+"""Makes the files of the study from the published data sets: three SFT tasks, three DPO tasks, the calibration text.
 
     python prepare.py DATA_DIR OUTPUT_DIR
 
-All models get the same rows. Those of DPO are pairs that fit into the recipe's max_length whole, as a cut pair is
-another pair; a conversation of SFT is cut by the trainer. Held-out rows are the published evaluation files' (of
-OpenAssistant: one conversation of each of 40 trees that nothing is trained on), in the order of their lengths, so that
-a batch is padded little.
+All models get the same rows. DPO uses only pairs that fit completely into the recipe's max_length, because a truncated
+pair is a different pair; the trainer truncates SFT conversations. Held-out rows come from the published evaluation
+files (for OpenAssistant: one conversation from each of 40 trees not used in training), sorted by length, so that
+batches need little padding.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CALIBRATION_CHARACTERS = 200_000
 
 
 def main() -> None:
-    """Writes everything."""
+    """Writes all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("output_dir", type=Path)
@@ -60,7 +60,7 @@ def _split(
 
 
 def _trees(threads: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Threads of some conversation trees, and of each other tree its best one: the threads of a tree begin alike."""
+    """Threads of some conversation trees, and the best thread of each other tree: threads of a tree start alike."""
     held_out = set(random.Random(0).sample(sorted({row["tree"] for row in threads}), HELD_OUT_TREES))
     best: dict[str, Row] = {}
     for row in sorted(threads, key=lambda row: float("inf") if row["leaf_rank"] is None else row["leaf_rank"]):
@@ -86,7 +86,7 @@ def _short_pair(row: Row) -> Row | None:
 
 
 def _mixed(*sources: list[str]) -> list[str]:
-    """Texts of all sources in turn: any beginning of them has about as many characters of each."""
+    """Texts of all sources in turn, so that any prefix has about equally many characters of each source."""
     generator = random.Random(0)
     for source in sources:
         generator.shuffle(source)

@@ -1,8 +1,8 @@
-"""Runs the study: each model on each task, as one `crrelu compare`. Call it again to go on: what is finished is kept.
+"""Runs the study: each model on each task, as one `crrelu compare`. Run it again to continue: finished runs are kept.
 
     python run.py DATA OUTPUT_DIR --models nano=builtin:nano smollm2=PATH gemma=PATH [--only smollm2/dolly] [--list]
 
-DATA is what prepare.py made. `--list` prints the commands alone.
+DATA is the output of prepare.py. `--list` only prints the commands.
 """
 
 import argparse
@@ -21,13 +21,13 @@ PLAIN = "crrelu:calibration=none:epsilon_per=layer"  # the paper's swap
 
 @dataclass(frozen=True)
 class Setting:
-    """What a model's size allows.
+    """The settings that a model's size allows.
 
     Attributes:
-        arms: All are calibrated alike, but for the model as it is and the paper's swap.
-        seeds: How many, of SFT and of DPO.
-        steps: The same.
-        rates: Learning rates that are tried with each arm, for SFT and for DPO.
+        arms: The arms; all are calibrated in the same way, except the unpatched model and the paper's swap.
+        seeds: The number of seeds, for SFT and for DPO.
+        steps: The number of steps, for SFT and for DPO.
+        rates: Candidate learning rates of each arm, for SFT and for DPO.
         options: Further keys of the recipe.
     """
 
@@ -55,7 +55,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 BETAS = "0.1,1"
-# Questions about the swap itself, asked of the nano GPT-2 on Dolly: task -> arms.
+# Questions about the swap itself, answered with the nano GPT-2 on Dolly: task -> arms.
 _FROZEN = ":epsilon_learning_rate=0"
 EXTRAS = {
     "epsilon": (
@@ -70,7 +70,7 @@ EXTRAS = {
 
 
 def main() -> int:
-    """Runs what is asked for; the exit status is 1 where a comparison failed."""
+    """Runs the requested comparisons; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("output_dir", type=Path)
@@ -112,7 +112,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
         **setting.options,
     }
     tune, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
-    if task in EXTRAS:  # about the swap, at one rate for all arms
+    if task in EXTRAS:  # about the swap, with one learning rate for all arms
         tune, seeds = [], 3
         options["learning_rate"] = "3e-3"
     if task == "long":

@@ -1,9 +1,9 @@
-"""From the reports of run.py to the answer: one table of all comparisons, corrected together, and one figure.
+"""Turns the reports of run.py into one table of all comparisons, corrected together, and one figure.
 
     python tables.py OUTPUT_DIR RESULTS_DIR
 
 Writes RESULTS_DIR/question.md and question.png, and <model>/<task>/report.{json,md} of each comparison without the
-texts of its data. What is not finished is named.
+texts of its data. Names the unfinished comparisons.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from crrelu_llm.report.schema import Report
 from crrelu_llm.statistics.paired import Comparison, adjust
 
 NAMES = {PLAIN: "crrelu, plain swap"}
-REACH = 0.05  # nats; what lies beyond is said in numbers alone
+REACH = 0.05  # nats; values beyond are only given as numbers
 COLOURS = {"better": "#0b7a53", "worse": "#b03a12", "undecided": "#5c626b"}
 
 
@@ -37,7 +37,7 @@ class Row:
 
 
 def main() -> None:
-    """Writes everything."""
+    """Writes all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("results_dir", type=Path)
@@ -71,7 +71,7 @@ def _seconds(path: Path) -> float:
 
 
 def _losses(model: str, task: str, report: Report) -> list[Row]:
-    """The tests of the loss over seeds and items, which are those that the study corrects together."""
+    """The tests of the loss over seeds and items, which the study corrects together."""
     return [
         Row(model, task + "".join(f", β {value:g}" for value in found.grid.values()), found)
         for found in report.comparisons
@@ -115,7 +115,7 @@ def _differences(rows: list[Row]) -> str:
 
 
 def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
-    """Of each arm: the loss before and after, the learning rate that was chosen, time and memory."""
+    """For each arm: the loss before and after, the chosen learning rate, time and memory."""
     lines = [
         "## Arms",
         "",

@@ -1,11 +1,11 @@
-"""Where in a model two activations differ, without any training: by layer, and by part of the curve.
+"""Measures where in a model two activations differ, without any training: by layer, and by part of the curve.
 
     python why.py MODEL PATCHED DATA OUTPUT.json [--tokens 4096]
 
-MODEL is the original, PATCHED a copy that `crrelu patch` or run.py (in <model>/patched) made of it, DATA text that
-nothing was calibrated on. By layer: what the loss grows by when that layer alone has PATCHED's activation, with its
-standard error over blocks of text. By part of the curve: how often an input of a site lies there, and which share of
-the squared difference of the two slopes, and of the two values, over all inputs comes from there.
+MODEL is the original, PATCHED a patched copy made by `crrelu patch` or run.py (in <model>/patched), DATA text that was
+not used for calibration. By layer: the increase of the loss when only that layer has PATCHED's activation, with its
+standard error over blocks of text. By part of the curve: the share of a site's inputs there, and the share of the
+squared difference of the two slopes, and of the two values, that comes from there.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 @torch.no_grad()
 def losses(model: nn.Module, blocks: Tensor) -> Tensor:
-    """Mean loss of a token of each block, `(blocks,)`, float64."""
+    """Mean loss per token of each block, `(blocks,)`, float64."""
     found = []
     for batch in blocks.split(4):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -63,7 +63,7 @@ def losses(model: nn.Module, blocks: Tensor) -> Tensor:
 
 
 def by_layer(model: Any, patched: Any, modules: dict[str, nn.Module], blocks: Tensor) -> dict[str, Any]:
-    """The loss with one site swapped, minus the original's; and with all of them."""
+    """The loss with one site swapped, and with all sites swapped, minus the original loss."""
     before = losses(model, blocks)
     found = {"loss": before.mean().item(), "all": _grown(losses(patched, blocks) - before), "sites": {}}
     for path, module in tqdm(modules.items(), desc="One layer at a time", unit="layer"):
@@ -83,7 +83,7 @@ def _grown(differences: Tensor) -> dict[str, float]:
 
 
 def by_curve(model: Any, modules: dict[str, nn.Module], blocks: Tensor) -> list[dict[str, float | None]]:
-    """Of each part of the input's line: the share of inputs, and of the squared difference of slopes and of values."""
+    """For each interval of inputs: its share of the inputs, and of the squared differences of slopes and of values."""
     edges, sums = torch.tensor(EDGES), torch.zeros(3, len(EDGES) + 1, dtype=torch.float64)
 
     def seen(path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Writes the untrained nano GPT-2 (3.4 M parameters, GELU) with a tokenizer learnt from the built-in corpus.
+"""Writes the untrained nano GPT-2 (3.4 M parameters, GELU) with a tokenizer trained on the built-in corpus.
 
     python recipes/nano/initialise.py --output_dir nano-init
 
-`recipes/nano/pretrain.yaml` trains it. Everything is read from this Python's own documentation; no network is used.
+`recipes/nano/pretrain.yaml` trains the model. All text comes from this Python's own documentation; no network is used.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(corpus, vocab_size: int = 4096, context: int = 512) -> GPT2TokenizerFast:
-    """Learns a byte-level BPE tokenizer; padding has a token of its own, so that training does not mask the end."""
+    """Trains a byte-level BPE tokenizer; padding has its own token, so that training does not mask the end token."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(corpus, vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False)
     return GPT2TokenizerFast(

@@ -2,8 +2,8 @@
 
     python recipes/paper/run.py --output_dir outputs/paper [--model M] [--dry_run] [OPTIONS OF THE RECIPES]
 
-Each arm's DPO starts from its own SFT, seed by seed. What is finished is kept: the same command goes on. `--dry_run`
-goes through every step with the embedded small GPT-2, a few made-up rows and two steps a run, on a CPU.
+Each arm's DPO starts from its own SFT, seed by seed. Finished runs are kept: the same command continues. `--dry_run`
+runs every step with the embedded small GPT-2, a few made-up rows and two steps per run, on a CPU.
 """
 
 import argparse
@@ -26,13 +26,13 @@ BETAS = "0.1,1,2,5"
 
 
 def main() -> int:
-    """Runs the three comparisons; the exit status is that of the first that fails."""
+    """Runs the three comparisons; the exit status is that of the first failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model", help="another model: a hub name, a directory or a .gguf file")
-    parser.add_argument("--arms", nargs="+", help=f"default: {' '.join(ARMS)}; of a dry run native and crrelu")
+    parser.add_argument("--arms", nargs="+", help=f"default: {' '.join(ARMS)}; in a dry run native and crrelu")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--dry_run", action="store_true")
     args, options = parser.parse_known_args()

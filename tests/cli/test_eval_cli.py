@@ -268,7 +268,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(place, tiny_checkpoint, capsy
     runs = [arm["runs"][0] for arm in report(place)["arms"]]
     assert [run["status"] for run in runs] == ["done", "failed", "failed", "done"]
     assert "cannot be loaded: " in runs[1]["error"]
-    assert "only embeddings of 300" in runs[2]["error"]
+    assert "embeddings for only 300" in runs[2]["error"]
 
 
 def test_models_without_their_files_are_refused_first(place, tiny_checkpoint, capsys):
@@ -288,7 +288,7 @@ def test_models_without_their_files_are_refused_first(place, tiny_checkpoint, ca
     assert "no weights there" in refused(capsys, *options(place, good, f"bare={bare}"))
     for file in mute.glob("tokenizer*"):
         file.unlink()
-    assert "makes no tokens" in refused(capsys, *options(place, good, f"mute={mute}"))
+    assert "returns no tokens" in refused(capsys, *options(place, good, f"mute={mute}"))
     assert not (place / "out").exists()
 
 

@@ -124,7 +124,7 @@ def test_more_weights_than_a_test_machine_holds(tmp_path, capsys):
     ("options", "words"),
     [
         (("--gpus", "0"), "gpus and gpus_per_node must be 1 or more, not 0 and 8"),
-        (("--gpus", "12"), "12 GPUs are no whole number of nodes with 8 each"),
+        (("--gpus", "12"), "12 GPUs do not fill whole nodes with 8 each"),
         (("--gpus", "x"), "invalid int value: 'x'"),
         (("--gpu_memory", "0"), "gpu_memory must be more than 0 GiB"),
         (("--gpu_memory", "nan"), "gpu_memory must be more than 0 GiB"),

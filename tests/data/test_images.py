@@ -27,9 +27,9 @@ def test_columns_are_told_by_what_they_hold(tmp_path):
     assert image_column(rows, "x") == "image" and label_names(rows, "label", "x") == ["bright", "dark", "striped"]
     texts = Dataset.from_dict({"text": ["a", "b"], "score": [0.5, 1.0], "kind": ["v", "u"], "number": [2, 0]})
     assert label_names(texts, "kind", "x") == ["u", "v"] and label_names(texts, "number", "x") == ["0", "1", "2"]
-    with pytest.raises(InputError, match=r"the column score holds no labels but 0\.5; set label_column_name"):
+    with pytest.raises(InputError, match=r"the column score holds 0\.5, not labels; set label_column_name"):
         label_names(texts, "score", "x")
-    with pytest.raises(InputError, match=r"the column score holds no images but .*; set image_column_name"):
+    with pytest.raises(InputError, match=r"the column score holds .*, not images; set image_column_name"):
         undecoded(texts, "score", "x")
     with pytest.raises(InputError, match="x: no column holds images: found text, score, kind, number"):
         image_column(texts, "x")

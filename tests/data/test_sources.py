@@ -120,7 +120,7 @@ def make_folder(path):
         (make("broken.json", b'{"text": '), "cannot be read"),
         (make("cut.jsonl.gz", gzip.compress(json_lines(ROWS) * 50)[:40]), "cannot be read"),
         (make("no.parquet", b"PAR1 this is not one"), "cannot be read"),
-        (make("weights.bin", b"1234"), "known endings: json, jsonl, parquet"),
+        (make("weights.bin", b"1234"), "known suffixes: json, jsonl, parquet"),
         (make_folder, "the folder is empty"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

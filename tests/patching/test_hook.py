@@ -293,7 +293,7 @@ def test_numbers_that_are_all_missing_start_anew_and_are_said_once(activation, t
 def test_numbers_that_are_missing_in_part_are_refused(missing, tmp_path):
     calibrated(tmp_path)
     drop(tmp_path, missing)
-    with pytest.raises(InputError, match=r"only a part of model\.layers\.0\.mlp\.act_fn's.*do not belong") as caught:
+    with pytest.raises(InputError, match=r"only some of model\.layers\.0\.mlp\.act_fn's.*do not belong") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -303,7 +303,7 @@ def test_numbers_of_another_width_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     cut = {name: value[:24].clone() if name.endswith(AFFINE) else value for name, value in load_file(file).items()}
     save_file(cut, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="cannot be loaded: its weights have other shapes") as caught:
+    with pytest.raises(InputError, match="cannot be loaded: the shapes of its weights") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -406,5 +406,5 @@ def test_calibrated_weights_under_a_config_without_calibration_are_refused(tmp_p
     patch(model, calibration="fit", blocks=token_ids(8, 32))
     model.save_pretrained(fitted)
     (fitted / "config.json").write_text((plain / "config.json").read_text())
-    with pytest.raises(InputError, match=r"its weights are those of calibrated activations .*do not belong together"):
+    with pytest.raises(InputError, match=r"its weights have calibrated activations .*do not belong together"):
         AutoModelForCausalLM.from_pretrained(fitted)

@@ -63,7 +63,7 @@ def test_directories_that_are_no_model(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json in this directory"):
         loading.load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="an adapter: give the model it belongs to"):
+    with pytest.raises(InputError, match="an adapter: give its base model"):
         loading.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{ not json")
     with pytest.raises(InputError, match="cannot be loaded") as caught:

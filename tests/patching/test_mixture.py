@@ -142,7 +142,7 @@ def test_a_standalone_checkpoint_computes_the_same(tmp_path):
         layers = (alone.model if auto_class is AutoModelForCausalLM else alone).layers
         assert [activation_name(layer.mlp.act_fn) for layer in layers] == NAMES
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)), wanted)
-    assert "relu in the layers 0-1, crrelu in the layers 3-" in (tmp_path / "README.md").read_text()
+    assert "relu in layers 0-1, crrelu in layers 3-" in (tmp_path / "README.md").read_text()
     unpatch(model)
     patch(model, TEXT, blocks=token_ids())
     model.save_pretrained(tmp_path / "calibrated")

@@ -269,7 +269,7 @@ def test_adapters_are_refused():
 def test_calibration_without_a_tokenizer_is_refused_and_changes_nothing():
     model = tiny_model("llama")
     modules, config = tree(model), model.config.to_dict()
-    refused(lambda: patch(model), 'calibration="fit" needs the tokenizer', 'or swap plainly: calibration="none"')
+    refused(lambda: patch(model), 'calibration="fit" needs the tokenizer', 'or use the plain swap: calibration="none"')
     assert tree(model) == modules
     assert model.config.to_dict() == config
 

@@ -103,12 +103,12 @@ def test_runs_that_failed_are_shown_and_kept_out_of_the_means(tmp_path):
     assert (frozen["way"], layer["way"], channel["way"]) == ("frozen", "learned per layer", "learned per channel")
     assert (frozen["after"], frozen["after_low"], frozen["after_high"]) == (pytest.approx(5.6), 5.5, 5.7)
     assert (layer["after"], layer["epsilon_end"], layer["seeds"]) == (5.1, pytest.approx(0.5), [0])
-    assert layer["failed"] == [{"seed": 1, "reason": "the loss after training is no number"}]
+    assert layer["failed"] == [{"seed": 1, "reason": "the loss after training is not a number"}]
     assert channel["after"] is None and len(channel["failed"]) == 1 and channel["missing"] == [1]
     lines = text(document).splitlines()
     assert lines[4].endswith("0, 1 failed, 1 not run yet")
     assert "failed: learned per channel, ε = 0.5, seed 0: RuntimeError: out of memory" in lines
-    assert "failed: learned per layer, ε = 0.5, seed 1: the loss after training is no number" in lines
+    assert "failed: learned per layer, ε = 0.5, seed 1: the loss after training is not a number" in lines
     plot(document, tmp_path / "epsilon.svg")
     assert (tmp_path / "epsilon.svg").read_text().count("<!-- failed runs") == 2
 
@@ -172,7 +172,7 @@ def test_a_run_that_diverges_is_shown_as_failed(workshop, capsys):
     options = ["--values", "1", "--learning_rate", "1e30", "--output_dir", str(out)]
     assert main([*argv(workshop), *options]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("seed 0: the loss after training is no number") == 3
+    assert printed.count("seed 0: the loss after training is not a number") == 3
     assert all(len(case["failed"]) == 1 for case in json.loads((out / "epsilon.json").read_text())["cases"])
 
 

@@ -208,6 +208,6 @@ class TestMistakes:
         l1 = ActivationL1(model)
         with l1.collecting():
             model(input_ids=token_ids())
-        with pytest.raises(InputError, match="no output of 1 of 2 sites came by") as caught:
+        with pytest.raises(InputError, match="1 of 2 sites had no output") as caught:
             l1.mean()
         assert "model.layers.1.mlp.act_fn" in str(caught.value) and len(str(caught.value).splitlines()) == 1

@@ -169,11 +169,11 @@ class TestTeacherSource:
         named = json.loads(origin.read_text())
         moved = llama.folder / "gone"
         origin.write_text(json.dumps(named | {"model": str(moved)}))
-        self.refused(llama, "it is gone from where .*: no such directory: .*gone")
+        self.refused(llama, "the original of .* is no longer there: no such directory: .*gone")
         patch_checkpoint(llama.model, PatchConfig(calibration="none"), moved)
         self.refused(llama, "gone, which .*mine was made from, is patched too")
         origin.unlink()
-        self.refused(llama, "mine does not say what it was made from; start from the original checkpoint")
+        self.refused(llama, "mine does not name the original; start from the original checkpoint")
 
     def refused(self, llama, message):
         with pytest.raises(InputError, match=message) as caught:

@@ -255,7 +255,7 @@ class TestMistakes:
             ("sft", {"density_update_steps": 1.5}, "density_update_steps must be a number (whole), not 1.5"),
             ("sft", {"density_momentum": 1.0}, "density_momentum must be in [0, 1), not 1.0"),
             ("sft", {"density_momentum": -0.1}, "density_momentum must be in [0, 1), not -0.1"),
-            ("sft", {"density": "standard"}, "set density: fitted, or leave it out"),
+            ("sft", {"density": "standard"}, "set density: fitted, or leave density_update_steps out"),
             ("sft", {"activation": "gelu"}, "density_update_steps needs activation: crrelu"),
             ("sft", {"activation": None}, "density_update_steps needs activation: crrelu"),
             ("sft", {"torch_compile": True}, "leave it or torch_compile out"),

@@ -211,7 +211,7 @@ def test_the_same_comparison_again_keeps_everything(place):
 def test_other_labels_want_a_new_head_which_the_seed_decides(place, tmp_path):
     save(vit(labels=("cat", "dog", "tree")), place / "pets")
     options = {"model_name_or_path": str(place / "pets"), "activation": None}
-    with pytest.raises(InputError, match=r"the label bright is none of .*pets's: cat, dog, tree; set ignore_mism"):
+    with pytest.raises(InputError, match=r"the label bright is not one of .*pets's: cat, dog, tree; set ignore_mism"):
         run(place, "refused", **options)
     options["ignore_mismatched_sizes"] = True
     models = [trainer_of(place, f"new-{seed}", seed=seed, **options)[1].model for seed in (0, 1)]
@@ -302,7 +302,7 @@ def sixteen_bits(path):
     [
         (broken_first, "dark/0.png: cannot be read as an image"),
         (broken, "dark/1.png: cannot be read as an image"),
-        (sixteen_bits, "dark/1.png: an image of mode I;16; give 8 bits a channel"),
+        (sixteen_bits, "dark/1.png: an image of mode I;16; give 8 bits per channel"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_named(change, words, place, tmp_path):
@@ -318,11 +318,11 @@ def test_an_image_that_cannot_be_used_is_named(change, words, place, tmp_path):
         ({"label_column_name": "kind"}, "image needs a column of images"),
         ({"model_config": None}, "or model_config, for a model from scratch"),
         ({"model_config": {"hidden_size": 16}}, "model_config has no model_type; name a family"),
-        ({"model_config": VIT | {"model_type": "gpt2"}}, "gpt2 is no image classifier but a language model"),
+        ({"model_config": VIT | {"model_type": "gpt2"}}, "gpt2 is a language model, not an image classifier"),
         ({"model_config": VIT | {"patch_size": 0}}, "no model can be built"),
         ({"model_config": "nowhere.json"}, "nowhere.json"),
         ({"model_config": {"model_type": "imagegpt"}}, "imagegpt takes input_ids, not pixels"),
-        ({"model_name_or_path": "builtin:nano", "model_config": None}, "gpt2 is no image classifier but a language"),
+        ({"model_name_or_path": "builtin:nano", "model_config": None}, "gpt2 is a language model, not an image"),
         ({"model_name_or_path": "builtin:nano", "model_config": VIT}, "give one of them"),
         ({"randaugment_magnitude": 11}, "randaugment_magnitude must be from 0 to 10, not 11"),
         ({"crop_scale": 2}, "crop_scale must be a share from 0 to 1, not 2"),
@@ -390,7 +390,7 @@ _TNT = {"model_type": "timm_wrapper", "architecture": "tnt_s_patch16_224"}
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_a_model_of_timm_says_what_to_install(place):
-    with pytest.raises(InputError, match=r"a model of timm needs timm and the torchvision that belongs .*pip install"):
+    with pytest.raises(InputError, match=r"a timm model needs timm and the torchvision that matches .*pip install"):
         run(place, "timm", model_config=_TNT)
 
 

@@ -171,7 +171,7 @@ def test_the_seeds_of_a_comparison_by_kto_are_trainings_anew(workshop):
 
 def test_training_kto_on_answers_of_one_kind_alone_is_said(workshop, caplog):
     workshop.run("kto", "kto-one-kind", dataset_name=workshop.data("dpo"), max_steps=1)
-    assert "are all desirable or all not" in caplog.text
+    assert "are all desirable or all undesirable" in caplog.text
 
 
 def test_evaluating_a_reward_model(workshop):
@@ -317,9 +317,12 @@ def test_shp_is_taken_as_it_was_published(kind, workshop, tmp_path):
     [
         ("rewards.py:fails", "the reward function fails failed: KeyError: 'answer'"),
         ("rewards.py:asks_in_vain", "the reward function asks_in_vain failed: KeyError: 'answer'"),
-        ("rewards.py:not_a_number", "the reward function not_a_number gave nan for answer 1; give a finite number"),
-        ("rewards.py:too_few", "the reward function too_few gave 1 rewards for 2 answers; give one for each"),
-        ("rewards.py:nothing", "the reward function nothing gave None for 2 answers; give one for each"),
+        (
+            "rewards.py:not_a_number",
+            "the reward function not_a_number returned nan for answer 1; return a finite number",
+        ),
+        ("rewards.py:too_few", "the reward function too_few returned 1 rewards for 2 answers; return one for each"),
+        ("rewards.py:nothing", "the reward function nothing returned None for 2 answers; return one for each"),
         ("rewards.py:absent", "rewards has no function absent"),
         ("nowhere.py:length", "no such file"),
         ("lenght", "no such function"),
@@ -408,7 +411,7 @@ def test_rows_longer_than_the_positions_are_refused(workshop):
     }
     for kind, content in rows.items():
         data = workshop.data(kind, train=content, test=content)
-        with pytest.raises(InputError, match="tokens, and the model"):
+        with pytest.raises(InputError, match="tokens, but the model"):
             workshop.run(kind, f"{kind}-long", dataset_name=data, **({} if kind == "grpo" else {"max_length": 10_000}))
 
 

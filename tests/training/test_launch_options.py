@@ -69,7 +69,7 @@ def test_an_unknown_accelerate_config_is_one_line(workshop, launched):
 def test_a_configuration_that_accelerate_cannot_read_is_named(tmp_path, text, reason):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"mine\.yaml is no configuration of Accelerate") as error:
+    with pytest.raises(InputError, match=r"mine\.yaml is not a configuration of Accelerate") as error:
         launch.relaunch_if_asked(["sft"], [], {"accelerate_config": str(path)}, set())
     assert reason in str(error.value) and "\n" not in str(error.value)
 

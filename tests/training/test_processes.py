@@ -47,7 +47,7 @@ def test_a_launch_of_fewer_processes_than_were_named_is_refused(monkeypatch):
     monkeypatch.setenv(launch.PROCESSES_ASKED, "2")
     processes.check_launch(accelerator("MULTI_CPU"))
     monkeypatch.setenv(launch.PROCESSES_ASKED, "4")
-    with pytest.raises(InputError, match="asks for 4 processes, and Accelerate started 2: name a configuration"):
+    with pytest.raises(InputError, match="asks for 4 processes, but Accelerate started 2: use a configuration"):
         processes.check_launch(accelerator("MULTI_CPU"))
 
 

@@ -56,7 +56,7 @@ def test_a_checkpoint_without_an_optimiser_is_resumed_with_a_warning(workshop, c
     whole = run_recipe("sft", argv)
     caplog.clear()
     resumed = run_recipe("sft", [*argv, "--resume_from_checkpoint", str(workshop.folder / "run" / "checkpoint-3")])
-    assert "the optimiser and the learning rate's schedule start again" in caplog.text
+    assert "the optimiser and the learning-rate schedule start again" in caplog.text
     # What was summed up before is not known: the mean is that of the steps since.
     since = losses(resumed)[3:]
     assert resumed["metrics"]["train_loss"] == pytest.approx(sum(since) / 3, rel=1e-5)

@@ -83,7 +83,7 @@ def load_saved(folder):
 
 
 def test_recompute_in_a_compiled_model_is_refused(workshop):
-    with pytest.raises(InputError, match="recompute_activation does nothing in a compiled model"):
+    with pytest.raises(InputError, match="recompute_activation has no effect in a compiled model"):
         workshop.run("sft", "run", recompute_activation=True, torch_compile=True)
 
 

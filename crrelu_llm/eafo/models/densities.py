@@ -1,4 +1,4 @@
-"""The smooth density of a site's pre-activations, tabulated, because it is asked for at many points many times."""
+"""The smooth density of a site's pre-activations, tabulated because it is evaluated at many points many times."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from crrelu_llm.eafo import estimates
 from crrelu_llm.eafo.density import Array, Density
 from crrelu_llm.eafo.models.preactivations import Preactivations
 
-# The body of a density has details of a bandwidth, about a tenth of a deviation; far out there is little to see.
+# The bulk of a density has details of the size of a bandwidth, about a tenth of a deviation; the tails have few.
 _BODY, _BODY_POINTS, _TAIL_POINTS = 8.0, 4001, 1001
 
 
@@ -17,12 +17,12 @@ def smooth(site: Preactivations, for_derivative: bool = False) -> Density:
 
     Args:
         site: The site.
-        for_derivative: Take the bandwidth that is best for p′ of a normal, s·(4/5n)^(1/7) (Chacón, Duong and Wand,
-            Asymptotics for general multivariate kernel density derivative estimators, 2011), about twice as wide as
-            the one for p: with that one p′ of 20,000 samples is wavy.
+        for_derivative: Use the best bandwidth for p′ of a normal, s·(4/5n)^(1/7) (Chacón, Duong and Wand, Asymptotics
+            for general multivariate kernel density derivative estimators, 2011), about twice that for p, with which
+            the p′ of 20,000 samples would be wavy.
 
     Raises:
-        InputError: Too few samples, or samples that do not vary.
+        InputError: There are too few samples, or they do not vary.
     """
     from scipy.interpolate import CubicHermiteSpline
 

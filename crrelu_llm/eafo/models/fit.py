@@ -1,4 +1,4 @@
-"""What EAFO finds in a model: each site's density, and whether mean and deviation are enough for its correction."""
+"""Fits each site's density in a model, and tests whether mean and deviation are enough for its correction."""
 
 import math
 from typing import Any
@@ -18,34 +18,34 @@ _CURVE_POINTS = 201
 def fit(sites: list[Preactivations]) -> list[dict[str, Any]]:
     """Fits every site.
 
-    The correction of ReLU for a density p is p′ (f″ = 0): of a normal −(x−μ)·exp(−(x−μ)²/2σ²) up to a factor that a
-    learnable ε absorbs, on x > 0 where the theory applies, and by CRReLU's extension on the whole line.
+    The correction of ReLU for a density p is p′ (f″ = 0). For a normal density it is −(x−μ)·exp(−(x−μ)²/2σ²), up to a
+    factor absorbed by a learnable ε: on x > 0, where the theory applies, and in CRReLU's extension on the whole line.
 
     Args:
         sites: From `preactivations.measure`.
 
     Returns:
         For each site: `path`, `original`, `count`; `mean`, `std`, `skewness`, `kurtosis` (excess) of its
-        pre-activations, all channels together; `channels`: `between` (deviation of the channels' means) and `within`
+        pre-activations, over all channels; `channels`: `between` (deviation of the channels' means) and `within`
         (root mean square of the channels' deviations), with between² + within² = std²; `positive`: the probability
         above 0; `entropy`, `negentropy` of the smooth density in nats; `center`, `width` of the normal's correction;
-        `agreement`: of the smooth density's own correction with the normal's (`fitted`) and with that of N(0, 1),
-        plain CRReLU's (`standard`), each on `positive` x and on the `whole` line: the correlation weighted by the
-        density, not centred because ε multiplies and does not shift, None where the density has no mass; `curves`:
-        `x`, `density`, `normal`, `correction`, `normal_correction` for a picture.
+        `agreement` of the smooth density's own correction with the normal's (`fitted`) and with that of N(0, 1), as in
+        plain CRReLU (`standard`), on `positive` x and on the `whole` line: a correlation weighted by the density, not
+        centred because ε multiplies and does not shift, None where the density has no mass; `curves`: `x`, `density`,
+        `normal`, `correction`, `normal_correction` for a plot.
 
     Raises:
-        InputError: Too few samples, or samples that do not vary.
+        InputError: There are too few samples, or they do not vary.
     """
     return [_fit(site) for site in sites]
 
 
 def of_a_normal(samples: int, seed: int = 0) -> float:
-    """The agreement, on the whole line, of so many samples of N(0, 1) with N(0, 1): what the noise of p′ leaves of 1.
+    """The agreement, on the whole line, of samples of N(0, 1) with N(0, 1): below 1 only by the noise of p′.
 
     Args:
-        samples: How many, at least `density.MIN_SAMPLES`.
-        seed: Of the draw.
+        samples: The number of samples, at least `density.MIN_SAMPLES`.
+        seed: The seed of the samples.
     """
     x = np.random.default_rng(seed).standard_normal(samples)
     zero = np.zeros(1)

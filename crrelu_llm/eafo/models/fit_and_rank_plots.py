@@ -1,4 +1,4 @@
-"""The pictures of `fit` (densities and corrections of a few layers) and of `rank` (entropies, and losses by them)."""
+"""Plots of `fit` (densities and corrections of a few layers) and of `rank` (entropies, and losses against them)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from crrelu_llm.files import write_figure
 
 FIT_PLOT, RANK_PLOT, LOSS_PLOT = "eafo_fit.png", "eafo_rank.png", "eafo_losses.png"
 _OURS, _OTHERS, _THIRD = "#1f6f8b", "#c4472b", "#b8b8b8"
-_MOST = 4  # layers in a picture: more are not readable side by side
+_MOST = 4  # layers in a plot: more would be unreadable side by side
 _STYLE: dict[Any, Any] = {"text.parse_math": False, "font.size": 8, "svg.hashsalt": "crrelu"}
 
 
@@ -17,7 +17,7 @@ def plot_fit(document: dict[str, Any], path: Path) -> None:
 
     Args:
         document: As in eafo_fit.json.
-        path: The picture to write, its ending says in which format (`.png`, `.svg`, `.pdf`).
+        path: The image file to write; the suffix sets the format (`.png`, `.svg`, `.pdf`).
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -48,11 +48,11 @@ def plot_fit(document: dict[str, Any], path: Path) -> None:
 
 
 def plot_rank(document: dict[str, Any], directory: Path) -> None:
-    """Draws the entropies of each model, and, where there is a comparison, its losses by them.
+    """Plots the entropies of each model and, if there is a comparison, its losses against them.
 
     Args:
         document: As in eafo_rank.json.
-        directory: Where the pictures go.
+        directory: Where to write the plots.
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What enters each site of a model on text: moments, per channel too, and a uniform random sample; one pass."""
+"""The pre-activations of each site of a model on text: moments, also per channel, and a uniform random sample."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,9 @@ class Preactivations:
 
     Attributes:
         path, original: The site's module path, and the name of the activation there.
-        count: How many numbers were seen: tokens × channels.
-        mean, std, skewness, kurtosis: Of all of them; kurtosis is the excess over a normal's 3.
-        channel_means, channel_stds: Of each channel, `(channels,)`, float64.
+        count: The number of values: tokens × channels.
+        mean, std, skewness, kurtosis: Moments of all values; kurtosis is the excess over a normal's 3.
+        channel_means, channel_stds: Moments of each channel, `(channels,)`, float64.
         samples: A uniform random sample without replacement, float64.
     """
 
@@ -46,17 +46,17 @@ class Preactivations:
 
 
 def load(model: str, data: str, tokens: int, images: int = 256, **options: Any) -> tuple[Any, Tensor]:
-    """A MODEL in float32, and text for it as token ids, `(blocks, tokens)`, int64; of an image model pixels of images.
+    """A MODEL in float32, and its input: token ids, `(blocks, tokens)`, int64, or pixels for an image model.
 
     Args:
         model: Hub name, directory, `.gguf` file or `builtin:nano`.
         data: `builtin:` data, a local file, or a hub name.
         tokens: How many tokens to read.
-        images: How many images, of an image model.
+        images: How many images to use for an image model.
         **options: For transformers' `from_pretrained`: `trust_remote_code`.
 
     Raises:
-        InputError: A model or text that cannot be read, or too little text.
+        InputError: The model or text cannot be read, or there is too little text.
     """
     config = loading.load_config(model, **options)
     if loading.head_of(config) == loading.IMAGE_CLASSIFIER:
@@ -67,17 +67,17 @@ def load(model: str, data: str, tokens: int, images: int = 256, **options: Any) 
 
 
 def amount(blocks: Tensor) -> dict[str, int]:
-    """How much input it is: `{tokens}`, or `{images}`."""
+    """The amount of input: `{tokens}`, or `{images}`."""
     return {"images": len(blocks)} if blocks.is_floating_point() else {"tokens": blocks.numel()}
 
 
 def amount_of(document: dict[str, Any]) -> str:
-    """The same of a document that has it, in words."""
+    """The amount of input of a document, in words."""
     return next(f"{document[name]} {name}" for name in ("tokens", "images") if name in document)
 
 
 def untrained(model: Any, seed: int = 0) -> Any:
-    """A model of the same class and config with the weights that its family starts from, drawn with `seed`."""
+    """A model of the same class and config with its family's initial weights, drawn with `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model)(model.config).eval()
@@ -86,19 +86,19 @@ def untrained(model: Any, seed: int = 0) -> Any:
 def measure(
     model: Any, blocks: Tensor, samples: int = 20_000, seed: int = 0, description: str = "Pre-activations"
 ) -> list[Preactivations]:
-    """Runs a model over text once, and gives what its sites see.
+    """Runs a model over text once, and returns the pre-activations of its sites.
 
-    The memory needed beside the model's own is one batch of a site in float64, and `samples` numbers a site.
+    Beside the model, this needs memory for one batch of a site in float64 and for `samples` numbers per site.
 
     Args:
-        model: A causal LM, or an image model; it comes back as it was.
+        model: A causal LM, or an image model; it is not changed.
         blocks: Token ids, `(blocks, tokens)`, int64, or the pixels of images.
-        samples: How many pre-activations of a site to keep.
-        seed: Of the sampling.
-        description: Of the progress bar.
+        samples: How many pre-activations of each site to keep.
+        seed: The seed of the sampling.
+        description: The text of the progress bar.
 
     Returns:
-        One entry a site that some token reaches, in the model's order.
+        One entry per site that a token reaches, in the model's order.
 
     Raises:
         InputError: The model has no sites, or a site's pre-activations are not finite, all the same, or too few.
@@ -106,7 +106,7 @@ def measure(
     from tqdm.auto import tqdm
 
     if samples < MIN_SAMPLES:
-        raise InputError(f"samples: {samples} a site are too few for a density; take at least {MIN_SAMPLES}")
+        raise InputError(f"samples: {samples} per site are too few for a density; take at least {MIN_SAMPLES}")
     sites = find_sites(model)
     hidden = [site.path for site in sites if site.kind == "functional"]
     expose(model, hidden)
@@ -126,9 +126,10 @@ def measure(
 
 
 class _Seen:
-    """Power sums of each channel, and a reservoir.
+    """Power sums of each channel, and a reservoir sample.
 
-    The sums are of (x − a)/b, a and b the mean and the deviation of the first batch: raw fourth powers would cancel.
+    The sums are of (x − a)/b, where a and b are the mean and deviation of the first batch: raw fourth powers would
+    cancel.
     """
 
     def __init__(self, size: int, seed: list[int]) -> None:
@@ -158,10 +159,10 @@ class _Seen:
         first, second, third, fourth = channels.mean(axis=1).tolist()
         variance = second - first**2
         if not np.isfinite([first, second, third, fourth]).all():
-            raise InputError(f"{site.path}: its pre-activations on this text are not finite; take other text or model")
+            raise InputError(f"{site.path}: its pre-activations on this text are not finite; use other text or model")
         if self.count < MIN_SAMPLES:
             raise InputError(f"{site.path}: {self.count} pre-activations are too few for a density; give more tokens")
-        # A constant leaves rounding error in the difference of the moments.
+        # For a constant, the difference of the moments is rounding error.
         if variance <= 1e-12 * (1 + first**2) or float(np.ptp(self.reservoir.values)) == 0:
             value = self.shift + self.scale * first
             raise InputError(
@@ -183,9 +184,9 @@ class _Seen:
 
 
 class _Reservoir:
-    """A uniform sample without replacement from a stream: the values with the smallest of random keys.
+    """A uniform sample without replacement from a stream: the values with the smallest random keys.
 
-    Of a batch only those are drawn, and given a key, whose key would lie below the largest one kept.
+    From a batch, only values with keys below the largest kept key are drawn.
     """
 
     def __init__(self, size: int, seed: list[int]) -> None:

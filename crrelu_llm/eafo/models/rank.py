@@ -1,4 +1,4 @@
-"""The entropy after each site for many activations, all given the same pre-activations: what a swap would see."""
+"""The output entropy of many activations at each site, all on the same pre-activations, as right after a swap."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,18 +33,19 @@ def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS, epsilo
         sites: From `preactivations.measure`.
         names: Activations of `eafo.activations` or of transformers' ACT2FN, or one of `CORRECTED`: the activation plus
             its own correction for the site's smooth density, where ε > 0 lowers the entropy to first order.
-        epsilon: Size of the correction: ε of the CRReLU whose bump has the same height, ε·σ·e^(−1/2).
+        epsilon: Size of the correction: ε of the CRReLU with a bump of the same height, ε·σ·e^(−1/2).
 
     Returns:
         `sites`: `path`, `original` and `activations`, each with `activation`; `entropy` (nats; −∞ with atoms) with its
         `standard_error` and `bias`; `standardised` (at unit variance) and `negentropy`, which do not depend on scale;
-        `at_resolution` with `at_resolution_error`, finite for atoms too: what ranks; `atoms`: the share of repeated
-        values; `std`; `distance`: mean squared difference from the original activation's output over that output's
-        variance, None where the original is no named activation. `means`: the same over the sites, and `rank`, 1 for
-        the least `at_resolution`. The errors are of drawing the samples, not of choosing the text.
+        `at_resolution` with `at_resolution_error`, finite even with atoms, which determines the rank; `atoms`: the
+        share of repeated values; `std`; `distance`: mean squared difference from the original activation's output,
+        relative to the variance of that output, None if the original is not a named activation. `means`: the same over
+        the sites, and `rank`, 1 for the least `at_resolution`. The errors cover the drawing of the samples, not the
+        choice of the text.
 
     Raises:
-        InputError: An unknown activation, or one whose output is constant at a site.
+        InputError: An activation is unknown, or has a constant output at a site.
     """
     functions, bases = check_names(names)
     found = []
@@ -63,20 +64,20 @@ def rank(sites: list[Preactivations], names: Sequence[str] = ACTIVATIONS, epsilo
 
 
 def check_names(names: Sequence[str]) -> tuple[dict[str, Function], dict[str, activations.Activation]]:
-    """The plain activations as functions, and what the corrected ones start from, by name.
+    """The plain activations as functions, and the base activations of the corrected ones, by name.
 
     Raises:
-        InputError: There is none of a name.
+        InputError: A name is unknown.
     """
     plain = {name: _function(name) for name in names if not name.endswith(SUFFIX)}
     return plain, {name: _base(name) for name in names if name.endswith(SUFFIX)}
 
 
 def corrected(base: activations.Activation, density: Density, site: Preactivations, epsilon: float) -> Array:
-    """f + ε·c at a site's samples, c scaled to the height of CRReLU's bump of the site's width.
+    """f + ε·c at a site's samples, with c scaled to the height of CRReLU's bump for the site's width.
 
-    Where f is flat c is extended by p′, as CRReLU extends ReLU's; where f takes a value twice (GELU, SiLU at x < 0)
-    the theory says nothing and c is 0.
+    Where f is flat, c is extended by p′, as CRReLU extends ReLU's correction; where f takes a value twice (GELU, SiLU
+    at x < 0) the theory does not apply and c is 0.
     """
     x = site.samples
     correction = correct(base, density)
@@ -165,7 +166,7 @@ def cells(values: Array, std: float) -> float:
 
 
 def _means(sites: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Means over the sites; sites are drawn independently, so their errors add as squares."""
+    """Means over the sites; sites are sampled independently, so their squared errors add."""
     means = []
     for index, name in enumerate(names):
         column = [site["activations"][index] for site in sites]

@@ -1,12 +1,12 @@
 """Calibration: fits a patch to text, so that the model keeps its function before any training.
 
-Levels: `fit` (ε, and scale, shift, gain and offset of each channel, inside the activation: no weight is touched) and
-`refit` (then also the projection that follows, where that lowers the error on held-back text). No gradient of the
-loss and no label is used.
+There are two levels. `fit` fits ε, and scale, shift, gain and offset of each channel, inside the activation; no weight
+changes. `refit` then also changes the projection after the activation where that lowers the error on held-back text.
+Neither uses labels or the gradient of the loss.
 
-walk.py runs the model layer by layer; taps.py watches its activations; statistics.py keeps what the fit needs of
-them; parameters.py is the fit; following.py refits the projection; tasks.py does it all for one site; progress.py
-keeps what is done on the disk; density.py measures centre and width for EAFO's arm.
+walk.py runs the model layer by layer; taps.py observes its activations; statistics.py keeps the statistics that the
+fit needs; parameters.py is the fit; following.py refits the projection; tasks.py runs these steps for one site;
+progress.py stores finished layers on disk; density.py measures the centre and width of a fitted density.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _PROBE_TOKENS = 64
 
 @dataclass
 class Calibration:
-    """What a calibration did.
+    """The result of a calibration.
 
     Attributes:
-        records: By the path of the site.
-        seconds: What it took.
-        forward_seconds: What two forward passes over the text took in it, which is what it cannot do without; None
-            where layers of an earlier call were put back.
+        records: The record of each site, by its path.
+        seconds: The duration of the calibration.
+        forward_seconds: The part of it spent in two forward passes over the text, the least that a calibration needs;
+            None where layers of an earlier call were restored.
     """
 
     records: dict[str, Record]
@@ -61,26 +61,26 @@ def calibrate(
     swap: Callable[[Site, nn.Module], None],
     progress: Progress | None = None,
 ) -> Calibration:
-    """Swaps the sites of a model layer by layer, each fitted to the stream that the patched layers before it give.
+    """Swaps the sites of a model layer by layer; each is fitted to the outputs of the patched layers before it.
 
-    The memory needed beside the model is one layer's inputs and outputs on the text and, for each of its sites, a
-    histogram a channel; `refit` also keeps a few matrices of the site's width squared. The same text gives the same
-    result again on the same device.
+    Beside the model, calibration needs memory for one layer's inputs and outputs on the text and for one histogram per
+    channel of each of its sites; `refit` also needs a few matrices of the site's width squared. The same text gives
+    the same result on the same device.
 
     Args:
-        model: The unpatched model; `refit` changes weights of its.
+        model: The unpatched model; `refit` changes its weights.
         sites: Its sites.
-        blocks: Calibration text as token ids, `(blocks, tokens)`, int64. One block in eight is held back to judge by.
+        blocks: Calibration text as token ids, `(blocks, tokens)`, int64; one block in eight is held back.
         config: The patch; `calibration` is the level.
-        build: Makes a new activation for a site.
-        swap: Puts it in.
-        progress: Where finished layers are kept; those that it holds are put back instead of calibrated again.
+        build: Builds the new activation of a site.
+        swap: Puts the new activation into the model.
+        progress: Where finished layers are stored; layers stored there are restored instead of calibrated again.
 
     Returns:
-        What was done.
+        A record of each site, and the time taken.
 
     Raises:
-        InputError: Activations that are not finite, or weights that cannot be changed.
+        InputError: Activations are not finite, or weights cannot be changed.
     """
     from tqdm.auto import tqdm
 
@@ -110,7 +110,7 @@ def calibrate(
 
 
 class _Work:
-    """Calibrates one layer after the other, or puts back what an earlier call has finished."""
+    """Calibrates one layer after the other, or restores the layers that an earlier call finished."""
 
     def __init__(
         self,
@@ -124,13 +124,13 @@ class _Work:
     ):
         self.model, self.walk, self.following, self.config = model, walk, following, config
         self.build, self.swap, self.progress = build, swap, progress
-        self.first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP: it is calibrated once
+        self.first: dict[int, tuple[str, nn.Module]] = {}  # layers may share an MLP, which is calibrated once
         self.finished = 0 if progress is None else progress.begin()
         if self.finished:
-            logger.warning("%d of %d layers were calibrated before and are kept", self.finished, len(walk.layers))
+            logger.warning("%d of %d layers were already calibrated and are kept", self.finished, len(walk.layers))
 
     def on(self, layer: Layer, index: int, found: dict[str, Record]) -> None:
-        """Swaps the sites of a layer; adds to `found` what was done."""
+        """Swaps the sites of a layer and adds their records to `found`."""
         owners = {site.path: id(self.model.get_submodule(site.owner)) for site in layer.sites}
         new = {owners[site.path]: site for site in reversed(layer.sites) if owners[site.path] not in self.first}
         activations = {site.path: self.build(site) for site in new.values()}
@@ -163,13 +163,13 @@ class _Work:
 
         if tasks:
             with tapped(self.model, sites, seen) as report:
-                self.walk.run(report)  # of each batch before the next, which may be there to judge by
+                self.walk.run(report)  # after each batch: the next one may be held back
         for path, task in tasks.items():
             found[path] = task.solve(self.config)
         return tasks
 
     def _refit(self, tasks: dict[str, SiteTask], found: dict[str, Record]) -> None:
-        """Refits the projections that follow the layer's new activations, which the model has by now."""
+        """Refits the projections after the layer's new activations, which are already in the model."""
         work = {
             path: Refit(self.following[path], task.original, task.activation)
             for path, task in tasks.items()
@@ -193,7 +193,7 @@ class _Work:
         if index >= self.finished or self.progress is None:
             return False
         records = self.progress.load(index, activations, self.following)
-        if records is None:  # its file is damaged: it is calibrated again, and the layers after it
+        if records is None:  # the file is damaged: this layer and those after it are calibrated again
             self.finished = 0
             return False
         found |= records

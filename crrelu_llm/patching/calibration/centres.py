@@ -1,4 +1,4 @@
-"""The centre and the width of a site's CRReLU: mean and standard deviation of the pre-activations that it sees."""
+"""The centre and width of a site's CRReLU: the mean and standard deviation of its pre-activations."""
 
 import math
 
@@ -16,7 +16,7 @@ _ROUNDING = torch.finfo(torch.float32)
 
 
 class Moments:
-    """Count, mean and sum of squared deviations, float64, put together batch by batch (Chan's formula)."""
+    """Count, mean and sum of squared deviations, float64, updated batch by batch (Chan's formula)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.square = 0, 0.0, 0.0
@@ -43,7 +43,7 @@ class Moments:
 
 @torch.no_grad()
 def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: dict[str, nn.Module]) -> None:
-    """Runs the current layer once, and sets centre and width of its new activations.
+    """Runs the current layer once, and sets the centre and width of its new activations.
 
     A site that no token reaches keeps the standard density.
 
@@ -54,7 +54,7 @@ def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: di
         activations: The new activations, by path.
 
     Raises:
-        InputError: Pre-activations that are all the same up to rounding, or not finite: there is no density to fit.
+        InputError: Pre-activations are not finite, or all the same up to rounding: there is no density to fit.
     """
     moments = {site.path: Moments() for site in sites}
 
@@ -70,7 +70,7 @@ def set_moments(model: nn.Module, walk: Walk, sites: list[Site], activations: di
             continue
         if not math.isfinite(found.std):
             raise not_finite(site)
-        # What is smaller is what rounding makes of a constant, or is 0 in float32.
+        # A smaller deviation is the rounding error of a constant, or is 0 in float32.
         least = max(_ROUNDING.eps * abs(found.mean), _ROUNDING.tiny)
         if found.std <= least:
             raise InputError(

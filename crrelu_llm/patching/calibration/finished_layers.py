@@ -1,4 +1,4 @@
-"""What a calibration has finished, layer by layer, so that one that was killed goes on there."""
+"""The finished layers of a calibration, stored so that a killed calibration resumes after them."""
 
 import json
 from dataclasses import asdict
@@ -21,14 +21,14 @@ _ACTIVATION, _FOLLOWING = "activation", "following"
 
 
 class Progress:
-    """A directory with one file for each finished layer: its new activations, the weights that changed, the records.
+    """A directory with one file per finished layer: its new activations, changed weights and records.
 
-    The stream that the next layer is fitted to is not kept: it is computed again from the patched layers, by the
-    same operations, so that the result is that of a calibration that was not stopped, bit for bit.
+    The inputs of the next layer are not stored: the patched layers compute them again, by the same operations, so the
+    result equals that of an uninterrupted calibration bit for bit.
 
     Args:
-        directory: Where; made with the first layer.
-        identity: What decides the result. What a directory holds of another calibration is removed.
+        directory: The directory, created with the first layer.
+        identity: Everything that determines the result. Files of a calibration with another identity are removed.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]):
@@ -36,7 +36,7 @@ class Progress:
 
     @property
     def layers(self) -> int:
-        """How many layers are finished, one after the other."""
+        """How many layers are finished, without a gap from the first."""
         found = self.directory / _IDENTITY
         try:
             same = found.is_file() and json.loads(found.read_text(encoding="utf-8")) == self.identity
@@ -50,22 +50,22 @@ class Progress:
         return count
 
     def begin(self) -> int:
-        """How many layers need not be done again; removes what belongs to another calibration."""
+        """Removes the files of another calibration; returns how many layers are finished."""
         if not (count := self.layers):
             self.remove()
         return count
 
     def remove(self) -> None:
-        """Removes everything: the result is on the disk, or nobody wants it."""
+        """Removes the directory: the result is saved, or not wanted."""
         remove(self.directory)
 
     def save(self, index: int, done: dict[str, tuple[Record, nn.Module, nn.Module | None]]) -> None:
-        """Keeps a finished layer.
+        """Stores a finished layer.
 
         Args:
-            index: Its number.
-            done: By the path of each site that was calibrated in it: the record, the new activation, and the
-                projection that follows where its weights were changed.
+            index: The number of the layer.
+            done: For each site calibrated in it, by path: the record, the new activation, and the projection after
+                it where its weights were changed.
 
         Raises:
             DiskError: The disk is full or read-only.
@@ -87,12 +87,12 @@ class Progress:
     def load(
         self, index: int, activations: dict[str, nn.Module], following: dict[str, nn.Module]
     ) -> dict[str, Record] | None:
-        """Puts a finished layer back; None where its file cannot be read: then the layer is to be calibrated.
+        """Restores a finished layer; None where its file cannot be read, and the layer must be calibrated again.
 
         Args:
-            index: Its number.
-            activations: New activations by path; their parameters are set.
-            following: The projections that follow, by path; the weights of those that were changed are written.
+            index: The number of the layer.
+            activations: New activations by path, whose parameters are set.
+            following: The projections after them, by path; changed weights are restored.
         """
         try:
             with safe_open(self._file(index), "pt") as file:
@@ -113,7 +113,7 @@ class Progress:
 
 
 def identity(origin: dict[str, Any], blocks: Tensor, device: torch.device) -> dict[str, Any]:
-    """All that decides the bits of a calibration: model, options, text, device and versions."""
+    """Everything that determines the bits of a calibration: model, options, text, device and versions."""
     text = sha256(blocks.cpu().contiguous().numpy().tobytes()).hexdigest()
     return {**origin, "text": [list(blocks.shape), text], "device": device.type, "versions": versions()}
 

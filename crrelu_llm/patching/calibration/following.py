@@ -1,4 +1,4 @@
-"""The projection that follows a site, found as the model runs, and its refit: the level `refit`."""
+"""The level `refit`: finds the projection after a site by running the model, and refits the projection."""
 
 import math
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the features' mean squar
 
 
 def find_following(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[str, nn.Module]:
-    """The linear layer that each site's product feeds, found by what flows where.
+    """The linear layer that each site's product feeds, found by matching inputs and outputs in a forward pass.
 
     Args:
-        model: The model, as it is before the patch.
+        model: The model before the patch.
         sites: Its sites.
         input_ids: A few tokens, `(1, tokens)`, or the pixels of an image.
 
     Returns:
-        By the site's path. A site whose product goes elsewhere (fused experts, a norm in between), or to a layer that
-        is used more than once, shared, quantised or more than a matrix, is not in it.
+        The linear layers by the path of the site. A site is left out if its product goes elsewhere (fused experts, a
+        norm in between), or to a layer that is shared, quantised, used more than once, or more than a matrix.
     """
     flow = Flow(model, sites, input_ids)
     found = {}
@@ -38,14 +38,14 @@ def find_following(model: nn.Module, sites: list[Site], input_ids: Tensor) -> di
 
 @dataclass
 class Use:
-    """What one use of a site's activation was given, and its output times what it is multiplied by."""
+    """The input of one use of a site's activation, and the MLP's product there."""
 
     x: Tensor
     product: Tensor
 
 
 class Flow:
-    """What each linear layer and each site's activation was given and gave, on a few tokens.
+    """The inputs and outputs of each linear layer and each site's activation, on a few tokens.
 
     Args:
         model: The model.
@@ -67,22 +67,22 @@ class Flow:
                 hook.remove()
 
     def before(self, x: Tensor) -> nn.Module | None:
-        """The one linear layer that gave `x`, if it can be changed."""
+        """The only linear layer that returned `x`, if it can be changed."""
         return self._only([call for call in self._calls if _equal(call[2], x)])
 
     def after(self, product: Tensor) -> nn.Module | None:
-        """The one linear layer that was given `product`, if it can be changed."""
+        """The only linear layer that received `product`, if it can be changed."""
         return self._only([call for call in self._calls if _equal(call[1], product)])
 
     def _only(self, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> nn.Module | None:
-        # By the weight: layers may be tied (Zamba), and what is made for one would be wrong for the other.
+        # Compared by weight: layers may be tied (Zamba), and a change for one would be wrong for the other.
         if len(calls) != 1 or self._weights.count(id(calls[0][0].weight)) != 1 or not _is_a_matrix(*calls[0]):
             return None
         return calls[0][0]
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            # Copied: what follows may work in place (Falcon adds the attention's output to the MLP's).
+            # Copied because later operations may work in place (Falcon adds the attention's output to the MLP's).
             self._calls.append((module, args[0].detach().clone(), output.detach().clone()))
 
     def _seen(self, path: str, x: Tensor, y: Tensor, other: Tensor | None, result: Tensor) -> None:
@@ -90,10 +90,10 @@ class Flow:
 
 
 class Refit:
-    """Finds the change of a projection that makes up for what is left of a new activation's error.
+    """Finds the change of a projection that compensates for the remaining error of a new activation.
 
-    Solves argmin ‖(W + ΔW)·h' − W·h‖² + λ‖ΔW‖² (the bias is not penalised), h and h' the old and the new products;
-    the λ of a few, or no change, that leaves the least error on held-back text. Only sums are kept.
+    Solves argmin ‖(W + ΔW)·h' − W·h‖² + λ‖ΔW‖², where h and h' are the old and the new products; the bias is not
+    penalised. Of several λ, and no change, takes the one with the least error on held-back text. Only sums are kept.
 
     Args:
         linear: The projection, `(outputs, width)`.
@@ -108,7 +108,8 @@ class Refit:
 
     @torch.no_grad()
     def add(self, x: Tensor, factor: Tensor | None, held_back: bool) -> None:
-        """Counts a use of the activation: its inputs, `(…, channels)`, and what its outputs are multiplied by."""
+        """Counts a use of the activation: its inputs, `(…, channels)`, and the factor that its outputs are
+        multiplied by."""
         old, new = (activation(x).reshape(-1, x.shape[-1]).float() for activation in (self.original, self.activation))
         if factor is not None:
             factor = factor.reshape(-1, factor.shape[-1]).float()
@@ -127,7 +128,7 @@ class Refit:
 
     @torch.no_grad()
     def solve(self) -> bool:
-        """Writes the change into the projection; whether there was one that lowers the error on held-back text."""
+        """Changes the projection where that lowers the error on held-back text; returns whether it was changed."""
         if not self._fitted or not self._held_back:
             return False
         gram, moment, _ = self._fitted
@@ -158,13 +159,13 @@ class Refit:
 
 
 def weights_of(linear: nn.Module) -> dict[str, Tensor]:
-    """A projection's weight and, where it has one, its bias: the tensors themselves."""
+    """The weight of a projection and, where it has one, its bias; not copied."""
     found = {"weight": linear.weight, "bias": getattr(linear, "bias", None)}
     return {name: cast(Tensor, value).detach() for name, value in found.items() if value is not None}
 
 
 def _is_a_matrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
-    """Whether a layer does no more than multiply and add, in weights that can be changed."""
+    """Whether a layer only multiplies and adds, with weights that can be changed."""
     weight = cast(Tensor, module.weight)
     if not weight.is_floating_point() or weight.is_meta or type(weight).__module__.startswith("bitsandbytes"):
         return False
@@ -176,7 +177,7 @@ def _is_a_matrix(module: nn.Module, given: Tensor, output: Tensor) -> bool:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as `(outputs, inputs)`: a view."""
+    """A view of the weight as `(outputs, inputs)`."""
     weight = cast(Tensor, linear.weight).detach()
     return weight.T if _is_conv1d(linear) else weight
 

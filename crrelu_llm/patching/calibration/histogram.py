@@ -1,37 +1,35 @@
-"""What a calibration keeps of the text: for each channel of a site, which inputs occur, and how much each counts."""
+"""The statistics that a calibration keeps of the text: a weighted histogram of the inputs of each channel."""
 
 import torch
 from torch import Tensor
 
 _BINS = 256
-_REACH = 8.0  # the outermost bins are sinh(8) ≈ 1490 times a typical input away
+_REACH = 8.0  # the outermost bins lie at sinh(8) ≈ 1490 times a typical input
 
 
 class Histogram:
-    """How much each input of an activation counts, per channel: all that a fit of the activation needs.
+    """The weight of each input of an activation, per channel: all that a fit of the activation needs.
 
-    An input counts u²/(v + m): u is what the MLP multiplies the activation by (the up-projection of a gated MLP; 1 in
-    a plain one), v the square of the token's whole product, summed over the channels, and m a typical v. So an
-    ordinary token counts by the square of the error that it would suffer, and one of massive activations (the first
-    of a text, as a rule) by the relative one: what follows, a norm, sees no more of it. Memory does not grow with the
-    text. On a CPU the same text always gives the same bits.
+    The weight of an input is u²/(v + m). u is the factor by which the MLP multiplies the activation (the
+    up-projection of a gated MLP; 1 in a plain MLP), v the token's squared product summed over the channels, and m a
+    typical v. So an ordinary token counts by its squared error, and a token with massive activations (usually the
+    first of a text) by its relative squared error, because the norm that follows sees no more of it. Memory does not
+    grow with the text. On a CPU the same text always gives the same bits.
 
     Args:
         num_channels: The site's width.
     """
 
     def __init__(self, num_channels: int):
-        self.weights = torch.zeros(
-            num_channels, _BINS, dtype=torch.float64, device="cpu"
-        )  # of the text that is fitted to
-        self.held_back = torch.zeros_like(self.weights)  # of the text that judges
+        self.weights = torch.zeros(num_channels, _BINS, dtype=torch.float64, device="cpu")  # of the text of the fit
+        self.held_back = torch.zeros_like(self.weights)  # of the held-back text
         self.tokens = 0
         self.finite = True
-        self._unit = self._typical = 0.0  # a typical input and a typical v: those of the first tokens
+        self._unit = self._typical = 0.0  # a typical input and a typical v, from the first tokens
 
     @property
     def points(self) -> Tensor:
-        """The inputs in the middle of the bins, `(bins,)`, float64."""
+        """The inputs at the centres of the bins, `(bins,)`, float64."""
         step = 2 * _REACH / _BINS
         return self._unit * ((torch.arange(_BINS, dtype=torch.float64, device="cpu") + 0.5) * step - _REACH).sinh()
 
@@ -43,7 +41,7 @@ class Histogram:
             x: Its inputs, `(…, channels)`, floating point.
             y: Its outputs, like `x`.
             factor: u, like `x`, or None for 1.
-            held_back: Whether this is text to judge by.
+            held_back: Whether this is held-back text.
         """
         x, y = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (x, y))
         if not x.numel():
@@ -67,13 +65,13 @@ class Histogram:
         size = target.numel()
         if x.device.type == "cpu":
             found = torch.bincount(cell.flatten(), weight.flatten(), minlength=size)
-        else:  # bincount adds up in an order of its own there
+        else:  # bincount is not deterministic there
             found = torch.zeros(size, device=x.device).index_put_((cell.flatten(),), weight.flatten(), accumulate=True)
         target += found.view_as(target).to("cpu", torch.float64)
         self.tokens += 0 if held_back else len(x)
 
 
 def _typical(values: Tensor, least: float) -> float:
-    """The median of what is not 0: experts and sparse layers have many exact zeros."""
+    """The median of the nonzero values: experts and sparse layers have many exact zeros."""
     values = values[values > 0]
     return max(float(values.median()), least) if values.numel() else least

@@ -1,9 +1,9 @@
-"""The numbers of a calibrated activation, `gain·f(scale·(x + shift)) + offset`, and ε, by weighted least squares.
+"""Fits ε and the numbers of a calibrated activation, `gain·f(scale·(x + shift)) + offset`, by weighted least squares.
 
-What is fitted is a sum of known curves of t = scale·(x + shift), each with a factor: for CRReLU relu(t) and the bump
-t·exp(−t²/2), whose factors are the gain and gain·ε; for other activations f(t) alone; and a constant, the offset. The
-factors have a closed form for each scale and shift. So a grid of those two gives a start, and a few
-Levenberg–Marquardt steps in all of them the end.
+The model is a sum of known curves of t = scale·(x + shift), each with a factor, and a constant, the offset. CRReLU has
+two curves, relu(t) with the factor gain and the bump t·exp(−t²/2) with the factor gain·ε; other activations have f(t)
+alone. For a given scale and shift the factors have a closed form. So a grid of scales and shifts gives the start, and
+a few Levenberg–Marquardt steps in all numbers give the result.
 """
 
 import contextlib
@@ -21,31 +21,30 @@ from crrelu_llm.patching.calibration.histogram import Histogram
 
 Curve = Callable[[Tensor], Tensor]
 
-# Weight of the layer's average channel in the fit of each, as a share of an average channel's own: a channel that is
-# hardly ever active is drawn to what fits the others.
+# Weight of the layer's average channel in the fit of each channel, as a share of an average channel's own weight: a
+# channel that is hardly ever active is drawn towards the fit of the others.
 _OF_THE_LAYER = 5e-3
-# Weight of inputs that never occurred, spread as a Cauchy distribution around those that did, as a share of the
-# channel's own: as if four tokens more had been seen. It bounds what the fit does beyond the text's range.
+# Weight of inputs that never occurred, as a share of the channel's own: as if four more tokens had been seen. Its
+# density is a Cauchy distribution around the observed inputs. It bounds the fit beyond the range of the text.
 _UNSEEN_TOKENS = 4.0
 _BEYOND = 2.0  # where that distribution ends, as a multiple of the channel's own range about its mean
-_MOST_UNSEEN = 0.03  # where there are few tokens
-# A larger ε would leave the ReLU next to nothing, and a gradient step could turn the function around.
+_MOST_UNSEEN = 0.03  # upper bound of that weight, reached with few tokens
+# With a larger ε the ReLU part would be next to nothing, and a gradient step could flip the sign of the function.
 LARGEST_EPSILON = 8.0
-# Around these the bump of CRReLU has the width that a smooth activation's bend has; beyond, it is a ReLU.
+# At scales around these, CRReLU's bump is as wide as the bend of a smooth activation; at larger ones it is a ReLU.
 _SCALES = torch.logspace(-3.5, 1.0, 10, base=2, dtype=torch.float64)
 _SHIFTS = torch.linspace(-4.0, 4.0, 17, dtype=torch.float64)
-_EPSILONS = torch.linspace(-2.0, 6.0, 33, dtype=torch.float64)  # candidates where one serves all channels
+_EPSILONS = torch.linspace(-2.0, 6.0, 33, dtype=torch.float64)  # candidates for one ε that serves all channels
 _STEPS = 12
-_SAMPLE = 192  # channels that choose the layer's ε
-_CHANNELS = 4096  # at once: bounds the memory
+_SAMPLE = 192  # channels on which the layer's ε is chosen
+_CHANNELS = 4096  # fitted at once: bounds the memory
 _TINY = 1e-30
 _SMALL = 1 << 13
 
 
 @dataclass
 class Parameters:
-    """A calibrated activation's numbers, float32: ε `(1,)` or `(channels,)`, None without one; the others
-    `(channels,)`."""
+    """The numbers of a calibrated activation, float32: ε `(1,)`, `(channels,)` or None; the others `(channels,)`."""
 
     epsilon: Tensor | None
     scale: Tensor
@@ -55,7 +54,7 @@ class Parameters:
 
     @torch.no_grad()
     def write(self, activation: nn.Module) -> None:
-        """Sets them in a calibrated activation."""
+        """Writes the numbers into a calibrated activation."""
         for name in ("scale", "shift", "gain", "offset", "epsilon"):
             value = getattr(self, name)
             if value is not None:
@@ -66,10 +65,10 @@ def fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_pe
     """Minimises Σ w(x)·(original(x) − gain·f(scale·(x + shift)) − offset)² for each channel.
 
     Args:
-        original: The old activation, elementwise or of each channel.
-        target: The new one, without the four: CRReLU, whose ε is fitted too, or any elementwise activation.
-        histogram: The inputs, and w.
-        epsilon_per: One ε for the `"layer"`, or one for each `"channel"`.
+        original: The old activation, elementwise or per channel.
+        target: The new activation without the four: CRReLU, whose ε is fitted too, or any elementwise activation.
+        histogram: The inputs and their weights w.
+        epsilon_per: One ε per `"layer"`, or one per `"channel"`.
     """
     original, target = (copy.deepcopy(activation).cpu().double().eval() for activation in (original, target))
     with _one_thread():
@@ -87,7 +86,7 @@ def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_p
     relu, bump = _parts(target)
     if epsilon_per == "channel":
         return _of_channels([relu, bump], weights, x, y)
-    # Channels count by what they do to the output, as where the result is judged.
+    # Channels are weighted by their effect on the output, as in `relative_error`.
     counts = histogram.weights.sum(1, keepdim=True)
     epsilon = _common_epsilon(relu, bump, weights * counts if float(counts.sum()) > 0 else weights, x, y)
     found = _of_channels([lambda t: relu(t) + epsilon * bump(t)], weights, x, y)
@@ -97,14 +96,14 @@ def _fit(original: nn.Module, target: nn.Module, histogram: Histogram, epsilon_p
 
 @torch.no_grad()
 def relative_error(original: nn.Module, activation: nn.Module, histogram: Histogram) -> float:
-    """Root mean square of (activation − original) over that of the original, weighted, on the text that judges.
+    """Weighted root mean square of (activation − original), over the original's, on the held-back text.
 
-    Where nothing was held back, on the text that was fitted to.
+    Without held-back text, the error on the text of the fit.
 
     Args:
         original: The old activation.
-        activation: The new one as it is now, calibrated or not; `(…, channels)` to the same.
-        histogram: The inputs.
+        activation: The new activation, calibrated or not; maps `(…, channels)` to the same shape.
+        histogram: The inputs and their weights.
     """
     weights = histogram.held_back if float(histogram.held_back.sum()) > 0 else histogram.weights
     x = histogram.points
@@ -116,15 +115,15 @@ def relative_error(original: nn.Module, activation: nn.Module, histogram: Histog
 
 @torch.no_grad()
 def _of_each_channel(activation: nn.Module, x: Tensor, channels: int) -> Tensor:
-    """What an activation makes of the same inputs in each channel, `(channels, inputs)`."""
+    """The outputs of an activation on the same inputs in each channel, `(channels, inputs)`."""
     inputs = x[:, None].expand(-1, channels)
-    # In parts so small that the plain formula serves: nothing is compiled for this.
+    # In parts small enough for the plain formula: nothing is compiled for this.
     return torch.cat([activation(part) for part in inputs.split(max(1, _SMALL // channels))]).T
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Many small operations: one thread does them as fast as two, and ten times as fast where others compute too."""
+    """A context with one thread: for many small operations as fast as two, and ten times as fast on a busy CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -134,7 +133,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
-    """The weights, and a little of what other channels of the layer saw and of what nobody saw: about 1 a channel."""
+    """The weights, plus a small prior from the layer's other channels and from unseen inputs: about 1 per channel."""
     weights = histogram.weights
     seen, total = weights > 0, weights.sum(1, keepdim=True)
     of_the_layer = (weights / total.clamp_min(_TINY)).mean(0)
@@ -150,7 +149,7 @@ def _with_priors(histogram: Histogram, x: Tensor) -> Tensor:
 
 
 def _parts(target: CRReLU) -> tuple[Curve, Curve]:
-    """relu, and what ε is multiplied by."""
+    """The ReLU part of a CRReLU, and the bump that is multiplied by ε."""
     if isinstance(target, FittedCRReLU):
         center, width = float(target.center), float(target.width)
     else:
@@ -164,11 +163,11 @@ def _parts(target: CRReLU) -> tuple[Curve, Curve]:
 
 
 def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor) -> Parameters:
-    """The best numbers of each channel; with two curves, the factor of the second over that of the first is ε."""
+    """The best numbers of each channel; with two curves, ε is the second factor divided by the first."""
     parts = []
     for some, values in zip(weights.split(_CHANNELS), y.split(_CHANNELS), strict=True):
         both = []
-        for sign in (1, -1):  # each way round has a minimum of its own
+        for sign in (1, -1):  # each sign has its own minimum
             scale, shift = _start(curves, some, x, values, sign * _SCALES)
             both.append(_refine(curves, some.float(), x.float(), values.float(), scale.float(), shift.float()))
         (numbers, loss), (others, other_loss) = both
@@ -182,7 +181,7 @@ def _of_channels(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor)
 
 @torch.no_grad()
 def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale, of these, and the shift that leave each channel the least error, `(channels,)` each."""
+    """The shift, and the scale among `scales`, with the least error of each channel, `(channels,)` each."""
     best = torch.full((len(weights),), math.inf, dtype=torch.float64)
     scale, shift = torch.ones_like(best), torch.zeros_like(best)
     weighted = weights * y
@@ -199,7 +198,7 @@ def _start(curves: Sequence[Curve], weights: Tensor, x: Tensor, y: Tensor, scale
 class _Moments:
     """Weighted moments of the curves and of the original's output at one shift, each `(scales, channels)`.
 
-    `weighted` is that output times its weights.
+    `weighted` is the original's output times its weights.
     """
 
     def __init__(
@@ -220,7 +219,7 @@ class _Moments:
         self.match = [found - own * mean / one for found, own in zip(matches, means, strict=True)]
 
     def left(self) -> Tensor:
-        """The squared error with the best factors, beside a constant."""
+        """The squared error with the best factors, up to a constant."""
         aa = self.gram[0, 0] * (1 + 1e-6) + _TINY
         if len(self.match) == 1:
             return -self.match[0].square() / aa
@@ -230,7 +229,7 @@ class _Moments:
         ab, ay, by = self.gram[0, 1], self.match[0], self.match[1]
         determinant = (aa * bb - ab * ab).clamp_min(_TINY)
         first, second = (ay * bb - by * ab) / determinant, (by * aa - ay * ab) / determinant
-        # Where the best ε is larger than it may be: the better end, or the first factor alone.
+        # Where the best ε exceeds its bound: the better end of its range, or the first factor alone.
         bounded = -ay * ay / aa
         for bound in (LARGEST_EPSILON, -LARGEST_EPSILON):
             size = aa + 2 * bound * ab + bound * bound * bb
@@ -238,24 +237,24 @@ class _Moments:
         return torch.where(second.abs() > LARGEST_EPSILON * first.abs(), bounded, -(first * ay + second * by))
 
     def with_epsilon(self, epsilon: float) -> Tensor:
-        """The squared error with this ε and the best gain, beside a constant."""
+        """The squared error with this ε and the best gain, up to a constant."""
         size = self.gram[0, 0] + 2 * epsilon * self.gram[0, 1] + epsilon * epsilon * self.gram[1, 1]
         return -(self.match[0] + epsilon * self.match[1]).square() / (size * (1 + 1e-6) + _TINY)
 
 
 @torch.no_grad()
 def _common_epsilon(relu: Curve, bump: Curve, weights: Tensor, x: Tensor, y: Tensor) -> float:
-    """One ε, where each channel takes the scale, shift, gain and offset that suit it: the best of a grid, refined."""
+    """One ε for all channels, each with its own best scale, shift, gain and offset: the best of a grid, refined."""
     every = max(1, len(weights) // _SAMPLE)
     some, y = weights[::every], y[::every]
-    some = some / some.sum().clamp_min(_TINY)  # of any size: the terms that keep divisions finite are small beside 1
+    some = some / some.sum().clamp_min(_TINY)  # normalised: the terms that keep divisions finite are small beside 1
     scales = torch.cat([_SCALES, -_SCALES])
     weighted = some * y
     moments = [_Moments([relu, bump], some, weighted, x, scales, shift) for shift in _SHIFTS]
     own = (weighted * y).sum(1)
 
     def start(epsilon: float) -> tuple[float, Tensor, Tensor]:
-        """The loss on the grid, and where it is least."""
+        """The least loss on the grid, with its scale and shift."""
         left = torch.stack([entry.with_epsilon(epsilon) for entry in moments]).flatten(0, 1)
         least, place = left.min(0)
         return float(least.sum()), scales[place % len(scales)], _SHIFTS[place // len(scales)]
@@ -289,8 +288,8 @@ def _refine(
     """Levenberg–Marquardt steps from a start, each channel on its own.
 
     Returns:
-        Scale, shift, offset and the curves' factors, `(channels, 3 + curves)`; and the squared error over the
-        channel's own square, `(channels,)`.
+        Scale, shift, offset and the curves' factors, `(channels, 3 + curves)`; and the squared error relative to the
+        channel's own mean square, `(channels,)`.
     """
     weights = weights / weights.sum(1, keepdim=True).clamp_min(_TINY)
     sign, logarithm = scale.sign(), scale.abs().log()
@@ -311,7 +310,7 @@ def _refine(
         error = (weights * residual * residual).sum(1)
         return error, weighted @ columns.mT, (weighted @ residual[..., None])[..., 0]
 
-    # The factors first, in closed form.
+    # First the factors, in closed form.
     numbers = torch.zeros(len(weights), 3 + len(curves), dtype=weights.dtype, device=weights.device)
     numbers[:, 0], numbers[:, 1] = logarithm, shift
     _, matrix, gradient = at(numbers)
@@ -342,7 +341,7 @@ def _bounded(numbers: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, gradient: Tensor, damping: Tensor | float) -> Tensor:
-    # In float64: scale and gain of a ReLU are one number, and float32 does not show what is added to the diagonal.
+    # In float64: scale and gain of a ReLU are redundant, and in float32 the damping on the diagonal would be lost.
     wide = matrix.double()
     diagonal = wide.diagonal(dim1=1, dim2=2)
     relative = damping if isinstance(damping, float) else damping.double()[:, None]

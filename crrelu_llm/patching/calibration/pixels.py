@@ -1,4 +1,4 @@
-"""Calibration images as pixels, and what a model makes of labelled ones before and after a patch."""
+"""Calibration images as pixels, and the accuracy of a model on labelled images before and after a patch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,13 +27,13 @@ def calibration_pixels(data: str, processor: Any, images: int, config: Any) -> T
         `(images, channels, height, width)`, float32.
 
     Raises:
-        InputError: Data that cannot be read, is text, or holds fewer images.
+        InputError: The data cannot be read, is text, or holds fewer images.
     """
     return _pixels(*_rows(data, ("calibration", "train", "validation"), images), processor, config, data)
 
 
 def probe_pixels(processor: Any, config: Any) -> Tensor:
-    """The pixels of one image of noise, of the size that a model takes."""
+    """The pixels of one image of noise, in the model's input size."""
     import numpy as np
     from PIL import Image
 
@@ -48,13 +48,13 @@ def channels_of(config: Any) -> int:
 
 
 def pixels_of(processor: Any, images: list[Any]) -> Tensor:
-    """What a processor makes of images: `(images, channels, height, width)`, float32.
+    """The pixels that a processor returns for images: `(images, channels, height, width)`, float32.
 
     Raises:
-        InputError: They come out in different sizes.
+        InputError: The processed images have different sizes.
     """
     sizes = {image.size for image in images}
-    if images[0].mode == "L":  # the processors want a channel; where it stands in so thin an image they cannot tell
+    if images[0].mode == "L":  # processors need a channel axis, and cannot infer which axis it is here
         import numpy as np
 
         arrays = [np.asarray(image)[None] for image in images]
@@ -76,14 +76,14 @@ def pixels_of(processor: Any, images: list[Any]) -> Tensor:
 def measure_images(
     data: str, processor: Any, config: Any, images: int
 ) -> tuple[Callable[[Any], dict[str, float]], int] | None:
-    """What measures accuracy and loss of a model on labelled images of the split `test`, else `validation`.
+    """Prepares the measurement of accuracy and loss on labelled images of the split `test`, else `validation`.
 
     Returns:
-        A function of the model that gives `{accuracy, loss}`, and the number of images; None where the data has no
-        such split, no labels, or labels that the model does not know.
+        A function of the model that returns `{accuracy, loss}`, and the number of images; None where the data has
+        neither split, no labels, or labels that the model does not know.
 
     Raises:
-        InputError: Data that cannot be read.
+        InputError: The data cannot be read.
     """
     import datasets
 

@@ -1,20 +1,20 @@
-"""What calibration says about one site."""
+"""The record of a calibration for one site."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Record:
-    """What calibration did to one site.
+    """The result of the calibration of one site.
 
     Attributes:
-        kept: The level that the site ended with: the one asked for, or the best below it.
-        relative_error: Root mean square of (new − original) over that of the original, given the same input, at the
-            MLP's product, each token weighted as for the fit, on tokens that were held back.
-        relative_error_naive: The same right after a plain swap.
+        kept: The level that the site ended with: the requested one, or the best below it.
+        relative_error: Root mean square of (new − original) over the original's, on the same inputs, measured at the
+            MLP's product on held-back tokens, each weighted as in the fit.
+        relative_error_naive: The same error right after a plain swap.
         scale_mean: Mean of |scale|.
-        note: Why less was kept than was asked for.
-        changed_weights: Whether the following projection is no longer the checkpoint's.
+        note: Why the level is lower than requested.
+        changed_weights: Whether calibration changed the weights of the projection after the site.
     """
 
     kept: str

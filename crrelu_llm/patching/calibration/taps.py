@@ -1,4 +1,4 @@
-"""Watches the activations of a model run: what enters and leaves each, and what its output is multiplied by."""
+"""Observes the activations of a model while it runs: the input, the output and the factor of each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from crrelu_llm.patching.sites import Site
 
 _MULTIPLICATIONS = {torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 
-# (path of the site, its input, its output, the other factor or None, the product or else the output)
+# (path of the site, its input, its output, the other factor or None, the product, or the output without a factor)
 Seen = Callable[[str, Tensor, Tensor, Tensor | None, Tensor], None]
 
 
 @contextlib.contextmanager
 def tapped(model: nn.Module, sites: list[Site], seen: Seen) -> Iterator[Callable[[], None]]:
-    """Calls `seen` for every use of the sites' activations; sites whose module is one and the same count as the first.
+    """Calls `seen` for every use of the sites' activations; sites that share one module are reported as the first.
 
-    The product `activation(gate) * up` is found whatever module or fused expert computes it. So a use is told of when
-    the next one comes, or at the end.
+    The product `activation(gate) * up` is found in whichever module or fused expert computes it. For this, a use is
+    reported only at the next use, or at the end.
 
     Yields:
-        A function that tells of the last use now.
+        A function that reports the last use immediately.
     """
     owners: dict[int, tuple[nn.Module, str, nn.Module, str]] = {}
     for site in sites:
@@ -45,7 +45,7 @@ def tapped(model: nn.Module, sites: list[Site], seen: Seen) -> Iterator[Callable
 
 
 class _Tap(nn.Module):
-    """Stands in for an activation and hands what it computes on."""
+    """Stands in for an activation and reports its inputs and outputs."""
 
     def __init__(self, activation: nn.Module, path: str, products: _Products):
         super().__init__()
@@ -77,7 +77,7 @@ class _Products(TorchFunctionMode):
         return result
 
     def flush(self) -> None:
-        """Hands on an activation that was not multiplied by anything."""
+        """Reports an activation that was not multiplied by anything."""
         if self.pending is not None:
             path, x, y = self.pending
             self.pending = None

@@ -1,4 +1,4 @@
-"""What calibration does to one site: watches its inputs, and sets the new activation's numbers."""
+"""The calibration of one site: observes its inputs, and sets the numbers of its new activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crrelu_llm.patching.sites import Site
 
 _UNSEEN = "no calibration token came here"
 _NO_BETTER = "fit was no better on held-back tokens"
-_ROUNDING = 1e-6  # what computing in float32 leaves of the same function
+_ROUNDING = 1e-6  # the error between two equal functions computed in float32
 
 
 class SiteTask:
@@ -24,7 +24,7 @@ class SiteTask:
     Args:
         site: The site.
         original: The old activation.
-        activation: The new one, at its start values; its numbers are set.
+        activation: The new activation at its start values; `solve` sets its numbers.
     """
 
     def __init__(self, site: Site, original: nn.Module, activation: nn.Module):
@@ -37,10 +37,10 @@ class SiteTask:
 
     @torch.no_grad()
     def solve(self, config: PatchConfig) -> Record:
-        """Sets the numbers, unless those that they start from do better on held-back text.
+        """Sets the numbers, unless the start values have a smaller error on held-back text.
 
         Raises:
-            InputError: Inputs or outputs that are not finite.
+            InputError: Inputs or outputs are not finite.
         """
         if not self.histogram.finite:
             raise not_finite(self.site)
@@ -69,7 +69,7 @@ def reset(activation: AffineModule) -> None:
 
 
 def not_finite(site: Site) -> InputError:
-    """The error of a site where a number is infinite or NaN."""
+    """The error for a site with infinite or NaN values."""
     return InputError(
         f"{site.path}: its inputs or outputs on the calibration text are not finite: the checkpoint is broken there, "
         "or needs a wider dtype"

@@ -13,16 +13,16 @@ def calibration_blocks(data: str, tokenizer: Any, tokens: int, config: Any) -> T
     """Reads calibration text: `builtin:` data, a local file, or a hub name.
 
     Args:
-        data: Its name.
+        data: The name of the data.
         tokenizer: The model's tokenizer.
         tokens: How many tokens to read.
-        config: The model's config, which says how long a block may be.
+        config: The model's config, which limits the length of a block.
 
     Returns:
-        Token ids, `(blocks, tokens of a block)`, int64; what does not fill a block is left out.
+        Token ids, `(blocks, tokens of a block)`, int64; a last, incomplete block is dropped.
 
     Raises:
-        InputError: Text that cannot be read, is shorter than asked for, or is mostly unknown to the tokenizer.
+        InputError: The text cannot be read, is too short, or is largely unknown to the tokenizer.
     """
     from crrelu_llm.data import language_modelling_blocks
 
@@ -38,7 +38,7 @@ def calibration_blocks(data: str, tokenizer: Any, tokens: int, config: Any) -> T
 
 
 def check_known(blocks: Tensor, tokenizer: Any, data: str) -> None:
-    """Raises InputError where more than a fifth of the tokens is the tokenizer's unknown token."""
+    """Raises InputError where more than a fifth of the tokens are the tokenizer's unknown token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     # GPT-2's unknown token is its end of text, which also stands between documents
     if unknown is None or unknown == tokenizer.eos_token_id:
@@ -52,6 +52,6 @@ def check_known(blocks: Tensor, tokenizer: Any, data: str) -> None:
 
 
 def block_size(config: Any) -> int:
-    """Tokens in a block of text: 512, or what the model of this config can read, if that is less."""
+    """Tokens in a block of text: 512, or the context length of the model if that is less."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(BLOCK_SIZE, limit) if isinstance(limit, int) and limit > 0 else BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""Runs a model over calibration text one layer at a time, each layer on what the patched layers before it give."""
+"""Runs a model over calibration text layer by layer, each layer on the outputs of the patched layers before it."""
 
 import contextlib
 import functools
@@ -22,35 +22,35 @@ _EVERY = 8
 
 @dataclass
 class Layer:
-    """A part of the model that runs as a whole, and the sites in it."""
+    """A layer of the model, and the sites in it."""
 
     path: str
     sites: list[Site]
 
 
 class Walk:
-    """Iterates over the layers of a model; only one layer's outputs are kept at a time.
+    """Iterates over the layers of a model; the outputs of only one layer are kept at a time.
 
-    For each layer the caller may `run` it (hooks see its inputs), change it, and go on: the next layer then sees the
-    changed one's outputs. What the model does outside its layers (embeddings, masks, rotary angles) is done by its
-    own forward: the layers before the current one only hand the stored outputs through.
+    The caller may `run` each layer (hooks see its inputs), change it, and go on: the next layer then receives the
+    outputs of the changed one. The model's own forward does the work outside the layers (embeddings, masks, rotary
+    angles); the layers before the current one only pass the stored outputs through.
 
-    Where a model does not work so (its layers share modules, run several times, or pass tensors around the next
-    layer), which is found out on a few tokens beforehand, every `run` goes through the whole model instead: the same
-    result, but with a time that grows with the square of the depth.
+    Some models do not allow this: their layers share modules, run several times, or pass tensors around the next
+    layer. A test on a few tokens detects such a model, and every `run` then goes through the whole model: the same
+    result, but the time grows with the square of the depth.
 
-    A model in the host's memory, too large for the GPU as a whole, is brought there one layer at a time, with what is
+    A model in host memory that is too large for the GPU is moved there one layer at a time, together with the parts
     outside the layers (see `computing_device`).
 
     Args:
         model: A causal LM or an image classifier in evaluation mode.
         sites: Its sites.
-        blocks: Token ids, `(blocks, tokens)`, int64; or pixels, an image each (see `run_on`).
+        blocks: Token ids, `(blocks, tokens)`, int64; or the pixels of images (see `run_on`).
 
     Attributes:
-        held_back: While it runs: whether the text that runs is there to judge by, not to fit to.
-        passes: How often all of the text has run through a layer, on average over the layers.
-        seconds: What that took, without what was done `aside`.
+        held_back: Whether the text of the current batch is held back from the fit.
+        passes: How often the whole text has run through a layer, on average over the layers.
+        seconds: The time of these passes, without the time spent in `aside`.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], blocks: Tensor):
@@ -59,7 +59,7 @@ class Walk:
         fitted, judging = _divided(blocks.to(self.home))
         size = batch_size(blocks)
         self.batches = [*fitted.split(size), *(judging.split(size) if len(judging) else ())]
-        self._judging = -(-len(fitted) // size)  # from this batch on
+        self._judging = -(-len(fitted) // size)  # the first held-back batch
         self.held_back = False
         self.passes = self.seconds = 0.0
         self._aside = 0.0
@@ -94,7 +94,7 @@ class Walk:
                     _move(self.model.get_submodule(layer.path), self.home)
 
     def run(self, after_batch: Callable[[], None] = lambda: None) -> None:
-        """Runs the current layer, as it is now, on all of the text."""
+        """Runs the current layer, in its present state, on the whole text."""
         with self._timed():
             for index, batch in enumerate(self.batches):
                 self.held_back = index >= self._judging
@@ -103,7 +103,7 @@ class Walk:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Its time does not count as that of a forward pass."""
+        """A context whose time does not count as time of a forward pass."""
         started = time.perf_counter()
         try:
             yield
@@ -145,7 +145,7 @@ class Walk:
             run_on(self.model, batch, head=False)
 
     def _move_the_rest(self, device: torch.device) -> None:
-        """Moves what is outside the layers, and the text."""
+        """Moves the parts of the model outside the layers, and the text."""
         inside = tuple(f"{layer.path}." for layer in self.layers)
         for path, module in self.model.named_modules():
             if not f"{path}.".startswith(inside):
@@ -170,11 +170,11 @@ class Walk:
         return sorted(layers, key=lambda layer: seen.index(layer.path) if layer.path in seen else len(seen))
 
     def _hands_through(self) -> bool:
-        """Whether every layer gives the same output when those before it only hand their outputs through."""
+        """Whether every layer returns the same output when the layers before it only pass stored outputs through."""
         owners = [id(self.model.get_submodule(site.owner)) for layer in self.layers for site in layer.sites]
         if sorted(self._calls) != sorted(layer.path for layer in self.layers) or len(set(owners)) < len(owners):
             return False
-        probe = self.batches[0][:4, :_PROBE_TOKENS]  # of pixels: every channel
+        probe = self.batches[0][:4, :_PROBE_TOKENS]  # for pixels, the slice keeps every channel
         outputs: list[Any] = []
         hooks = [
             self.model.get_submodule(layer.path).register_forward_hook(lambda m, a, o: outputs.append(_copied(o)))
@@ -191,7 +191,7 @@ class Walk:
             found: list[Any] = []
             try:
                 self._forward(probe, outputs[index - 1], found.append)
-            except Exception:  # the model cannot run so: whatever it misses, the other way is right
+            except Exception:  # whatever the reason, the model cannot run this way, and the other way is right
                 return False
             if not found or not _same(found[0], outputs[index]):
                 return False
@@ -199,7 +199,7 @@ class Walk:
 
 
 def _divided(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks to fit to and blocks to judge by: one in eight, or the last of a few; none where there is only one."""
+    """Blocks for the fit and held-back blocks: one in eight, the last of a few, or none of a single one."""
     judging = torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
     judging[_EVERY - 1 :: _EVERY] = True
     if len(blocks) > 1 and not judging.any():
@@ -208,8 +208,8 @@ def _divided(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def computing_device(model: nn.Module) -> torch.device:
-    """Where a calibration computes: where the model is, or the current GPU where the model lies whole in the host's
-    memory (layers then visit the GPU one at a time)."""
+    """The device of a calibration: the model's, or the current GPU if the whole model is in host memory (layers then
+    visit the GPU one at a time)."""
     home = next(model.parameters()).device
     whole = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if whole and torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
@@ -228,7 +228,7 @@ def _move(module: nn.Module, device: torch.device, recurse: bool = True) -> None
 
 
 class _Reached(Exception):
-    """The layer has run: the rest of the forward pass is not needed."""
+    """Raised once the layer has run: the rest of the forward pass is not needed."""
 
 
 def _layers(model: nn.Module, sites: list[Site]) -> list[Layer]:
@@ -247,7 +247,7 @@ def _layer_path(path: str) -> str:
 
 @contextlib.contextmanager
 def _handing_through(modules: list[nn.Module], output: Any) -> Iterator[None]:
-    """Makes modules return `output` whatever they are given."""
+    """Makes modules return `output` for any input."""
     held = [module.__dict__.get("forward") for module in modules]  # device_map sets one on the instance
     for module in modules:
         module.__dict__["forward"] = lambda *args, **kwargs: output

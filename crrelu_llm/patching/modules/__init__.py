@@ -1,1 +1,1 @@
-"""What a patch does to single modules: activations out of methods, another one at a path, fused forwards."""
+"""Changes to single modules: exposing hidden activations, replacing the activation at a path, fusing forwards."""

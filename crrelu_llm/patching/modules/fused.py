@@ -1,5 +1,7 @@
-"""Makes MLPs use what CRReLU offers beyond its value: the gated product in one pass, and no activation kept for the
-backward pass. The MLP's class is replaced by one of the same name with another forward, as in `hidden`."""
+"""Makes MLPs use CRReLU's fused gated product, and its recomputation in the backward pass.
+
+The MLP's class is replaced by a class of the same name with another forward, as in `hidden`.
+"""
 
 import functools
 import inspect
@@ -48,13 +50,13 @@ FUSED: dict[tuple[str, str], Callable[..., Tensor]] = {
 
 
 def fuse(model: nn.Module, paths: Iterable[str], recompute: bool = False, product: bool = True) -> None:
-    """Makes the modules that own CRReLU activations call the gated product where theirs is a known form, in place.
+    """Makes the owners of CRReLU activations call the fused gated product where their forward is known, in place.
 
     Args:
         model: The model that `paths` start from.
-        paths: The paths of its CRReLU activations. Modules that are fused already are left as they are.
-        recompute: Also keep no output of the activation for the backward pass (see `kernels.recompute`).
-        product: False leaves the product to the MLP, also where it was fused: a hook then sees the activation alone.
+        paths: The paths of its CRReLU activations. Modules that are already fused do not change.
+        recompute: Also recompute the activation in the backward pass instead of storing it (see `kernels.recompute`).
+        product: False leaves the product to the MLP, even where it was fused: a hook then sees the activation alone.
     """
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
@@ -82,7 +84,7 @@ def unfuse(model: nn.Module, paths: Iterable[str]) -> None:
 
 @functools.cache
 def _class(cls: type, recompute: bool, product: bool = True) -> type:
-    """The class that an owner of this class gets: itself where there is nothing to gain."""
+    """The fused class for an owner of this class; the class itself where fusing gains nothing."""
     changes: dict[str, Any] = {}
     for method in ("forward", "_apply_gate") if product else ():
         fused = FUSED.get((method, _source(getattr(cls, method, None))))
@@ -93,14 +95,14 @@ def _class(cls: type, recompute: bool, product: bool = True) -> type:
     if not changes:
         return cls
 
-    def reduce(self: Any, protocol: Any) -> Any:  # a class that is made at run time cannot be found by its name
+    def reduce(self: Any, protocol: Any) -> Any:  # a class made at run time cannot be found by its name
         return _rebuild, (cls, recompute, product), self.__dict__
 
     return type(cls.__name__, (cls,), {**changes, "__module__": cls.__module__, "__reduce_ex__": reduce})
 
 
 def _source(function: Any) -> str:
-    """A function's fingerprint; that of a wrapper would be that of what it wraps, and stands for nothing."""
+    """A function's fingerprint; a wrapper gets none, because its source would be that of the wrapped function."""
     try:
         return "" if function is None or inspect.unwrap(function) is not function else fingerprint(function)
     except (OSError, TypeError, SyntaxError):  # no source: compiled, or defined by hand

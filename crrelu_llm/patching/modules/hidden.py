@@ -1,4 +1,4 @@
-"""Families whose MLP computes its activation inside a method: replaces the method, so that a child computes it."""
+"""Families that compute the MLP's activation inside a method: replaces the method, so that a child computes it."""
 
 import ast
 import functools
@@ -17,7 +17,7 @@ from crrelu_llm.errors import InputError
 
 # The child that an exposed activation becomes.
 ATTRIBUTE = "act_fn"
-# Functions that a family keeps as an attribute in the place of a module (Lfm2MoeExperts.act_fn), and their names.
+# Functions that a family stores as an attribute instead of a module (Lfm2MoeExperts.act_fn), and their names.
 FUNCTIONS: dict[Callable, str] = {
     nn.functional.silu: "silu",
     nn.functional.gelu: "gelu",
@@ -27,7 +27,7 @@ FUNCTIONS: dict[Callable, str] = {
 
 
 class SigmoidGate(nn.Module):
-    """`x · sigmoid(α·x)`; the same as SiLU for α = 1, and close to GELU for 1.702."""
+    """`x · sigmoid(α·x)`: SiLU for α = 1, close to GELU for α = 1.702."""
 
     def __init__(self, alpha: float):
         super().__init__()
@@ -39,7 +39,7 @@ class SigmoidGate(nn.Module):
 
 
 class SoftcappedSiLU(nn.Module):
-    """`c · tanh(x/c) · sigmoid(x)`: SiLU whose linear factor is bounded by the softcap c."""
+    """`c · tanh(x/c) · sigmoid(x)`: SiLU with its linear factor bounded by the softcap c."""
 
     def __init__(self, softcap: float):
         super().__init__()
@@ -115,8 +115,8 @@ class Hidden:
 
     Attributes:
         method: The method of the family's class that computes it.
-        replacement: The same method with the activation as the child `act_fn`. Clamps and other factors stay in it.
-        activation: Builds the activation, bit for bit the original's function, from the module that owns it.
+        replacement: The same method, which calls the child `act_fn`. It keeps clamps and other factors.
+        activation: Builds the activation, bit for bit the original function, from the module that owns it.
         source: Fingerprint of the method that `replacement` was written for (see `fingerprint`).
     """
 
@@ -153,7 +153,7 @@ def hidden_activation(owner: nn.Module) -> tuple[str, nn.Module] | None:
     """The attribute and the activation that `expose` would add to a module, or None where it has nothing hidden.
 
     Raises:
-        InputError: This release of transformers computes it in another way than the one that is known here.
+        InputError: This release of transformers computes the activation in an unknown way.
     """
     for attribute, value in owner.__dict__.items():
         for function, name in FUNCTIONS.items():
@@ -164,19 +164,19 @@ def hidden_activation(owner: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def is_exposed(owner: nn.Module) -> bool:
-    """Whether `expose` has made an activation of this module a child."""
+    """Whether `expose` has turned an activation of this module into a child."""
     return "_exposed" in owner.__dict__
 
 
 def expose(model: nn.Module, paths: Iterable[str]) -> None:
-    """Makes hidden activations children of their modules, in place; what the model computes does not change.
+    """Turns hidden activations into children of their modules, in place; the model's outputs do not change.
 
     Args:
         model: The model that `paths` start from, on any device.
-        paths: The paths that the activations will have; one that is a module already is left as it is.
+        paths: The paths that the activations will have; a path that is already a module does not change.
 
     Raises:
-        InputError: A module whose activation is not known.
+        InputError: The activation of a module is unknown.
     """
     for path in paths:
         owner_path, _, attribute = path.rpartition(".")
@@ -191,15 +191,15 @@ def expose(model: nn.Module, paths: Iterable[str]) -> None:
             before = type(owner)
             set_class(owner, _exposing(before))
         setattr(owner, attribute, found[1].train(owner.training))
-        owner.__dict__["_exposed"] = before  # the function, or the class, that conceal puts back
+        owner.__dict__["_exposed"] = before  # the function or the class that conceal restores
 
 
 def conceal(model: nn.Module, paths: Iterable[str]) -> None:
-    """Undoes `expose`, in place, whatever activation stands there now; the module tree is then as it was.
+    """Undoes `expose`, in place, whatever the present activation is; restores the module tree.
 
     Args:
         model: The model that `paths` start from.
-        paths: As for `expose`; one that `expose` has not changed is left as it is.
+        paths: As for `expose`; a path that `expose` did not change stays unchanged.
     """
     for path in paths:
         owner_path, _, attribute = path.rpartition(".")
@@ -216,7 +216,7 @@ def conceal(model: nn.Module, paths: Iterable[str]) -> None:
 
 @functools.cache
 def _entry(cls: type) -> Hidden | None:
-    """What the table says of a class or of one that it derives from, if the method is still that class's own."""
+    """The table's entry for a class or one of its base classes, if the method is still that class's own."""
     for base in cls.__mro__:
         hidden = HIDDEN.get(base.__name__)
         if hidden and base.__module__.startswith("transformers.models."):
@@ -226,19 +226,19 @@ def _entry(cls: type) -> Hidden | None:
             if method is None or fingerprint(method) != hidden.source:
                 raise InputError(
                     f"{base.__name__}.{hidden.method} of this release of transformers is not the one that crrelu_llm "
-                    "knows how to replace; upgrade crrelu_llm, or install the transformers that it names"
+                    "knows how to replace; upgrade crrelu_llm, or install a version of transformers that it supports"
                 )
             return hidden
     return None
 
 
 def fingerprint(method: Callable) -> str:
-    """Of a function's source without annotations, comments and white space: a replacement must not outlive what it
-    replaces.
+    """Fingerprint of a function's source without annotations, comments and white space; it shows when a replacement
+    is out of date.
 
     Raises:
-        OSError: It has no source.
-        SyntaxError: It is a lambda.
+        OSError: The function has no source.
+        SyntaxError: The function is a lambda.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     for node in ast.walk(tree):
@@ -253,15 +253,15 @@ def fingerprint(method: Callable) -> str:
 
 @functools.cache
 def _exposing(cls: type) -> type:
-    # A class of the same name: what looks at names (parallel plans, layers that are not split) still finds it. And a
-    # class, not a method bound to the instance: a deep copy has its own, and torch.compile sees nothing unusual.
+    # The class keeps its name, so that code that looks at names (parallel plans, layers that are not split) finds it.
+    # A class, not a method bound to the instance: deep copies work, and torch.compile sees nothing unusual.
     hidden = _entry(cls)
     assert hidden is not None
     return type(cls.__name__, (cls,), {hidden.method: hidden.replacement, "__module__": cls.__module__})
 
 
 def set_class(owner: Any, cls: Any) -> None:
-    """Gives a module another class, in place, also where a hook of accelerate keeps its forward."""
+    """Gives a module another class, in place, even where a hook of accelerate keeps its forward."""
     owner.__class__ = cls
-    if "_old_forward" in owner.__dict__:  # a hook of accelerate, which calls the method as it found it
+    if "_old_forward" in owner.__dict__:  # a hook of accelerate calls the method that it found
         owner._old_forward = MethodType(cls.forward, owner)

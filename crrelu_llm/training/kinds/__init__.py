@@ -1,8 +1,8 @@
-"""The kinds of training: TRL's trainers, and transformers' own on images.
+"""The kinds of training: TRL's trainers, and transformers' Trainer on images.
 
 A new kind is one file here, with its `KIND`, and one line in `KINDS`.
 
-Whatever differs between trainers is asked of the kind; `kind.py` says what a kind answers.
+A kind holds everything that differs between trainers; `kind.py` defines its attributes.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from crrelu_llm.training.kinds.kind import Kind
 
-# name of the command and of the file -> one line of help. Nothing is imported for it, so that `crrelu --help` is fast.
+# name of the command and of the file -> one line of help. It imports nothing, so that `crrelu --help` is fast.
 KINDS = {
     "sft": "one supervised fine-tuning run (TRL's SFTTrainer) of one activation",
     "dpo": "one preference-tuning run (TRL's DPOTrainer) of one activation",
@@ -27,7 +27,7 @@ def kind_of(name: str) -> "Kind":
     """The kind of that name.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is no such kind.
     """
     if name not in KINDS:
         raise KeyError(name)

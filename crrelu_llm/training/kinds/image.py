@@ -22,14 +22,14 @@ from crrelu_llm.training.kinds.kind import Kind
 from crrelu_llm.training.pictures import Epochs, Pictures, collate
 from crrelu_llm.training.saving import SavingMixin
 
-_CHECKED = 20_000  # images of a split that are opened before the training
+_CHECKED = 20_000  # images of a split that are opened before training
 
 
 @dataclass
 class ImageConfig(TrainingArguments):
-    """transformers' TrainingArguments, and what an image model needs beside them.
+    """transformers' TrainingArguments, with further options for image models.
 
-    `model_config` stands for `model_name_or_path`: the model is then drawn from it with the seed.
+    `model_config` replaces `model_name_or_path`: the model is then initialised from the config with the seed.
     """
 
     model_config: dict[str, Any] | str | None = field(
@@ -42,21 +42,21 @@ class ImageConfig(TrainingArguments):
         default=False, metadata={"help": "Whether to allow code from the model's repository to run."}
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Give a checkpoint whose head knows other labels a new head."}
+        default=False, metadata={"help": "Replace the head of a checkpoint that has other labels."}
     )
     image_column_name: str = field(default="image", metadata={"help": "The column of the data that holds the images."})
     label_column_name: str = field(default="label", metadata={"help": "The column of the data that holds the labels."})
     image_size: int | None = field(
-        default=None, metadata={"help": "From scratch: pixels of a side, where the config does not say it."}
+        default=None, metadata={"help": "From scratch: the side length in pixels, if the config does not set it."}
     )
     crop_padding: int = field(
-        default=0, metadata={"help": "Pixels around a training image, of which a part of its size is cut out."}
+        default=0, metadata={"help": "Pixels of padding around a training image before a crop of its size."}
     )
     crop_scale: float = field(
-        default=0.0, metadata={"help": "Least share of a training image's area that is cut out. 0: all of it."}
+        default=0.0, metadata={"help": "Least share of a training image's area in a random crop. 0: no crop."}
     )
-    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror every other training image."})
-    randaugment_ops: int = field(default=0, metadata={"help": "Operations of RandAugment on a training image."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
+    randaugment_ops: int = field(default=0, metadata={"help": "Number of RandAugment operations per training image."})
     randaugment_magnitude: float = field(default=9.0, metadata={"help": "Their magnitude, from 0 to 10."})
     mixup_alpha: float = field(
         default=0.0, metadata={"help": "Mix each training image and its label with another: Beta(alpha, alpha)."}
@@ -79,8 +79,8 @@ class Image(SavingMixin, EpsilonMixin, Trainer):
         train_dataset: The training rows.
         eval_dataset: The evaluation rows, or None.
         activation_args: The activation section.
-        data_name: What the data is called, for messages.
-        **kwargs: What only language models have; nothing of it is set.
+        data_name: The name of the data, for messages.
+        **kwargs: Options of language models; none of them is set.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Image(SavingMixin, EpsilonMixin, Trainer):
             _look(self.model, train[0]["pixel_values"][None])
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Cross-entropy with numbers or, after mixup, shares of labels; label smoothing in training alone."""
+        """Cross-entropy with label numbers or, after mixup, label shares; label smoothing only in training."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
@@ -130,7 +130,7 @@ class Image(SavingMixin, EpsilonMixin, Trainer):
         return (loss, {"loss": loss, "logits": logits_of(outputs)}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Epochs:
-        """Rows in an order that the seed and the epoch decide; the row's number tells the epoch."""
+        """Rows in an order determined by the seed and the epoch; the row's number encodes the epoch."""
         shuffles = self.args.train_sampling_strategy != "sequential"
         return Epochs(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0), shuffles)
 
@@ -150,7 +150,7 @@ def _mean_hits(prediction: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _look(model: Any, pixels: Tensor) -> None:
-    """Runs the model on one image: whatever is wrong with its size is wrong with all."""
+    """Runs the model on one image: a wrong size of one image is wrong for all."""
     was_training = model.training
     model.eval()
     try:
@@ -171,7 +171,7 @@ def _prepare(split: Any, recipe: Any) -> Any:
 
 
 def _check_rows(recipe: Any, split: Any, name: str) -> None:
-    """Opens the images, of many rows some all over the split."""
+    """Opens the images; of a large split, a sample spread over its rows."""
     from tqdm.auto import tqdm
 
     from crrelu_llm.data.images import open_image
@@ -186,7 +186,7 @@ def _check_rows(recipe: Any, split: Any, name: str) -> None:
 def _check(recipe: Any, where: str) -> None:
     training, activation = recipe.training, recipe.activation
     if recipe.model.model_name_or_path and training.model_config is not None:
-        raise InputError(f"{where}model_config draws a new model, and model_name_or_path names one; give one of them")
+        raise InputError(f"{where}model_config makes a new model, and model_name_or_path names one; give one of them")
     if recipe.mixture.datasets:
         raise InputError(f"{where}datasets mixes texts; name one data set of images: dataset_name")
     for key in ("use_peft", "load_in_4bit", "load_in_8bit"):
@@ -205,7 +205,7 @@ def _check(recipe: Any, where: str) -> None:
         raise InputError(
             f"{where}label_smoothing_factor must be 0 or more and below 1, not {training.label_smoothing_factor}"
         )
-    if activation.calibration_data == TEXT:  # no text: the images that are trained on
+    if activation.calibration_data == TEXT:  # not text: the training images
         activation.calibration_data = str(recipe.script.dataset_name)
 
 

@@ -1,4 +1,4 @@
-"""What a kind of training answers: TRL's classes, the data it takes, and what an evaluation of it is."""
+"""The attributes of a kind of training: TRL's classes, the data it takes, and its evaluation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,35 +34,35 @@ class Kind:
     """A kind of training.
 
     Attributes:
-        name: Of the command: `"dpo"`.
-        label: In words, with the name that the field uses.
+        name: The name of the command, such as `"dpo"`.
+        label: The name in words, as the field uses it.
         example: A command, for `--help`.
-        config: TRL's configuration: the options of a recipe.
-        trainer: Our class over TRL's trainer.
-        items: What an item of its evaluation is called, in the plural.
+        config: TRL's configuration class: the options of a recipe.
+        trainer: Our subclass of TRL's trainer.
+        items: The word for its evaluation items, in the plural.
         needs: The columns it takes, in words.
-        takes: Whether it can use data of these columns, given the recipe's training arguments.
-        parts: Names of the parts of a row that are trained on, each a text or messages.
-        evaluate: Metrics of a trainer's model on its evaluation data, and for each of them that is a mean over items,
-            the items' values in the order of the data.
-        texts: What to show of each evaluation item: `prompt` and `options`, the right one first.
-        headline: The metric that a verdict is about; a value for every item.
-        logged: The metric of an evaluation that TRL logs while it trains, and whether a higher one is better.
-        script: TRL's arguments of its script, of which the data set is one.
+        takes: Whether it can use data with these columns, given the recipe's training arguments.
+        parts: Names of the trained parts of a row, each a text or messages.
+        evaluate: Metrics of a trainer's model on its evaluation data and, for each metric that is a mean over items,
+            the values of the items in the order of the data.
+        texts: The texts to show for each evaluation item: `prompt` and `options`, the right option first.
+        headline: The metric of the verdict; it has a value for every item.
+        logged: The evaluation metric that TRL logs in training, and whether higher is better.
+        script: TRL's script arguments, which include the data set.
         auto_class: transformers' class that loads the model.
-        reference: Whether a frozen copy of the model is held beside the trained one, unless a recipe says otherwise
-            (GRPO with a beta above 0).
+        reference: Whether training needs a frozen copy of the model, unless a recipe says otherwise (GRPO with a beta
+            above 0).
         sequences: How many sequences of a row go through the model together.
-        samples: Whether the model writes the answers that it is trained on.
-        prepare: Brings a split into a shape that TRL takes; called with the split and the recipe.
-        drawn: The training rows of one seed of a comparison, where the trainer itself takes them in their order.
-        check: Raises InputError for options that do not go together; called with the recipe and a prefix for messages.
+        samples: Whether the model samples the answers on which it is trained.
+        prepare: Converts a split into a form that TRL accepts; called with the split and the recipe.
+        drawn: Orders the training rows for one seed of a comparison, if the trainer itself does not shuffle them.
+        check: Raises InputError for incompatible options; called with the recipe and a prefix for messages.
         arguments: Further arguments of the trainer.
-        skeleton: The recipe's model without weights, checked, where that is not a language model's.
-        check_rows: Raises InputError for a row that cannot be used, where rows are no text; called with the recipe, a
-            split and its name.
-        start: The MODEL that a run starts from before any patch; called with the recipe, the training rows, and a
-            directory to make it in.
+        skeleton: Builds and checks the recipe's model without weights, if it is not a language model.
+        check_rows: Raises InputError for an unusable row, if rows are not text; called with the recipe, a split and
+            its name.
+        start: The MODEL from which a run starts before any patch; called with the recipe, the training rows, and a
+            directory to make the model in.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Kind:
 
 
 def refuse_moving_references(recipe: Any, where: str) -> None:
-    """Raises InputError where a reference that follows the trained weights would keep what these move away from."""
+    """Raises InputError if a reference that follows the trained weights would keep an outdated activation."""
     if not getattr(recipe.training, "sync_ref_model", False):
         return
     if recipe.activation.blend_steps:

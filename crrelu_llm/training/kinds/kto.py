@@ -24,14 +24,14 @@ class KTO(SavingMixin, BlendedReferenceMixin, EpsilonMixin, KTOTrainer):
         rows = steps * size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if steps > 0 and hasattr(self.train_dataset, "__len__") and len(set(self.train_dataset[:rows]["label"])) < 2:
             logger.warning(
-                "the first %d answers, which max_steps ends with, are all desirable or all not: KTO takes its rows in "
-                "their order, and of preference pairs first all chosen answers; shuffle the data, or train longer",
+                "the %d answers within max_steps are all desirable or all undesirable: KTO takes rows in order, and "
+                "from preference pairs all chosen answers first; shuffle the data, or train longer",
                 rows,
             )
 
 
 def _drawn(train: Any, seed: int) -> Any:
-    """The answers of a seed: pairs taken apart, and all in an order of its own; TRL takes them as they come."""
+    """The answers in the order of a seed, with pairs split into single answers; TRL does not shuffle them."""
     if not hasattr(train, "__len__"):
         return train
     if holds_pairs(set(train.column_names)):

@@ -87,7 +87,7 @@ def test_untrained_weights_follow_the_seed_and_leave_torchs_own_alone():
 
 def test_pre_activations_without_a_density_are_refused():
     model = tiny_model("gpt2")
-    with pytest.raises(InputError, match="50 a site are too few"):
+    with pytest.raises(InputError, match="50 per site are too few"):
         preactivations.measure(model, token_ids(), samples=50)
     torch.nn.init.zeros_(model.transformer.h[1].mlp.c_fc.weight)
     with pytest.raises(InputError, match=r"transformer.h.1.mlp.act: all its pre-activations .* are 0 .standard"):

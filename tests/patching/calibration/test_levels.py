@@ -408,7 +408,7 @@ def test_unpatch_says_that_weights_stay_changed_or_restores_them(caplog):
     changed, _ = patched(model, "refit", "relu")
     again = copy.deepcopy(changed)
     unpatch(changed)
-    assert "weights have changed since the patch, by training, refit or --fold" in caplog.text
+    assert "refit or --fold has changed the weights since the patch" in caplog.text
     assert not torch.equal(logits(changed), logits(model))
     caplog.clear()
     unpatch(again, original=model)
