@@ -2,8 +2,8 @@
 
     python tables.py OUTPUT_DIR RESULTS_DIR
 
-Writes RESULTS_DIR/question.md and question.png, and <model>/<task>/report.{json,md} of each comparison without the
-texts of its data. Names the unfinished comparisons.
+Writes RESULTS_DIR/question.md, question.png (the tasks), extras.png (the questions about the swap), and
+<model>/<task>/report.{json,md} of each comparison without the texts of its data. Names the unfinished comparisons.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from run import BETAS, PLAIN, SETTINGS, tasks
+from run import BETAS, EXTRAS, PLAIN, SETTINGS, tasks
 
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.matrix import is_done
@@ -22,7 +22,6 @@ from crrelu_llm.report.contents import grids, runs
 from crrelu_llm.report.schema import Report
 from crrelu_llm.statistics.paired import Comparison, adjust
 
-NAMES = {PLAIN: "crrelu, plain swap"}
 REACH = 0.05  # nats; values beyond are only given as numbers
 COLOURS = {"better": "#0b7a53", "worse": "#b03a12", "undecided": "#5c626b"}
 
@@ -62,7 +61,10 @@ def main() -> None:
     tried = sum(_seconds(path) for path in args.output_dir.glob("*/*/tuning/**/run.json"))
     text = "\n\n".join(["# All comparisons", _differences(rows), *_details(reports, tried), _missing(reports)])
     (args.results_dir / "question.md").write_text(text + "\n", encoding="utf-8")
-    _draw(rows, args.results_dir / "question.png")
+    extras = [row for row in rows if row.task in EXTRAS]
+    _draw([row for row in rows if row not in extras], args.results_dir / "question.png")
+    if extras:
+        _draw(extras, args.results_dir / "extras.png")
     print(args.results_dir / "question.md")
 
 
@@ -84,7 +86,7 @@ def _signed(value: float | None) -> str:
 
 
 def _arm(name: str) -> str:
-    return NAMES.get(name, name)
+    return name.replace(PLAIN, "crrelu, plain swap")
 
 
 def _row(*cells: str) -> str:
