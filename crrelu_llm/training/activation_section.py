@@ -65,8 +65,8 @@ class ActivationArguments:
     )
 
     def __post_init__(self) -> None:
-        """Converts a mapping of layers to activations into text."""
-        self.activation = text_of(self.activation)
+        """Converts a mapping of layers into text. `null` on a command line means "not set", as it does in YAML."""
+        self.activation = None if self.activation == "null" else text_of(self.activation)
 
     def patch_config(self, where: str = "") -> PatchConfig | None:
         """The checked patch configuration of this section; None if the model is not patched."""

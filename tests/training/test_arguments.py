@@ -89,6 +89,12 @@ def test_the_command_line_wins_over_the_file(folder):
     assert recipe.values == NEEDED | {"seed": 3} | given
 
 
+def test_null_on_the_command_line_unsets_the_activation_of_a_recipe(folder):
+    write_recipe(folder / "my.yaml", NEEDED)
+    assert parse("sft", ["--config", "my.yaml"]).activation.patch_config() is not None
+    assert parse("sft", ["--config", "my.yaml", "--activation", "null"]).activation.patch_config() is None
+
+
 def test_the_command_line_alone_is_enough(folder):
     argv = [part for key, value in NEEDED.items() for part in (f"--{key}", str(value))]
     assert parse("sft", argv).values == NEEDED
