@@ -33,7 +33,7 @@ _RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accur
 MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(_RIGHT_OR_WRONG, 0.01)
 # What the report has of a run.json, and what it has where that is missing.
 _EMPTY: dict[str, Any] = {
-    **dict.fromkeys(("status", "error", "train_seconds", "tokens_per_second", "peak_memory_bytes")),
+    **dict.fromkeys(("status", "error", "train_seconds", "steps", "tokens_per_second", "peak_memory_bytes")),
     **{"metrics": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "history": [], "sparsity": {}},
 }
 

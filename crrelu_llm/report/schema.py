@@ -61,6 +61,7 @@ class Run(Record):
         seconds: The time of each task.
         epsilon: The mean of each site; `epsilon_start` before training.
         curves: What some sites compute, at points from −4 to 3.
+        steps: The optimiser steps of the training.
         history: What the trainer logged.
     """
 
@@ -75,6 +76,7 @@ class Run(Record):
     items: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     train_seconds: float | None = None
+    steps: int | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     epsilon: Values = field(default_factory=dict)

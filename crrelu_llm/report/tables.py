@@ -34,7 +34,9 @@ def overview(report: Report) -> list[tuple[str, str]]:
     """What was compared, as name and value."""
     recipe, environment = report.recipe, report.environment
     seeds = sorted({run.seed for run in everything(report)})
-    steps = [entry["step"] for run in everything(report) for entry in run.history]
+    trained = [run.steps for run in everything(report) if run.steps is not None]
+    logged = [entry["step"] for run in everything(report) for entry in run.history]  # of reports that lack the steps
+    steps = trained or logged
     data = dict.fromkeys(entry.name for entry in report.data)
     facts = [
         ("Model", recipe.get("model_name_or_path")),

@@ -77,6 +77,18 @@ def test_json_holds_the_contract_and_the_verdict(complete, sft):
     assert numbers == sft | {"verdict": verdict_sentence(sft)}
 
 
+def test_the_steps_are_those_of_the_training_not_of_its_last_log_line(tmp_path):
+    logged = [{"step": 50, "loss": 2.0}]
+    report = synthetic.sft_report(items=20)
+    for steps, shown in ((60, "60"), (None, "50")):
+        for arm in report["arms"]:
+            for run in arm["runs"]:
+                run |= {"history": logged, "steps": steps}
+        (tmp_path / shown).mkdir()
+        _, markdown, _, _ = write(report, tmp_path / shown)
+        assert f"- Steps: {shown}\n" in markdown
+
+
 def test_results_show_the_numbers_of_the_runs(complete, sft):
     _, markdown, _, page = complete
     table = rows(page, "Results by arm")
