@@ -75,22 +75,36 @@ def load_dataset(name: str, config: str | None = None, streaming: bool = False) 
 
 
 def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
-    """Picks one split.
+    """Picks one split, or a slice of it.
 
     Args:
         splits: what `load_dataset` returned.
-        name: the split's name.
+        name: the split's name, or a slice in the notation of `datasets`: `train[:90%]`, `train[90%:]`, `test[:200]`.
         source: the data set's name, for the message.
 
     Returns:
-        The split.
+        The split's rows, in their order.
 
     Raises:
-        InputError: if there is no such split; the message lists the existing ones.
+        InputError: if there is no such split (the message lists the existing ones), the slice cannot be read or is
+            empty, or the rows are streamed, so that nobody knows how many there are.
     """
-    if name not in splits:
+    import datasets
+
+    if name in splits:
+        return splits[name]
+    base, bracket, _ = name.partition("[")
+    if not bracket or base not in splits:
         raise InputError(f'{source}: no split "{name}"; it has: {", ".join(splits)}')
-    return splits[name]
+    if not hasattr(splits[base], "__len__"):
+        raise InputError(f'{source}: "{name}" needs the number of rows, and streaming does not know it; name a split')
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(name).to_absolute({base: len(splits[base])})
+    except (ValueError, AssertionError) as error:
+        raise InputError(f'{source}: cannot read the slice "{name}"; write one such as "{base}[:90%]"') from error
+    if part.from_ >= part.to:
+        raise InputError(f'{source}: "{name}" has no rows; {base} has {len(splits[base])}')
+    return splits[base].select(range(part.from_, part.to))
 
 
 def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:

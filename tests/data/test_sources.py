@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 
 import datasets
 import pytest
@@ -157,6 +158,39 @@ def test_get_split():
     assert get_split(splits, "train", "x.jsonl") is splits["train"]
     with pytest.raises(InputError, match=r'x\.jsonl: no split "test"; it has: train'):
         get_split(splits, "test", "x.jsonl")
+
+
+def test_slices_of_a_split():
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": str(number)} for number in range(50)]))
+
+    def numbers(name):
+        return [int(text) for text in get_split(splits, name, "x.jsonl")["text"]]
+
+    assert numbers("train[:3]") == [0, 1, 2]
+    assert numbers("train[-2:]") == [48, 49]
+    assert numbers("train[:90%]") + numbers("train[90%:]") == list(range(50))  # a file without a test split
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test[:5]", 'no split "test[:5]"; it has: train'),
+        ("train[:x]", 'cannot read the slice "train[:x]"; write one such as "train[:90%]"'),
+        ("train[:200%]", "cannot read the slice"),
+        ("train[", "cannot read the slice"),
+        ("train[:2]+train[9:]", "cannot read the slice"),
+        ("train[60:]", '"train[60:]" has no rows; train has 50'),
+        ("train[9:4]", "has no rows"),
+    ],
+)
+def test_wrong_slices(name, message):
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}] * 50))
+    with pytest.raises(InputError, match=re.escape(f"x.jsonl: {message}" if "no split" in message else message)):
+        get_split(splits, name, "x.jsonl")
+    if name.startswith("train"):
+        streamed = {"train": splits["train"].to_iterable_dataset()}
+        with pytest.raises(InputError, match="needs the number of rows, and streaming does not know it"):
+            get_split(streamed, name, "x.jsonl")
 
 
 def message(role, content):
