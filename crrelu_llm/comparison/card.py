@@ -218,7 +218,7 @@ def _use(checkpoint: Path) -> str:
     if head != loading.CAUSAL_LM:
         return use
     if (checkpoint / "adapter_config.json").is_file():
-        return use + "\n\nvLLM does not load adapters that trained ε: merge it first (`merge_and_unload`)."
+        return use + "\n\nvLLM does not load adapters that trained ε: merge this one first (`merge_and_unload`)."
     if is_standalone(_read(checkpoint / "config.json") or {}):
         use += (
             "\n\nWithout `crrelu_llm`, `modeling_crrelu.py` in this checkpoint does the same, but more slowly:\n\n"

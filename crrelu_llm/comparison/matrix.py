@@ -60,7 +60,7 @@ def run_comparison(comparison: Comparison) -> None:
         with main_process_first():
             if PartialState().is_main_process:
                 held.enter_context(alone(comparison.output_dir, "crrelu compare"))
-        claim(comparison, recipe)  # another call may have begun meanwhile
+        claim(comparison, recipe)  # another call may have started in the meantime
         record(comparison, recipe, train, test)
         if comparison.tune:
             _tune(comparison, recipe, train, held_out)

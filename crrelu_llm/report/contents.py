@@ -25,12 +25,12 @@ class Verdict:
 
 
 def is_evaluation(report: Report) -> bool:
-    """Whether the report is one of `crrelu eval`: of checkpoints, without training runs."""
+    """Whether the report is from `crrelu eval`: checkpoints, without training runs."""
     return report.trainer == "eval"
 
 
 def candidates(report: Report) -> list[str]:
-    """The arms for the verdict: CRReLU arms, else arms that are no controls, else all; never the baseline."""
+    """The arms for the verdict: CRReLU arms, else arms that are not controls, else all; never the baseline."""
     others = [arm for arm in report.arms if arm.arm != report.baseline]
     for wanted in (
         [arm.arm for arm in others if arm.activation == "crrelu"],
