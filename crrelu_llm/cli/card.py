@@ -22,7 +22,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="output_dir of `crrelu patch`, `sft` or `dpo`")
     add("--report", metavar="D", help="output_dir of `crrelu compare` or `eval`: the results to put into the card")
-    add("--arm", help="the arm of the report that this checkpoint is (default: its only CRReLU arm)")
+    add("--arm", help="the arm of the report that this checkpoint belongs to (default: its only CRReLU arm)")
     add("--output", metavar="FILE", help="default: README.md in the checkpoint")
     add("--overwrite", action="store_true", help="replace an existing card")
     add("--push_to_hub", action="store_true", help="also upload the card to --hub_model_id")
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     text = card(checkpoint, _report(args.report), args.arm)
     try:
         write_text(path, text)
-    except OSError as error:  # a file stands where a directory should, or the other way round
+    except OSError as error:  # a file in the place of a directory, or the reverse
         raise DiskError(f"{path} could not be written: {str(error.strerror).lower()}") from error
     print(f"saved to {path}", file=sys.stderr)
     if args.push_to_hub:

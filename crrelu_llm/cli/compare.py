@@ -17,14 +17,14 @@ def _parser() -> Parser:
     parser = Parser(
         prog="crrelu compare",
         description="Train one recipe with several activations and seeds, and compare the results. Finished runs are "
-        f"kept: the same command goes on where it stopped. {options.OTHERS}",
+        f"kept: the same command continues where it stopped. {options.OTHERS}",
         epilog="example: crrelu compare dpo --config recipes/smollm2-135m/dpo/config_full.yaml "
         "--arms gelu crrelu crrelu:calibration=fit --seeds 0 1 2 --output_dir comparison",
     )
     add = parser.add_argument
     add("kind", choices=tuple(KINDS), metavar="|".join(KINDS), help="the trainer")
     options.add_recipe(parser)
-    add("--arms", nargs="+", required=True, help="native, or ACTIVATION[:option=value...], for each arm")
+    add("--arms", nargs="+", required=True, help="each arm: native, or ACTIVATION[:option=value...]")
     options.add_seeds(parser, (0, 1, 2))
     add("--output_dir", required=True, help="directory of the comparison")
     add("--baseline", help="the arm to compare the others with (default: gelu, else native, else the first)")
@@ -49,7 +49,7 @@ def _parser() -> Parser:
 
 
 def arguments(**given: Any) -> argparse.Namespace:
-    """The arguments of a comparison that another command runs; what is not given has its default."""
+    """The arguments of a comparison that another command runs, with defaults for those not given."""
     return argparse.Namespace(**{action.dest: action.default for action in _parser()._actions} | given)
 
 
@@ -77,7 +77,7 @@ def compare(args: argparse.Namespace, recipe_argv: list[str], command: str) -> i
 
 
 def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str, calm: bool = False) -> Exception | None:
-    """Runs a comparison without its report; returns the error that says which runs failed, if some did."""
+    """Runs a comparison without its report; returns the error if some runs failed."""
     if len(set(args.seeds)) != len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
         raise InputError(f"--seeds must be different whole numbers of 0 or more, not {' '.join(map(str, args.seeds))}")
     from crrelu_llm.comparison.arms import check_baseline, parse_arms, parse_grid
@@ -112,7 +112,7 @@ def run_matrix(args: argparse.Namespace, recipe_argv: list[str], command: str, c
 
 
 def _launched(argv: list[str], config: str) -> int | None:
-    """Exit status of the same command on several processes, if launch options ask for them."""
+    """Runs the command on several processes if launch options say so; returns the exit status, or else None."""
     from crrelu_llm.training.arguments import make_parser, read_recipe
     from crrelu_llm.training.launch import relaunch_if_asked
 
@@ -125,7 +125,7 @@ def write(output_dir: Path, margins: dict[str, float] | None = None, with_exampl
     """Builds the report of a comparison or an evaluation from its files and writes it; returns its verdict.
 
     Raises:
-        InputError: There is no such directory, it holds neither, or a file in it is damaged.
+        InputError: The directory does not exist, has neither of the two, or has a damaged file.
     """
     if not output_dir.is_dir():
         raise InputError(f"{output_dir}: no such directory; give the output_dir of `crrelu compare` or `crrelu eval`")

@@ -1,4 +1,4 @@
-"""`crrelu quickstart`: the main job on the embedded model and data, offline."""
+"""`crrelu quickstart`: a small comparison with the embedded model and data, offline."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ def run(argv: list[str]) -> int:
     """Runs the command."""
     parser = Parser(
         prog="crrelu quickstart",
-        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, with ReLU, with CRReLU swapped "
-        "in plainly as in the paper, and with CRReLU calibrated to the model, 3 seeds each. Then write the report. "
-        "Works offline, in minutes on a laptop's CPU.",
+        description="Fine-tune the embedded nano GPT-2 (GELU) with its own activation, with ReLU, with the paper's "
+        "plain swap to CRReLU, and with CRReLU calibrated to the model, 3 seeds each. Then write the report. Works "
+        "offline, in minutes on a laptop's CPU.",
         epilog="example: crrelu quickstart --output_dir my-first-comparison",
     )
     parser.add_argument("--output_dir", default="crrelu-quickstart", help="default: crrelu-quickstart")

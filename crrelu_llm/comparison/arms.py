@@ -1,4 +1,4 @@
-"""What a comparison runs: arms, seeds and a grid over recipe keys, as the user writes them."""
+"""Parses the arms and the grid of a comparison as the user writes them, and names their directories."""
 
 import itertools
 import re
@@ -13,8 +13,10 @@ NATIVE = "native"
 
 @dataclass(frozen=True)
 class Arm:
-    """One activation with its patch options: `gelu`, `crrelu:calibration=fit:epsilon_per=channel`, `native`; or one a
-    layer: `0-5=relu,6-=crrelu:calibration=none`."""
+    """One activation with its patch options: `gelu`, `crrelu:calibration=fit:epsilon_per=channel`, `native`.
+
+    Layers may have different activations: `0-5=relu,6-=crrelu:calibration=none`.
+    """
 
     name: str
     activation: str | None
@@ -31,7 +33,7 @@ def parse_arm(text: str) -> Arm:
     """Parses one arm.
 
     Raises:
-        InputError: An unknown activation or option, or an option without a value.
+        InputError: The activation or an option is unknown, or an option has no value.
     """
     from crrelu_llm.patching import mixture
     from crrelu_llm.training.activation_section import ActivationArguments
@@ -48,33 +50,36 @@ def parse_arm(text: str) -> Arm:
             options[-1] = (options[-1][0], f"{options[-1][1]}:{part}")
             continue
         if key not in known or not equals or not value:
-            raise InputError(f"arm {text!r}: write options as key=value, key one of {', '.join(known)}, not {part!r}")
+            raise InputError(f"arm {text!r}: {part!r} is not key=value with a key of {', '.join(known)}")
         options.append((key, value))
     return Arm(text, None if activation == NATIVE else activation, tuple(options))
 
 
 def parse_arms(texts: list[str]) -> list[Arm]:
-    """Parses the arms of a comparison: at least one, no two the same."""
+    """Parses the arms of a comparison, which must differ."""
     if len(set(texts)) != len(texts):
-        raise InputError(f"--arms: each arm once, not {' '.join(texts)}")
+        raise InputError(f"--arms: give each arm once, not {' '.join(texts)}")
     return [parse_arm(text) for text in texts]
 
 
 def check_baseline(arms: list[Arm], baseline: str | None) -> None:
-    """Raises InputError where the arm to compare with is none of the arms."""
+    """Raises InputError if the baseline is not one of the arms."""
     names = [arm.name for arm in arms]
     if baseline is not None and baseline not in names:
-        raise InputError(f"--baseline {baseline} is none of the arms: {' '.join(names)}")
+        raise InputError(f"--baseline {baseline} is not one of the arms: {' '.join(names)}")
 
 
 def default_baseline(arms: list[Arm]) -> str:
-    """The arm that the others are compared with where the user chose none: gelu, native, or the first."""
+    """The baseline if the user chose none: gelu, else native, else the first arm."""
     names = [arm.name for arm in arms]
     return next((name for name in ("gelu", NATIVE) if name in names), names[0])
 
 
 def parse_grid(texts: list[str]) -> list[dict[str, str]]:
-    """`["beta=0.1,1", "max_steps=5,10"]` → every combination, as recipe options; one empty point without a grid."""
+    """Parses `["beta=0.1,1", "max_steps=5,10"]` into all combinations, as recipe options.
+
+    Without a grid there is one empty point.
+    """
     axes = []
     for text in texts:
         key, equals, values = text.partition("=")
@@ -84,7 +89,7 @@ def parse_grid(texts: list[str]) -> list[dict[str, str]]:
         axes.append([(key, value) for value in points])
     keys = [axis[0][0] for axis in axes]
     if len(set(keys)) != len(keys):
-        raise InputError(f"--grid: each key once, not {' '.join(keys)}")
+        raise InputError(f"--grid: give each key once, not {' '.join(keys)}")
     return [dict(point) for point in itertools.product(*axes)]
 
 
@@ -99,21 +104,21 @@ def grid_name(point: dict[str, str]) -> str:
 
 
 def directory_name(text: str) -> str:
-    """An arm or a grid point as the name of one directory that every file system takes: `:` is `%3A`, `/` is `%2F`."""
+    """An arm or a grid point as a directory name that is valid on every file system: `:` becomes `%3A`, `/` `%2F`."""
     return re.sub(r'[<>:"/\\|?*%\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def arm_dir(output_dir: Path, arm: str, point: dict[str, str]) -> Path:
-    """Where an arm at a grid point has its starting checkpoint, its metrics before training, and its runs."""
-    earlier = output_dir / arm.replace("/", "%2F")  # as version 0.1 called it
+    """The directory of an arm at a grid point: starting checkpoint, metrics before training, and runs."""
+    earlier = output_dir / arm.replace("/", "%2F")  # the name in version 0.1
     return (earlier if earlier.is_dir() else output_dir / directory_name(arm)) / grid_name(point)
 
 
 def check_grid(points: list[dict[str, str]], arms: list[Arm]) -> None:
-    """Refuses grid keys that a comparison sets by itself, reads once for all runs, or that an arm sets.
+    """Refuses grid keys that the comparison sets itself or reads once for all runs, and keys that an arm sets.
 
     Raises:
-        InputError: Such a key.
+        InputError: The grid has such a key.
     """
     taken = {"seed", "data_seed", "output_dir", "activation", "config", "datasets", "streaming", "test_split_size"}
     for key in points[0]:
@@ -125,7 +130,7 @@ def check_grid(points: list[dict[str, str]], arms: list[Arm]) -> None:
 
 
 def number(value: str) -> Any:
-    """A grid value as a number where it is one, for the report."""
+    """Converts a grid value to a number if possible, for the report."""
     try:
         return float(value) if not value.lstrip("+-").isdigit() else int(value)
     except ValueError:

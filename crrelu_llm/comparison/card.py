@@ -1,4 +1,4 @@
-"""A Hugging Face model card of a patched checkpoint: ε per layer, how it was calibrated, what it was measured at."""
+"""The Hugging Face model card of a patched checkpoint: ε per layer, calibration, training and results."""
 
 import json
 from pathlib import Path
@@ -21,13 +21,13 @@ def card(checkpoint: Path, report: Report | None = None, arm: str | None = None)
     """Writes the card of a checkpoint as Markdown with metadata that the Hub reads.
 
     Args:
-        checkpoint: Directory of a patched checkpoint, as `crrelu patch`, `sft` or `dpo` write it, or of a LoRA adapter
-            of one.
-        report: That of a comparison or an evaluation; its metrics go into the card's metadata.
-        arm: The arm of the report that this checkpoint is; may be left out where there is one CRReLU arm.
+        checkpoint: The directory of a patched checkpoint that `crrelu patch`, `sft` or `dpo` wrote, or of a LoRA
+            adapter of such a checkpoint.
+        report: The report of a comparison or an evaluation, whose metrics go into the card's metadata.
+        arm: The arm of the report that this checkpoint belongs to; optional if the report has one CRReLU arm.
 
     Raises:
-        InputError: The directory holds no patched checkpoint, or the report has no such arm, or none that finished.
+        InputError: The directory has no patched checkpoint, or the report has no such arm with a finished run.
     """
     from huggingface_hub import ModelCardData
 
@@ -37,14 +37,14 @@ def card(checkpoint: Path, report: Report | None = None, arm: str | None = None)
     entry = None if report is None else _find(report, arm)
     if entry is not None and entry.activation != section["activation"]:
         raise InputError(
-            f"--arm {entry.arm}: its activation is {entry.activation}, that of {checkpoint} is "
-            f"{section['activation']}; name the arm that this checkpoint is"
+            f"--arm {entry.arm}: its activation is {entry.activation}, but {checkpoint} has "
+            f"{section['activation']}; name the arm that this checkpoint belongs to"
         )
     base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
     data = ModelCardData(
         library_name="peft" if (checkpoint / "adapter_config.json").is_file() else "transformers",
         pipeline_tag=loading.TASKS[_head(checkpoint)],
-        # The Hub links base models by their names there; a path on somebody's disk is none.
+        # The Hub links base models by their Hub names; a local path is not such a name.
         base_model=base if isinstance(base, str) and _is_hub_name(base) else None,
         tags=["crrelu", *mixture.names_of(section["activation"]), *([run["kind"]] if run.get("kind") else [])],
         datasets=_hub_names(report, run) or None,
@@ -59,7 +59,7 @@ def card(checkpoint: Path, report: Report | None = None, arm: str | None = None)
 
 
 def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """The section of the config, and ε of every site from the weights."""
+    """Reads the crrelu section of the config, and ε of every site from the weights."""
     from safetensors import SafetensorError, safe_open
 
     adapter = _read(checkpoint / "adapter_config.json")
@@ -71,11 +71,11 @@ def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
         or not (_are_sites(section["sites"]) and all("original" in site for site in section["sites"]))
     ):
         raise InputError(
-            f"{checkpoint}: no checkpoint that crrelu_llm patched (config.json there has no crrelu section); give the "
-            "output_dir of `crrelu patch`, `sft` or `dpo`"
+            f"{checkpoint}: not a checkpoint that crrelu_llm patched (its config.json has no crrelu section); give "
+            "the output_dir of `crrelu patch`, `sft` or `dpo`"
         )
     epsilon: dict[str, list[float]] = {}
-    # An adapter that did not train ε has none; then it is that of the model under it.
+    # An adapter that did not train ε has none; its ε is that of the base model.
     for file in [*sorted(home.glob("*.safetensors")), *sorted(checkpoint.glob("*.safetensors"))]:
         try:
             with safe_open(file, framework="pt") as weights:
@@ -89,7 +89,7 @@ def _patched(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
 
 
 def _patch_report(checkpoint: Path) -> dict[str, Any]:
-    """What `crrelu patch` wrote beside a checkpoint, or beside the one that it was trained from."""
+    """Reads patch_report.json of a checkpoint, or of the patched checkpoint that it was trained from; else `{}`."""
     for path in (checkpoint / "patch_report.json", checkpoint / "patched" / "patch_report.json"):
         found = _read(path)
         if not found:
@@ -101,7 +101,7 @@ def _patch_report(checkpoint: Path) -> dict[str, Any]:
         )
         whole = whole and isinstance(found.get("options") or {}, dict) and isinstance(perplexity, dict)
         if not whole or (perplexity and not {"tokens", "data", "before", "after"} <= perplexity.keys()):
-            raise InputError(f"{path}: damaged (its sites, options or perplexity); patch again, or remove it")
+            raise InputError(f"{path}: damaged (in sites, options or perplexity); patch again, or remove the file")
         return found
     return {}
 
@@ -111,7 +111,7 @@ def _are_sites(sites: Any) -> bool:
 
 
 def _head(checkpoint: Path) -> str:
-    """transformers' auto class that loads a checkpoint; of an adapter, the one of its task."""
+    """transformers' auto class that loads a checkpoint; for an adapter, the class of its task."""
     adapter = _read(checkpoint / "adapter_config.json")
     if adapter is not None:
         return loading.CLASSIFIER if adapter.get("task_type") == "SEQ_CLS" else loading.CAUSAL_LM
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}); write it again, or remove it") from None
+        raise InputError(f"{path} is not valid JSON ({error}); write the file again, or remove it") from None
     return found if isinstance(found, dict) else None
 
 
@@ -134,7 +134,7 @@ def _find(report: Report, name: str | None) -> Arm:
         done = [arm for arm in done if arm.activation == "crrelu"]
         if len(done) != 1:
             found = ", ".join(arm.arm for arm in report.arms)
-            raise InputError(f"--arm: the report has {len(done)} finished CRReLU arms; say which of {found} this is")
+            raise InputError(f"--arm: the report has {len(done)} finished CRReLU arms; choose one of {found}")
     chosen = [arm for arm in done if name is None or arm.arm == name]
     if not chosen:
         found = ", ".join(arm.arm for arm in done) or "none"
@@ -143,7 +143,7 @@ def _find(report: Report, name: str | None) -> Arm:
 
 
 def _is_hub_name(name: str) -> bool:
-    if name.startswith(("builtin:", ".", "/")) or name.endswith(_FILES):  # a file of data/x.jsonl.gz is none
+    if name.startswith(("builtin:", ".", "/")) or name.endswith(_FILES):  # data/x.jsonl.gz is a file
         return False
     return name.count("/") <= 1 and not Path(name).exists()
 
@@ -155,7 +155,7 @@ def _hub_names(report: Report | None, run: dict[str, Any]) -> list[str]:
 
 
 def _results(report: Report, arm: Arm, head: str) -> list[Any]:
-    """The arm's metrics as the Hub's metadata has them: means over the finished runs."""
+    """The arm's metrics for the Hub's metadata: means over the finished runs."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -175,7 +175,7 @@ def _results(report: Report, arm: Arm, head: str) -> list[Any]:
 
 
 def _data_of(report: Report, metric: str) -> tuple[Data, str]:
-    """The data that a metric was measured on, and the metric's name there; an evaluation's are called task/metric."""
+    """The data on which a metric was measured, and its name there; an evaluation calls it task/metric."""
     if not is_evaluation(report):
         return report.data[-1] if report.data else Data(name="unknown", rows=0, sha256=""), metric
     (task, _, name), tasks = metric.partition("/"), report.recipe.get("tasks")
@@ -194,13 +194,13 @@ def _introduction(checkpoint: Path, section: dict[str, Any], base: Any) -> str:
     originals = ", ".join(sorted({str(site["original"]) for site in section["sites"]}))
     formula = "`max(0, x) + ε·x·exp(−x²/2)`"
     if section.get("density") == "fitted":
-        formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, μ and σ those of each layer's own inputs"
+        formula = "`max(0, x) + ε·(x − μ)·exp(−(x − μ)²/2σ²)`, with μ and σ fitted to each layer's inputs"
     what = mixture.in_words(section["activation"])
     if what == "crrelu":
         what = f"CRReLU, {formula} ({PAPER}), {per}"
     if section.get("calibrated"):
-        what += ", calibrated: `gain·f(scale·(x + shift)) + offset`, the four those of each channel"
-    # A directory of somebody's disk is not for the world to read.
+        what += ", calibrated: `gain·f(scale·(x + shift)) + offset`, with these four numbers for each channel"
+    # The card is public, so a local path is reduced to its last part.
     source = f" of {_code(base if _is_hub_name(str(base)) else Path(str(base)).name)}" if base else ""
     return (
         f"# {escape_markdown(checkpoint.resolve().name)}\n\n"
@@ -218,14 +218,14 @@ def _use(checkpoint: Path) -> str:
     if head != loading.CAUSAL_LM:
         return use
     if (checkpoint / "adapter_config.json").is_file():
-        return use + "\n\nvLLM takes no adapter that trained ε: merge it into its model first (`merge_and_unload`)."
+        return use + "\n\nvLLM does not load adapters that trained ε: merge this one first (`merge_and_unload`)."
     if is_standalone(_read(checkpoint / "config.json") or {}):
         use += (
-            "\n\nWithout `crrelu_llm`, `modeling_crrelu.py` of this checkpoint does the same, more slowly:\n\n"
+            "\n\nWithout `crrelu_llm`, `modeling_crrelu.py` in this checkpoint does the same, but more slowly:\n\n"
             f"```python\nmodel = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n```"
         )
     code = " --trust-remote-code" if is_standalone(_read(checkpoint / "config.json") or {}) else ""
-    return f"{use}\n\nvLLM serves it: `vllm serve {checkpoint.resolve().name} --model-impl transformers{code}`."
+    return f"{use}\n\nServe it with vLLM: `vllm serve {checkpoint.resolve().name} --model-impl transformers{code}`."
 
 
 def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict[str, Any]) -> str:
@@ -233,7 +233,7 @@ def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict
     rows = [
         "## The layers",
         "",
-        "| layer | original | ε: mean | least | most | scale | error |",
+        "| layer | original | ε: mean | minimum | maximum | scale | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for site in section["sites"]:
@@ -244,8 +244,8 @@ def _table(section: dict[str, Any], epsilon: dict[str, list[float]], patch: dict
         rows.append(f"| {_code(site['path'])} | {_code(site['original'])} | " + " | ".join(texts) + " |")
     rows += [
         "",
-        "Scale: mean size of the factor that an input is multiplied by, inside the activation; 1 where nothing is "
-        "calibrated. Error: of the MLP's product right after the patch, relative.",
+        "Scale: the mean absolute factor that multiplies the input inside the activation; 1 without calibration. "
+        "Error: the relative error of the MLP's product right after the patch.",
     ]
     return "\n".join(rows)
 

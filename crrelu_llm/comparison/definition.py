@@ -1,4 +1,4 @@
-"""What a comparison is: arms × grid points × seeds of one recipe, and where each of its parts is on disk."""
+"""The definition of a comparison: arms × grid points × seeds of one recipe, and the paths of its files."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,24 +12,24 @@ BEFORE = "before.json"
 
 @dataclass
 class Comparison:
-    """What is compared, and where.
+    """The runs of a comparison, and its directories.
 
     Attributes:
-        kind: Name of the kind of training: `"sft"`, `"dpo"`, ...
+        kind: The name of the kind of training: `"sft"`, `"dpo"`, ...
         argv: The recipe's own options (`--config R.yaml ...`).
         arms: The arms.
-        seeds: One run of every arm for each.
-        points: Grid points; a single empty one without a grid.
-        baseline: Name of the arm that the others are compared with, where the user chose one.
-        output_dir: Where everything goes.
+        seeds: The seeds; every arm has one run for each.
+        points: The grid points; without a grid, one empty point.
+        baseline: The name of the baseline arm, if the user chose one.
+        output_dir: The directory of the comparison.
         command: The exact command, for the report.
         keep_models: Whether the trained models are saved.
-        tune: Recipe options to try with each arm, of which the best on held-out training rows is taken.
-        patched_dir: Where the patched copies are, by arm, to share them with other comparisons; else in `output_dir`.
-        tuned: The options that were taken, by arm and grid point.
-        after: A comparison whose trained models the runs start from, each from that of its own arm and seed.
-        after_seed: The seed of the model that every run starts from, where it is not its own.
-        calm: Whether each run is one line, without its logs.
+        tune: Recipe options to try with each arm; the best ones on held-out training rows are used.
+        patched_dir: The directory of the patched copies, if shared with other comparisons; else `output_dir`.
+        tuned: The options that tuning chose, by arm and grid point.
+        after: The directory of a comparison whose trained models the runs start from, by arm and seed.
+        after_seed: The seed of the model that every run starts from, if it is not the run's own seed.
+        calm: Whether each run prints one line instead of its logs.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Comparison:
     calm: bool = False
 
     def recipe(self, arm: Arm, point: dict[str, str], seed: int) -> Recipe:
-        """The recipe of one run; arms differ in the activation section only."""
+        """The recipe of one run; arms differ only in the activation section."""
         directory = self.run_dir(arm.name, point, seed)
         chosen = self.tuned.get((arm.name, grid_name(point)), {})
         argv = [*self.argv, *grid_argv(point), *grid_argv(chosen), *arm.argv]
@@ -58,11 +58,11 @@ class Comparison:
         if arm.activation is None:
             recipe.activation.activation = None
         if getattr(recipe.training, "eval_packing", False) is None:
-            recipe.training.eval_packing = False  # so that an item is a document, in every arm the same one
+            recipe.training.eval_packing = False  # so that an item is one document, the same in every arm
         return recipe
 
     def run_dir(self, arm: str, point: dict[str, str], seed: int) -> Path:
-        """`D/<arm>/seed-<n>`, with the grid point between."""
+        """The directory of a run: `D/<arm>/<grid point>/seed-<n>`; without a grid, `D/<arm>/seed-<n>`."""
         return arm_dir(self.output_dir, arm, point) / f"seed-{seed}"
 
     def patched(self, arm: str, point: dict[str, str]) -> Path:
@@ -70,13 +70,13 @@ class Comparison:
         return patched_copy(self.patched_dir or self.output_dir, arm, point)
 
     def trained_before(self, arm: str, seed: int) -> Path | None:
-        """The trained model that a run starts from."""
+        """The trained model that a run starts from; None without `after`."""
         if self.after is None:
             return None
         return arm_dir(self.after, arm, {}) / f"seed-{seed if self.after_seed is None else self.after_seed}"
 
     def tries(self) -> "Comparison":
-        """The comparison of the tries, in a directory of its own, from the same patched copies."""
+        """The comparison that runs the tries, in its own directory, from the same patched copies."""
         return replace(
             self,
             points=[point | attempt for point in self.points for attempt in self.tune],
@@ -90,12 +90,12 @@ class Comparison:
 
 
 def patched_copy(directory: Path, arm: str, point: dict[str, str]) -> Path:
-    """Where the patched copy is; what a run's training alone depends on has no part in its name."""
+    """The directory of a patched copy; grid keys that affect only the training are not part of its name."""
     earlier = arm_dir(directory, arm, point) / "patched"
     return earlier if earlier.is_dir() else arm_dir(directory, arm, tuning.starting_point(point)) / "patched"
 
 
 def before_training(directory: Path, arm: str, point: dict[str, str]) -> Path:
-    """Where the metrics of an arm before training are."""
+    """The file with the metrics of an arm before training."""
     earlier = arm_dir(directory, arm, point) / BEFORE
     return earlier if earlier.is_file() else arm_dir(directory, arm, tuning.starting_point(point)) / BEFORE

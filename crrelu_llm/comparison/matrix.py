@@ -1,4 +1,4 @@
-"""The run matrix: every arm × grid point × seed of one recipe, finished runs kept, killed ones resumed."""
+"""The run matrix: every arm × grid point × seed of one recipe. Finished runs are kept, killed runs are resumed."""
 
 import contextlib
 import gc
@@ -43,12 +43,12 @@ class RunsFailed(RuntimeError):
 
 
 def run_comparison(comparison: Comparison) -> None:
-    """Runs what is missing. The report is made from the files, by `comparison.results.build_report`.
+    """Runs the missing runs. `comparison.results.build_report` makes the report from their files.
 
     Raises:
-        InputError: Anything wrong with the recipe, an arm, the grid or the output directory, before any training.
-        RunsFailed: Some did; the others are on disk.
-        DiskError: The disk is full or read-only; the comparison stops there, and what is finished is kept.
+        InputError: The recipe, an arm, the grid or the output directory is wrong; raised before any training.
+        RunsFailed: Some runs failed; the others are on disk.
+        DiskError: The disk is full or read-only; the comparison stops, and finished runs are kept.
     """
     recipe = _check_everything(comparison)
     claim(comparison, recipe)
@@ -60,7 +60,7 @@ def run_comparison(comparison: Comparison) -> None:
         with main_process_first():
             if PartialState().is_main_process:
                 held.enter_context(alone(comparison.output_dir, "crrelu compare"))
-        claim(comparison, recipe)  # another call may have begun meanwhile
+        claim(comparison, recipe)  # another call may have started in the meantime
         record(comparison, recipe, train, test)
         if comparison.tune:
             _tune(comparison, recipe, train, held_out)
@@ -68,11 +68,11 @@ def run_comparison(comparison: Comparison) -> None:
 
 
 def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> None:
-    """Runs the tries that are missing, and takes the best of each arm and grid point, once for all."""
+    """Runs the missing tries, and chooses the best try of each arm and grid point, permanently."""
     attempts = comparison.tries()
     claim(attempts, recipe)
     record(attempts, recipe, train, held_out)
-    _say(f"{len(attempts.points) * len(attempts.arms)} tries on {len(held_out)} held-out training rows")
+    _say(f"{len(attempts.points) * len(attempts.arms)} tries, evaluated on {len(held_out)} held-out training rows")
     with contextlib.suppress(RunsFailed):  # a try may diverge
         _run_all(attempts, train, held_out)
     names = [arm.name for arm in comparison.arms]
@@ -81,7 +81,7 @@ def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> 
     for point, entry in tuning.read_tries(comparison.output_dir, names, comparison.points, comparison.tune, *judged):
         key = tuning.key_of(entry.arm, point)
         if entry.chosen is None:
-            _say(f"{key}: no try of {', '.join(entry.values)} ended with a finite {judged[0]}")
+            _say(f"{key}: none of {', '.join(entry.values)} gave a finite {judged[0]}")
             continue
         chosen[key] = comparison.tuned[entry.arm, grid_name(point)] = entry.chosen
         _say(f"{key}: {grid_name(entry.chosen)} is the best of the tries")
@@ -90,7 +90,7 @@ def _tune(comparison: Comparison, recipe: Recipe, train: Any, held_out: Any) -> 
 
 
 def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
-    """Trains what is missing."""
+    """Trains the missing runs."""
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
     lines = Lines(len(todo)) if comparison.calm else None
@@ -100,25 +100,25 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
             label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
             name = ", ".join([arm.name, *filter(None, [grid_name(point)]), f"seed {seed}"])
             if from_main(is_done(directory)):
-                _discard(comparison, directory)  # the call that made it may have been killed before
+                _discard(comparison, directory)  # the call that trained it may have been killed before
                 lines.keep(name) if lines else _say(f"{label}: kept")
                 continue
             lines.begin(name) if lines else _say(f"{label}: training")
             try:
                 if comparison.tune and (arm.name, grid_name(point)) not in comparison.tuned:
-                    raise RuntimeError("no try of --tune ended with a finite number")
+                    raise RuntimeError("none of the --tune values gave a finite result")
                 _one_run(comparison, arm, point, seed, train, test, lines)
                 if interrupted:
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_how_to_go_on(comparison, todo)) from None
-            except DiskError as error:  # every run after it would fail alike
+            except DiskError as error:  # every later run would fail too
                 raise DiskError(f"{error}; {_how_to_go_on(comparison, todo)}") from error
-            except Exception as error:  # one arm that diverges or runs out of memory must not take the others with it
+            except Exception as error:  # an arm that diverges or runs out of memory must not stop the others
                 if isinstance(error, InputError) and index == 0:  # nothing has been trained: the recipe is wrong
                     raise
                 message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                if PartialState().num_processes > 1:  # the others are somewhere else in this run: none can go on
+                if PartialState().num_processes > 1:  # the others wait elsewhere in this run and cannot continue
                     rank = PartialState().process_index
                     print(f"{label}: process {rank}: {message}; {_how_to_go_on(comparison, todo)}", file=sys.stderr)
                     raise
@@ -135,7 +135,7 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C, also where a destructor has swallowed the KeyboardInterrupt."""
+    """Yields a list that is not empty after Ctrl-C, even if a destructor has swallowed the KeyboardInterrupt."""
     pressed: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
         yield pressed
@@ -159,7 +159,7 @@ def _interrupts() -> Iterator[list[bool]]:
 
 
 def is_done(directory: Path) -> bool:
-    """Whether a run is complete: its run.json, written last, says so."""
+    """Whether a run is finished, according to its run.json, which is written last."""
     path = directory / RUN
     return path.is_file() and json.loads(path.read_text()).get("status") == "done"
 
@@ -174,11 +174,11 @@ def _one_run(
         lines.watch(trainer)
     _keep_texts(comparison, recipe.kind, trainer)
     before_path = before_training(comparison.output_dir, arm.name, point)
-    if own or recipe.kind.auto_class == loading.CLASSIFIER:  # a model, or a head, of each seed's own
+    if own or recipe.kind.auto_class == loading.CLASSIFIER:  # each seed has its own model or head
         before_path = Path(trainer.args.output_dir) / BEFORE
     before = BeforeTraining(recipe.kind, trainer, before_path)
     trainer.add_callback(before)
-    # A run that goes on has other weights than the first step: without its `before` it starts again.
+    # A resumed run no longer has its starting weights: without before.json, the run starts again.
     newest = checkpoint_to_resume("auto", Path(trainer.args.output_dir)) if from_main(before.path.is_file()) else None
     trainer.args.resume_from_checkpoint = from_main(newest)
 
@@ -199,7 +199,7 @@ def _one_run(
 def _start(
     comparison: Comparison, recipe: Recipe, arm: Arm, point: dict[str, str], seed: int, train: Any
 ) -> tuple[str, bool]:
-    """The checkpoint that a run starts from, and whether that is one of its seed's own."""
+    """The checkpoint that a run starts from, and whether this checkpoint belongs to one seed."""
     trained = comparison.trained_before(arm.name, seed)
     if trained is not None:
         return str(trained.resolve()), True
@@ -217,7 +217,7 @@ def _start(
         config,
         patched,
         recipe.model.dtype or "float32",
-        # The arm of the model as it is shares the recipe with the others.
+        # The unpatched arm shares the recipe with the others.
         trains_affine=recipe.activation.affine_learning_rate > 0 and config is not None,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
@@ -226,25 +226,25 @@ def _start(
 
 
 def _keep_texts(comparison: Comparison, kind: Kind, trainer: Any) -> None:
-    """Keeps what the evaluation items say, once for all runs, for the report's examples."""
+    """Saves the texts of the evaluation items, once for all runs, for the report's examples."""
     path = comparison.output_dir / TEXTS
     if PartialState().is_main_process and not path.is_file():
         write_json(path, kind.texts(trainer))
 
 
 class BeforeTraining(TrainerCallback):
-    """Evaluates an arm's starting point once, when the model is wrapped and sharded, before the first step."""
+    """Evaluates an arm's starting point once, after the model is wrapped and sharded, and before the first step."""
 
     def __init__(self, kind: Kind, trainer: Any, path: Path):
         self.kind, self.trainer, self.path = kind, trainer, path
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the metrics and the share of zeros, unless another seed of the arm has."""
+        """Writes the metrics and the share of zeros, unless another seed of the arm has written them."""
         if from_main(self.path.is_file()):
             return
         started, logged = time.perf_counter(), len(state.log_history)
-        with torch.random.fork_rng():  # the run must be what it is without this evaluation
+        with torch.random.fork_rng():  # this evaluation must not change the run
             metrics, _ = self.kind.evaluate(self.trainer)
             sparsity = sparsity_of_trainer(self.trainer)
         del state.log_history[logged:]
@@ -254,7 +254,7 @@ class BeforeTraining(TrainerCallback):
 
 
 def _discard(comparison: Comparison, directory: Path) -> None:
-    """Removes the checkpoints of a finished run where models are not wanted."""
+    """Removes the checkpoints of a finished run if models are not kept."""
     if not comparison.keep_models and PartialState().is_main_process:
         for saved in directory.glob("checkpoint-*"):
             remove(saved)
@@ -266,7 +266,7 @@ def _how_to_go_on(comparison: Comparison, todo: list[tuple[Arm, dict[str, str], 
 
 
 def _source(comparison: Comparison, recipe: Recipe) -> str:
-    """The MODEL every arm starts from; a GGUF file is converted once for all of them."""
+    """The model that every arm starts from; a GGUF file is converted once for all arms."""
     model = str(recipe.model.model_name_or_path)
     if not loading.is_gguf(model):
         return model
@@ -275,12 +275,12 @@ def _source(comparison: Comparison, recipe: Recipe) -> str:
 
 
 def _check_everything(comparison: Comparison) -> Recipe:
-    """Parses every arm's recipe before the first run is started; returns the recipe that they share."""
+    """Parses every arm's recipe before the first run starts; returns the shared recipe."""
     base = parse(comparison.kind, comparison.argv)
     model = str(base.model.model_name_or_path)
     points = comparison.tries().points if comparison.tune else comparison.points
     if comparison.tune and tuning.SEED in comparison.seeds:
-        raise InputError(f"--seeds: {tuning.SEED} is the seed of the tries that --tune makes; choose another")
+        raise InputError(f"--seeds: {tuning.SEED} is the seed that --tune uses for its tries; choose another")
     check_grid(points, comparison.arms)
     if comparison.tune and (both := comparison.points[0].keys() & comparison.tune[0].keys()):
         raise InputError(f"--tune {min(both)}=…: --grid sets this key too; leave one of them out")
@@ -314,14 +314,14 @@ def _check_everything(comparison: Comparison) -> Recipe:
 
 
 def _check_trained(directory: Path | None) -> None:
-    """Raises InputError where `--after` names no finished run whose whole model was saved."""
+    """Raises InputError if the model that a run starts from, by `--after`, is unfinished or was not saved whole."""
     if directory is None:
         return
     if not is_done(directory):
-        raise InputError(f"--after: {directory} is no finished run; give the same arms and seeds as there")
+        raise InputError(f"--after: {directory} is not a finished run; use the arms and seeds of that comparison")
     if not (directory / "config.json").is_file():
         raise InputError(
-            f"--after: {directory} holds no whole model; compare there without --discard_models and without adapters"
+            f"--after: {directory} has no whole model; that comparison must run without --discard_models and adapters"
         )
 
 

@@ -1,4 +1,4 @@
-"""A comparison's progress: one calm line a run with the time left, in place of each training's logs."""
+"""The progress of a comparison: one line per run with the time left, instead of the logs of each training."""
 
 import sys
 import time
@@ -14,11 +14,12 @@ _CELLS = 20
 
 
 class Lines:
-    """The lines of a comparison, on stderr; on a terminal the line of the present run moves, elsewhere it is written
-    once, when the run has ended.
+    """The lines of a comparison, on stderr.
+
+    On a terminal, the line of the current run is updated; elsewhere it is written once, when the run has ended.
 
     Args:
-        runs: How many there are.
+        runs: The number of runs.
     """
 
     def __init__(self, runs: int):
@@ -28,34 +29,34 @@ class Lines:
         self.moves = sys.stderr.isatty() and PartialState().is_main_process
 
     def begin(self, label: str) -> None:
-        """A run begins."""
+        """Starts the line of a run."""
         self.label, self.began = label, time.monotonic()
         self._show(0.0)
 
     def watch(self, trainer: Any) -> None:
-        """Shows a trainer's steps, and none of its logs."""
+        """Shows the steps of a trainer, and hides its logs."""
         for theirs in (QuietPrinterCallback, QuietProgressCallback):
             trainer.remove_callback(theirs)
         trainer.add_callback(_Moves(self))
 
     def step(self, done: int, of: int) -> None:
-        """The present run has come so far."""
+        """Updates the line of the current run, which has done `done` of `of` steps."""
         self._show(done / max(of, 1))
 
     def end(self, said: str) -> None:
-        """The present run has ended, or it was there before."""
+        """Ends the line of the current run."""
         self.ended += 1
         took = duration(time.monotonic() - self.began)
         self._write(f"{self._place(self.ended)} {self.label}: {said} in {took}{self._left(self.ended)}", "\n")
 
     def keep(self, label: str) -> None:
-        """A run that was there before."""
+        """Writes the line of a run that an earlier call finished."""
         self.ended += 1
         self.kept += 1
         self._write(f"{self._place(self.ended)} {label}: kept", "\n")
 
     def close(self) -> None:
-        """Takes a line that moves away: what is printed next has one of its own."""
+        """Clears an unfinished line, so that later output starts on an empty line."""
         if self._moving:
             self._write("", "")
 
@@ -84,11 +85,11 @@ class Lines:
 
 
 class _Moves(TrainerCallback):
-    """Moves the line with every step."""
+    """Updates the line after every step."""
 
     def __init__(self, lines: Lines):
         self.lines = lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step of the present run is done."""
+        """Reports a finished step of the current run."""
         self.lines.step(state.global_step, state.max_steps)

@@ -1,4 +1,4 @@
-"""From the files of a comparison to the report: arms, runs, paired comparisons."""
+"""Builds the report of a comparison from its files: arms, runs, paired comparisons."""
 
 import json
 import math
@@ -26,12 +26,12 @@ from crrelu_llm.training.run import RUN
 
 NOT_RUN = "not run yet"
 UNITS: tuple[Unit, ...] = ("seed", "item", "both")
-# Metrics of which an item is right or wrong.
+# Metrics whose items are right or wrong.
 _RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accuracy")
-# What counts as no difference: 0.01 nats of loss and so 1 % of perplexity (given as a share of the baseline's), one
-# point of an accuracy. A reward margin has no scale of its own.
+# The largest negligible differences: 0.01 nats of loss, and so 1 % of perplexity (as a share of the baseline's), and
+# one point of an accuracy. A reward margin has no natural scale.
 MARGINS = {"loss": 0.01, "perplexity": 0.01, "token_accuracy": 0.01} | dict.fromkeys(_RIGHT_OR_WRONG, 0.01)
-# What the report has of a run.json, and what it has where that is missing.
+# The fields of run.json that the report takes, with their values if they are missing.
 _EMPTY: dict[str, Any] = {
     **dict.fromkeys(("status", "error", "train_seconds", "steps", "tokens_per_second", "peak_memory_bytes")),
     **{"metrics": {}, "epsilon": {}, "epsilon_start": {}, "curves": {}, "history": [], "sparsity": {}},
@@ -40,7 +40,7 @@ _EMPTY: dict[str, Any] = {
 
 @dataclass
 class Outcome:
-    """What a run left behind: its part of the report, its values of every item, and where it ran."""
+    """The results of a run: its part of the report, its value for every item, and its environment."""
 
     run: Run
     items: dict[str, list[float]] = field(default_factory=dict)
@@ -52,14 +52,14 @@ Pairs = list[tuple[Outcome, Outcome]]  # of baseline and candidate, one a seed
 
 
 def build_report(directory: Path, margins: dict[str, float] | None = None) -> Report:
-    """The report of a comparison, from what is on disk: runs that are missing or failed are named as such.
+    """Builds the report of a comparison from its files; missing and failed runs are listed as such.
 
     Args:
-        directory: Where the comparison is.
-        margins: What counts as no difference, by metric, in the metric's unit; of the others, `MARGINS`.
+        directory: The directory of the comparison.
+        margins: The largest negligible difference of some metrics, in each metric's unit; `MARGINS` for the others.
 
     Raises:
-        InputError: The directory holds no comparison, or none of a metric that `margins` names.
+        InputError: The directory has no comparison, or the comparison lacks a metric that `margins` names.
     """
     from crrelu_llm.evaluation.metrics import METRICS
 
@@ -112,7 +112,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
 
 
 def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_better: bool) -> Tuning | None:
-    """The tries of each arm, and what was chosen; None where nothing was tuned."""
+    """The tries of each arm, and the chosen options; None without tuning."""
     if not settings.get("tune"):
         return None
     arms, points = settings["arms"], settings["points"]
@@ -126,7 +126,7 @@ def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_be
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> Outcome:
     place = arm_dir(directory, arm, point)
     run: dict[str, Any] = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
-    own = _read_json(place / f"seed-{seed}" / BEFORE)  # where it started from a model of its own
+    own = _read_json(place / f"seed-{seed}" / BEFORE)  # if the run started from its own model
     before = own or _read_json(before_training(directory, arm, point)) or {}
     begun = {"seed": seed, "grid": _grid(point), "sparsity_before": before.pop("sparsity", {}), "before": before}
     known = {name: value for name, value in run.items() if name in _EMPTY}
@@ -145,7 +145,7 @@ def _arm(directory: Path, name: str, settings: dict[str, Any], runs: Outcomes) -
     copies = Path(settings.get("patched_dir", directory))
     places = [patched_copy(copies, name, point) for point in settings["points"]]
     places += [
-        arm_dir(directory, name, point) / f"seed-{seed}" / "patched"  # where each seed starts from a model of its own
+        arm_dir(directory, name, point) / f"seed-{seed}" / "patched"  # if each seed starts from its own model
         for point in settings["points"]
         for seed in settings["seeds"]
     ]
@@ -170,10 +170,10 @@ def compare_runs(
     """All paired comparisons with the baseline, by seed, by item and by both, corrected for their number.
 
     Args:
-        settings: The comparison's: `baseline`, `arms`, `seeds`, `points`.
-        runs: What each run left. Pairs need both runs finished.
-        metrics: Direction of each metric, and whether it is a reference, which is not compared.
-        margins: What counts as no difference, by metric, in the metric's unit.
+        settings: The `baseline`, `arms`, `seeds` and `points` of the comparison.
+        runs: The results of each run. A pair needs two finished runs.
+        metrics: The direction of each metric, and whether it is a reference; references are not compared.
+        margins: The largest negligible difference of some metrics, in each metric's unit.
     """
     baseline = settings["baseline"]
     found = []
@@ -189,7 +189,7 @@ def compare_runs(
 
 
 def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid, Pairs]]:
-    """Candidate, grid values, and the runs of baseline and candidate of every seed that finished in both."""
+    """Yields candidate, grid values, and the runs of baseline and candidate for every seed that finished in both."""
     baseline = settings["baseline"]
     for point in settings["points"]:
         for candidate in (arm for arm in settings["arms"] if arm != baseline):
@@ -206,7 +206,7 @@ def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid
 def _single_items(
     headline: str, settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], texts: list[dict[str, Any]]
 ) -> tuple[list[Change], list[Example]]:
-    """How the headline metric of each item, averaged over seeds, changed to each candidate, and where most."""
+    """The changes of the headline metric by item, averaged over seeds, for each candidate, and the largest of them."""
     changes: list[Change] = []
     examples: list[Example] = []
     if headline not in metrics:
@@ -265,16 +265,16 @@ def _compare(
 
 
 def _items(metric: str, pairs: Pairs) -> list[np.ndarray] | None:
-    """The items' values of baseline and candidate, each of shape `(seeds, items)`; None where runs lack them."""
+    """The values of the items for baseline and candidate, each `(seeds, items)`; None if a run lacks them."""
     if not all(metric in one.items for pair in pairs for one in pair):
         return None
     if len({len(one.items[metric]) for pair in pairs for one in pair}) > 1:
-        return None  # not the same evaluation data: the items have no pairs
+        return None  # different evaluation data: the items cannot be paired
     return [np.array([one.items[metric] for one in side], dtype=float) for side in zip(*pairs, strict=True)]
 
 
 def _margin(metric: str, pairs: Pairs) -> float | None:
-    """The margin where the user gave none."""
+    """The default margin of a metric, in its unit."""
     margin = MARGINS.get(metric)
     if metric != "perplexity" or margin is None:
         return margin

@@ -1,4 +1,4 @@
-"""comparison.json: what two calls of the same comparison share, and what its directory holds."""
+"""comparison.json: the settings that all calls of a comparison share, its runs so far, and its data."""
 
 import json
 import time
@@ -18,7 +18,7 @@ _KEYS = {"identity", "kind", "commands", "created", "baseline", "arms", "seeds",
 
 
 def claim(comparison: Comparison, recipe: Recipe) -> None:
-    """Refuses a directory that holds anything but this comparison."""
+    """Refuses a directory that contains anything except this comparison."""
     directory = comparison.output_dir
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output_dir {directory} is a file; choose a directory")
@@ -30,15 +30,16 @@ def claim(comparison: Comparison, recipe: Recipe) -> None:
         old, new = found["identity"], wanted
         differs = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         raise InputError(
-            f"{directory} already holds another comparison (different: {', '.join(differs)}); choose another"
+            f"{directory} already holds another comparison (different: {', '.join(differs)}); choose another "
+            "output_dir"
         )
 
 
 def record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> None:
-    """Writes comparison.json: what is asked for by now, and the data by its hash.
+    """Writes comparison.json: the runs requested so far, and the hashes of the data.
 
     Raises:
-        InputError: The directory's comparison was begun with other data.
+        InputError: The comparison in the directory was started with other data.
     """
     from crrelu_llm.data import sha256
 
@@ -57,7 +58,7 @@ def record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> Non
     old = read_settings(directory) if (directory / SETTINGS).is_file() else {}
     if old and old["data"] != data:
         raise InputError(
-            f"{directory}: the data has changed since this comparison was begun; choose another output_dir"
+            f"{directory}: the data has changed since this comparison was started; choose another output_dir"
         )
     asked = [
         [arm.name, grid_name(point), seed]
@@ -87,10 +88,10 @@ def record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> Non
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """comparison.json of a directory.
+    """Reads comparison.json of a directory.
 
     Raises:
-        InputError: There is none.
+        InputError: The file is missing, damaged, or of another version.
     """
     path = directory / SETTINGS
     if not path.is_file():
@@ -98,14 +99,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove it to begin the comparison anew") from error
+        raise InputError(f"{path} is damaged ({error}); remove it to start the comparison again") from error
     if not isinstance(settings, dict) or not settings.keys() >= _KEYS:
-        raise InputError(f"{path} is not one that this version of crrelu_llm wrote; choose another directory")
+        raise InputError(f"{path} was not written by this version of crrelu_llm; choose another directory")
     return settings
 
 
 def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
-    """What two calls must share to be the same comparison: everything but arms, seeds and grid."""
+    """The settings that identify a comparison: all except arms, seeds and grid."""
     values = {key: value for key, value in recipe.values.items() if key not in ("seed", "output_dir")}
     hidden = {} if recipe.hidden is None else {"hidden": recipe.hidden}
     more: dict[str, Any] = {"tune": comparison.tune} if comparison.tune else {}

@@ -1,4 +1,4 @@
-"""How the difference from the baseline develops over training, from the evaluations that the trainer logged."""
+"""The difference from the baseline during training, from the evaluations that the trainer logged."""
 
 from collections.abc import Iterable
 
@@ -9,17 +9,17 @@ from crrelu_llm.statistics.paired import compare_metric
 def trajectories(
     pairs: Iterable[tuple[str, Grid, list[tuple[Run, Run]]]], baseline: str, metric: str, higher_is_better: bool
 ) -> list[Trajectory]:
-    """The paired difference in a logged metric at every step at which all runs of a pair were evaluated.
+    """The paired difference in a logged metric, at each step at which all runs of baseline and candidate have it.
 
     Args:
-        pairs: Candidate, grid values, and the `(baseline, candidate)` runs of each seed.
+        pairs: The candidate, the grid values, and the `(baseline, candidate)` runs of each seed.
         baseline: The baseline's name.
-        metric: What the trainer logs of an evaluation: `eval_loss`, `eval_reward`.
-        higher_is_better: Its direction.
+        metric: The name of the metric in the logs: `eval_loss`, `eval_reward`.
+        higher_is_better: Whether a larger value is better.
 
     Returns:
-        Paired over the seeds (Student's interval; None of a single seed); empty where the recipe has no
-        `eval_strategy`.
+        The differences, paired over seeds, with Student's interval (None for a single seed). Empty if the recipe has
+        no `eval_strategy`.
     """
     found = []
     for candidate, grid, runs in pairs:

@@ -1,4 +1,4 @@
-"""A recipe key chosen for each arm by itself: the same tries for all, judged on rows that no run trains on."""
+"""Chooses recipe keys for each arm separately: the same tries for all arms, evaluated on held-out training rows."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.report.schema import Try
 from crrelu_llm.training.run import RUN
 
-TUNING = "tuning"  # directory of the tries, a comparison of its own
-CHOSEN = "chosen.json"  # there: what was chosen, for good
-SEED = 1000  # of the tries: none of the seeds that are compared shares its luck
+TUNING = "tuning"  # the directory of the tries, which are a comparison of their own
+CHOSEN = "chosen.json"  # in that directory: the chosen options, which later calls keep
+SEED = 1000  # of the tries; no compared run has this seed
 _LARGEST_SHARE = 0.2
-# Keys that change neither the model that a run starts with nor how it is evaluated.
+# Keys that affect neither the model that a run starts from nor its evaluation.
 TRAINING_ALONE = frozenset(
     (
         *("learning_rate", "epsilon_learning_rate", "affine_learning_rate", "weight_decay", "epsilon_weight_decay"),
@@ -27,10 +27,10 @@ TRAINING_ALONE = frozenset(
 
 
 def parse_tune(texts: list[str]) -> list[dict[str, str]]:
-    """`["learning_rate=1e-5,1e-4"]` → its tries, as recipe options; none without `--tune`.
+    """Parses `["learning_rate=1e-5,1e-4"]` into tries, as recipe options; none without `--tune`.
 
     Raises:
-        InputError: Not written so, fewer than two values, or a key that a run's training does not depend on alone.
+        InputError: The format is wrong, a key has fewer than two values, or it affects more than the training.
     """
     if not texts:
         return []
@@ -48,21 +48,23 @@ def parse_tune(texts: list[str]) -> list[dict[str, str]]:
 
 
 def starting_point(point: dict[str, str]) -> dict[str, str]:
-    """What of a grid point decides the model that a run starts with and how it is evaluated."""
+    """The part of a grid point that affects the model that a run starts from, or its evaluation."""
     return {key: value for key, value in point.items() if key not in TRAINING_ALONE}
 
 
 def hold_out(train: Any, test: Any) -> tuple[Any, Any]:
-    """Training rows without those that the tries are judged on, and these: as many as are tested, at most a fifth.
+    """Splits the training rows into rows to train on and held-out rows to evaluate the tries.
+
+    As many rows are held out as the test data has, but at most a fifth.
 
     Raises:
         InputError: The training data is a stream, or has too few rows.
     """
     if not hasattr(train, "train_test_split") or not hasattr(test, "__len__"):
-        raise InputError("--tune holds rows of the training data out, and this data is a stream; leave it out")
+        raise InputError("--tune holds out training rows, which is impossible for streamed data; leave --tune out")
     rows = min(len(test), int(len(train) * _LARGEST_SHARE))
     if rows < 1:
-        raise InputError(f"--tune holds training rows out to judge by, and there are only {len(train)}")
+        raise InputError(f"--tune holds out training rows, but there are only {len(train)}; leave --tune out")
     parts = train.train_test_split(test_size=rows, seed=SEED)
     return parts["train"], parts["test"]
 
@@ -75,15 +77,15 @@ def read_tries(
     metric: str,
     higher_is_better: bool,
 ) -> list[tuple[dict[str, str], Try]]:
-    """What the tries gave, an entry for each grid point and arm.
+    """Reads the results of the tries, with one entry for each grid point and arm.
 
     Args:
-        directory: Of the comparison.
-        arms: Their names.
-        points: Grid points of the comparison.
+        directory: The directory of the comparison.
+        arms: The names of the arms.
+        points: The grid points of the comparison.
         tune: The tries.
-        metric: What they are judged by.
-        higher_is_better: Its direction.
+        metric: The metric by which the best try is chosen.
+        higher_is_better: Whether a larger value is better.
     """
     found, kept = [], read_chosen(directory)
     for point in points:
@@ -101,12 +103,12 @@ def read_tries(
 
 
 def key_of(arm: str, point: dict[str, str]) -> str:
-    """What an arm's choice at a grid point is called in `CHOSEN`."""
+    """The key of an arm at a grid point in `CHOSEN`."""
     return ", ".join(filter(None, (arm, grid_name(point))))
 
 
 def read_chosen(directory: Path) -> dict[str, dict[str, str]]:
-    """What a comparison has chosen before: finished runs were trained with it, so it stays."""
+    """Reads the options chosen by earlier calls. They stay, because finished runs were trained with them."""
     path = directory / TUNING / CHOSEN
     return json.loads(path.read_text()) if path.is_file() else {}
 

@@ -22,17 +22,17 @@ def verdict_sentence(report: Report) -> str:
 def write_report(report: Report, output_dir: Path) -> Report:
     """Writes report.json, report.md and report.html.
 
-    Each file is written beside and renamed, the numbers (report.json) first, so that an interrupted call leaves
-    whole files only.
+    Each file is written under another name and then renamed, report.json first, so that an interrupted call leaves
+    only complete files.
 
     Args:
         report: The report; its numbers need not be finite.
-        output_dir: Where to write; made if it does not exist.
+        output_dir: The directory of the files, created if it does not exist.
 
     Returns:
-        The report as it was written, with the sentence that `verdict_sentence` gives.
+        The report as written, with its verdict sentence, and with None for each number that is not finite.
     """
-    with reading(f"the report of {output_dir}", "a file that it is made of is damaged", ours=True):
+    with reading(f"the report of {output_dir}", "one of its input files is damaged", ours=True):
         report = Report.of(plain(report.as_dict()))
     report = report.but(verdict=verdict_sentence(report))
     numbers = json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -48,7 +48,7 @@ def write_report(report: Report, output_dir: Path) -> Report:
 
 
 def _replace(path: Path, text: str) -> None:
-    # A temporary folder, not a temporary file: files made by tempfile are readable by their owner only.
+    # A temporary directory, not a temporary file: files created by tempfile are readable only by their owner.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-", suffix=".tmp") as beside:
         new = Path(beside, path.name)
         new.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ _NAMES = {"crrelu": "CRReLU", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "m
 
 
 def arms(report: Report) -> Table:
-    """One row a trained arm."""
+    """One row for each trained arm."""
     table = Table(["arm", "what it is"], words=2)
     originals = sorted({site["original"] for arm in report.arms for site in arm.sites})
     for arm in report.arms:
@@ -20,7 +20,7 @@ def arms(report: Report) -> Table:
 
 def _native(originals: list[str]) -> str:
     own = f" ({', '.join(originals)})" if originals else ""
-    return f"The model as it is, with its own activation{own}."
+    return f"The unpatched model, with its own activation{own}."
 
 
 def _swapped(arm: Arm) -> str:
@@ -29,20 +29,20 @@ def _swapped(arm: Arm) -> str:
     if options.get("layers") is not None or options.get("every"):
         words += " in some layers only"
     if options.get("calibration") == "none":
-        words += ", put in the place of the model's own activation as it is"
+        words += ", in place of the model's own activation, without fitting"
     else:
-        words += ", fitted to compute what the model's own activation computed"
+        words += ", fitted to imitate the model's own activation"
         words += "; the layer after it was fitted too" if options.get("calibration") == "refit" else ""
     if options.get("activation_l1"):
-        words += "; an L1 term draws its outputs to 0"
+        words += "; an L1 term pushes its outputs towards 0"
     if "crrelu" in arm.activation and options.get("epsilon_per"):
         learned = "frozen" if str(options.get("epsilon_learning_rate", "")) in ("0", "0.0") else "learned"
-        words += f"; ε is {learned}, one a {options['epsilon_per']}"
+        words += f"; ε is {learned}, one per {options['epsilon_per']}"
     return words + "."
 
 
 def _name(activation: str) -> str:
-    """`ReLU`, or `ReLU in layers 0-5, CRReLU in layers 6-` where there is one a layer."""
+    """`ReLU`, or `ReLU in layers 0-5, CRReLU in layers 6-` if layers differ."""
     parts = re.findall(r"([\d,-]+)=([^,=]+)", activation)
     if not parts:
         return _NAMES.get(activation, activation)

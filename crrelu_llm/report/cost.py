@@ -1,4 +1,4 @@
-"""What each arm costs: time and memory, and how they relate to the baseline's."""
+"""The cost of each arm: time and memory, and their ratio to the baseline."""
 
 from crrelu_llm.report import text
 from crrelu_llm.report.contents import find_arm, grids, of_runs, runs
@@ -7,8 +7,7 @@ from crrelu_llm.report.tables import Cell, Table
 
 
 def of_training(report: Report) -> Table:
-    """Arms (and grid values) by the time of the patch and of training, and peak memory; no rows where no run has
-    finished."""
+    """A row for each arm (and grid value) with a finished run: patch time, training time, speed and peak memory."""
     gridded = grids(report) != [{}]
     columns = ["arm", *(["grid"] if gridded else []), "patch and calibration"]
     columns += ["training time", "ratio", "tokens/s", "ratio", "peak memory", "ratio"]
@@ -29,8 +28,8 @@ def of_training(report: Report) -> Table:
 
 
 def of_evaluation(report: Report) -> Table:
-    """Models by the time of all tasks, and peak memory."""
-    table = Table(["model", "parameters", "items", "time of the evaluation", "ratio", "peak memory", "ratio"])
+    """A row for each model with a finished task: the time of all tasks, and peak memory."""
+    table = Table(["model", "parameters", "items", "evaluation time", "ratio", "peak memory", "ratio"])
     base = find_arm(report, report.baseline)
     ours = _evaluation(base) if base else (None, None, None)
     for arm in report.arms:

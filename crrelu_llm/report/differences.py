@@ -1,4 +1,4 @@
-"""The report's figures of what differs from the baseline: the forest of intervals, and how single items changed."""
+"""The report's figures of differences from the baseline: the forest plot, and the changes of single items."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -118,11 +118,11 @@ def changes(report: Report, candidate: str | None, grid: Grid) -> Picture | None
         f"{entry.label}: {entry.better} of {entry.items} better, {entry.worse} worse" for entry in shown
     )
     drawn = max(len(entry.points) for entry in shown)
-    sampled = f", {drawn} of them drawn" if any(entry.items > len(entry.points) for entry in shown) else ""
+    sampled = f" ({drawn} of them are drawn)" if any(entry.items > len(entry.points) for entry in shown) else ""
     return Picture(
         "changes",
         f"How each item changed from {report.baseline} to {candidate}",
-        f"A dot is an item{sampled}; the shaded side is better. {counted}.",
+        f"Each dot is an item{sampled}; the shaded side is better. {counted}.",
         f"Change of each item against its value with {report.baseline}. {counted}.",
         inline_svg(figure, "changes"),
         [Key("an item", arm_key(report, str(candidate)).colour, mark="dot")],

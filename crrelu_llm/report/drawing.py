@@ -1,4 +1,4 @@
-"""What all figures of the report share: their size, their legends, and the look of an arm."""
+"""Shared by all figures of the report: the size, the legends, and the style of each arm."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from crrelu_llm.report.schema import Report
 from crrelu_llm.report.svg import arm_colour, css_variable
 from crrelu_llm.report.tables import arm_slot
 
-WIDTH = 5.0  # inches: small enough that the letters stay readable when a telephone shrinks it
+WIDTH = 5.0  # inches: small enough for text to stay readable when a phone shrinks it
 _DASHES = ("", "5 1.8", "1.6 1.4", "6 1.8 1.6 1.8", "9 2.5", "3 1.2", "8 1.6 1.6 1.6 1.6 1.6", "2.6 2.6")
 
 
@@ -26,7 +26,7 @@ class Key:
 
 @dataclass
 class Picture:
-    """A figure of the report: the SVG, a title, a caption, what it shows in words, and the legend."""
+    """A figure of the report: the SVG, a title, a caption, a description in words, and the legend."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""What the report of an evaluation says in its own way: the verdict over tasks, and the table by task."""
+"""The parts specific to the report of an evaluation: the verdict over tasks, the table by task, the notes."""
 
 from typing import get_args
 
@@ -10,10 +10,10 @@ from crrelu_llm.statistics.paired import Comparison, Outcome
 
 
 def draw(report: Report) -> Verdict:
-    """The verdict: on how many tasks the best-placed model is better and worse than the baseline.
+    """The verdict: on how many tasks the best model is better and worse than the baseline.
 
-    Each task counts by one metric. "Better" needs one task or more with that verdict after the correction, and none
-    that says "worse"; the other way round likewise.
+    Each task counts with one metric. "Better" needs at least one task with the verdict "better" after the correction,
+    and none with "worse"; for "worse" it is the reverse.
     """
     baseline, names = report.baseline, candidates(report)
     subject = names[0] if len(names) == 1 else "any model"
@@ -21,10 +21,10 @@ def draw(report: Report) -> Verdict:
     if find_arm(report, baseline) is None:
         return Verdict(doubt + f"the baseline {baseline} is not among the models.")
     if not names:
-        return Verdict(f"There is no model beside {baseline}, so nothing is compared.")
+        return Verdict(f"There is no model besides {baseline}, so nothing is compared.")
     entries = {name: _primary_comparisons(report, name) for name in names}
     if not any(entries.values()):
-        return Verdict(doubt + "no task gave a number for both; see the tasks that failed.")
+        return Verdict(doubt + "no task gave a number for both models; see the failed tasks.")
     notes = [entry.note for rows in entries.values() for entry in rows]
     if all(notes):
         return Verdict(doubt + f"{notes[0]}.")
@@ -46,15 +46,15 @@ def _score(entries: list[Comparison]) -> int:
 def _statement(report: Report, name: str, entries: list[Comparison], models: int) -> Verdict:
     baseline, reason = report.baseline, ""
     outcome: Outcome = "undecided"
-    who = name if models == 1 else f"{name} (best-placed of {models} models)"
+    who = name if models == 1 else f"{name} (the best of {models} models)"
     sides = {verdict: [e for e in entries if e.verdict == verdict] for verdict in get_args(Outcome)}
     if sides["better"] and not sides["worse"]:
         outcome = "better"
     elif sides["worse"] and not sides["better"]:
         outcome = "worse"
     else:
-        many = " after the correction for their number" if len(entries) > 1 else ""
-        reason = ", because the tasks disagree" if sides["better"] else f", as no difference is clear of 0{many}"
+        many = " after the correction for several tasks" if len(entries) > 1 else ""
+        reason = ", because the tasks disagree" if sides["better"] else f", without a significant difference{many}"
     if len(entries) == 1:
         (entry,) = entries
         said = f"{_difference(report, entry)}, paired over {entry.n} items"
@@ -81,7 +81,7 @@ def _difference(report: Report, entry: Comparison) -> str:
 
 
 def results(report: Report) -> Table:
-    """Metrics by models, task after task, with the interval over the items where there is one."""
+    """Metrics by model, task by task, with the intervals over items."""
     runs = [arm.runs[0] for arm in report.arms]
     table = Table(["task and metric", "items", *(arm.arm for arm in report.arms)], words=1)
     for metric, about in report.metrics.items():
@@ -97,7 +97,7 @@ def results(report: Report) -> Table:
             row.append(Cell(value))
         table.rows.append(row)
     seconds = [Cell(text.duration(sum(run.seconds.values()) or None)) for run in runs]
-    table.rows.append([Cell("time of the evaluation"), Cell(text.MISSING), *seconds])
+    table.rows.append([Cell("evaluation time"), Cell(text.MISSING), *seconds])
     return table
 
 
@@ -119,13 +119,13 @@ def overview(report: Report) -> list[tuple[str, str]]:
 
 
 def notes(report: Report) -> list[str]:
-    """What to keep in mind beside the verdict."""
+    """The caveats beside the verdict."""
     found = list(report.notes)
     for arm in report.arms:
         if not arm.runs[0].done:
-            found.append(f"Not everything of {arm.arm} is there; its row among the runs that did not finish says why.")
+            found.append(f"The results of {arm.arm} are incomplete; the table of unfinished runs gives the reason.")
     found.append(
-        "The intervals and tests are over the items of each task: they speak of these checkpoints, not of training "
-        "anew with another seed."
+        "The intervals and tests are over the items of each task: they apply to these checkpoints, not to new "
+        "training runs with other seeds."
     )
     return found

@@ -12,7 +12,7 @@ _EMPTY = "(empty)"
 
 @dataclass
 class Example:
-    """One item: what it is, whether it became better or worse and by what, its prompt, and what both gave."""
+    """One item: its name, its outcome, its change, its prompt, and the values or answers of both arms."""
 
     name: str
     outcome: str
@@ -30,7 +30,7 @@ class Task:
 
 
 def examples(report: Report, candidate: str | None, grid: Grid) -> list[Task]:
-    """The examples of the arm that the verdict speaks of, by task, in the report's order."""
+    """The examples of the arm that the verdict is about, by task, in the report's order."""
     tasks: dict[str, Task] = {}
     for entry in report.examples:
         if (entry.candidate, entry.grid) == (candidate, grid):
@@ -47,11 +47,11 @@ def _example(entry: single_items.Example) -> Example:
 
 
 def _options(entry: single_items.Example) -> Table:
-    """What both arms gave each option: a log-probability, or a text of their own."""
+    """The value of each option in both arms: a log-probability, or a generated text."""
     options = entry.options
     known = any(option.right is not None for option in options)
     given = any(option.baseline is not None for option in options)
-    columns = ["option", *(["which"] if known else []), *([entry.baseline, entry.candidate] if given else [])]
+    columns = ["option", *(["right or wrong"] if known else []), *([entry.baseline, entry.candidate] if given else [])]
     texts = any(isinstance(option.baseline, str) for option in options)
     table = Table(columns, words=len(columns) if texts else 2 if known else 1)
     for option in options:

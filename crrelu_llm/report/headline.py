@@ -1,4 +1,4 @@
-"""The verdict in some ten words, and its interval as a small picture."""
+"""The verdict in about ten words, and its interval as a small picture."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _WIDTH, _HEIGHT, _EDGE = 360, 64, 8
 
 
 def headline(report: Report, verdict: Verdict) -> str:
-    """The verdict in some ten words; its sentence has the evidence."""
+    """The verdict in about ten words; the full sentence has the evidence."""
     name, baseline, entry = verdict.candidate, report.baseline, verdict.comparison
     if name is None:
         return "Undecided: there is nothing to compare"
@@ -31,7 +31,7 @@ def headline(report: Report, verdict: Verdict) -> str:
         most = text.size(margin, pattern if pattern.endswith("%}") else "{:g}")
         if entry.equivalent:
             return f"Undecided: {name} and {baseline} differ by less than {most} in {label}"
-        return f"Undecided: {name} is not worse than {baseline} by {most} in {label}"
+        return f"Undecided: {name} is at most {most} worse than {baseline} in {label}"
     by = f"{verdict.seeds} seeds" if verdict.seeds else f"{entry.n} items"
     return f"Undecided: {by} cannot tell {name} from {baseline} in {label}"
 
@@ -73,7 +73,7 @@ def interval(report: Report, verdict: Verdict) -> Markup | None:
 
 
 def _ends(label: Any, at: Any, low: float, high: float) -> str:
-    """The numbers at the bar's ends, above it; pushed apart where the bar is short, and kept within the picture."""
+    """The numbers above the ends of the bar, pushed apart if the bar is short, and kept within the picture."""
     left, right = at(low), at(high)
     if right - left < 60:
         left, right = (left + right) / 2 - 30, (left + right) / 2 + 30

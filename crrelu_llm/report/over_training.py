@@ -1,4 +1,4 @@
-"""The report's table and figure of how the difference from the baseline develops over training."""
+"""The report's table and figure of the difference from the baseline during training."""
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -14,12 +14,12 @@ _MOST_ROWS = 10
 
 
 def metric(report: Report) -> str:
-    """What the difference is in, in words."""
+    """The name of the metric in words."""
     return f"evaluation {report.trajectory.metric}"
 
 
 def table(report: Report) -> Table:
-    """A row for each candidate (and grid value), a column for each step; of many steps some, the last among them."""
+    """A row for each candidate (and grid value), a column for each step, or for some evenly spaced steps."""
     shown = report.trajectories
     steps = sorted({point.step for entry in shown for point in entry.points})
     if len(steps) > _MOST_ROWS:
@@ -39,7 +39,7 @@ def _cell(point: Point) -> str:
 
 
 def pictures(report: Report) -> list[Picture]:
-    """A figure for each grid value that has two steps or more."""
+    """A figure for each grid value with at least two steps."""
     entries = [entry for entry in report.trajectories if len(entry.points) > 1]
     values: list[Grid] = []
     for entry in entries:
@@ -70,8 +70,7 @@ def _picture(report: Report, entries: list[Trajectory], grid: Grid, index: int) 
     return Picture(
         f"over{index}",
         f"Difference from {report.baseline} over training{label}",
-        f"Candidate minus baseline in {what}, mean over seeds, with Student's 95 % interval over them; the "
-        "shaded side is better.",
+        f"Candidate minus baseline in {what}: mean and Student's 95 % interval over seeds; the shaded side is better.",
         f"Difference in {what} from {report.baseline} by step{label} for {', '.join(names)}.",
         inline_svg(figure, f"over{index}"),
         [arm_key(report, name) for name in names],

@@ -1,4 +1,4 @@
-"""What a report says in its own way: one page for training runs, one for checkpoints as they are."""
+"""The two kinds of report: one page for training runs, one for the evaluation of checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,34 +8,35 @@ from crrelu_llm.report.contents import Verdict, is_evaluation
 from crrelu_llm.report.schema import Report
 from crrelu_llm.report.tables import Table
 
-_OVER_SEEDS = "Mean ± standard deviation over the seeds that finished; peak memory is the largest of them."
+_OVER_SEEDS = "Mean ± standard deviation over the finished seeds; peak memory is the largest of them."
 _OVER_ITEMS = (
-    "In brackets, the 95 % interval over the items of the task, of a metric that is a mean of them: Wilson's of what "
-    "is right or wrong, else the bootstrap's."
+    "In brackets: the 95 % interval over the items of the task, for metrics that are means over items. It is Wilson's "
+    "interval for right-or-wrong items, and a bootstrap interval otherwise."
 )
-_THIS_MACHINE = "They are those of this machine and of what else it did meanwhile"
+_THIS_MACHINE = "They depend on this machine and its other load"
 _COST_OF_TRAINING = (
-    "Time and tokens/s are means over the seeds that finished, peak memory is the largest of them; the ratio is to "
-    f"the baseline's. {_THIS_MACHINE}; `crrelu bench` measures speed itself."
+    "Time and tokens/s are means over the finished seeds, peak memory is the largest of them; the ratios are to the "
+    f"baseline. {_THIS_MACHINE}; `crrelu bench` measures speed alone."
 )
 _COST_OF_EVALUATION = (
-    f"Of the tasks that are there; the ratio is to the baseline's, of the same number of items. {_THIS_MACHINE}."
+    "Time and memory of the finished tasks; the ratios are to the baseline, that of time only for the same number of "
+    f"items. {_THIS_MACHINE}."
 )
 
 
 @dataclass(frozen=True)
 class Page:
-    """The parts of a report that differ by what it is of; each takes the report.
+    """The parts that differ between the two kinds of report; each function takes the report.
 
     Attributes:
         draw: The verdict.
-        notes: What to keep in mind beside it.
+        notes: The caveats beside the verdict.
         overview: What was compared, as name and value.
         arms: What each arm is, in plain words.
         results: Metrics by arm.
-        results_hint: How to read them.
+        results_hint: How to read the results.
         cost: Time and memory by arm.
-        cost_hint: How to read it.
+        cost_hint: How to read the cost.
     """
 
     draw: Callable[[Report], Verdict]

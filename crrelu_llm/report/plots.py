@@ -17,7 +17,7 @@ from crrelu_llm.report.schema import Arm, Grid, Report, Run, Values
 from crrelu_llm.report.svg import INK, MUTED, PAPER, RULE, arm_colour, css_variable, drawing_style, inline_svg
 from crrelu_llm.report.tables import arm_slot
 
-_POINTS = 200  # of a curve: more cannot be told apart at this size
+_POINTS = 200  # per curve: more could not be distinguished at this size
 
 
 def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]:
@@ -25,8 +25,8 @@ def pictures(report: Report, candidate: str | None, grid: Grid) -> list[Picture]
 
     Args:
         report: The report.
-        candidate: The arm that the verdict speaks of: its shape is drawn.
-        grid: The grid value that the verdict speaks of: ε and zeros are shown at it.
+        candidate: The arm that the verdict is about, whose learned activation is drawn.
+        grid: The grid value that the verdict is about, for the figures of ε and of zeros.
     """
     with drawing_style():
         found = [forest(report), changes(report, candidate, grid)]
@@ -157,7 +157,7 @@ _ORIGINALS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 def _site_curves(arm: Arm | None, grid: Grid) -> dict[str, np.ndarray]:
-    """The curve of each site that the runs have kept one of, mean over seeds."""
+    """The curves of the recorded sites, averaged over seeds."""
     found: dict[str, list[list[float]]] = {}
     for run in runs(arm, grid):
         for path, curve in run.curves.items():
@@ -169,7 +169,7 @@ def _site_curves(arm: Arm | None, grid: Grid) -> dict[str, np.ndarray]:
 def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     arm = find_arm(report, candidate)
     curves = _site_curves(arm, grid)
-    if arm is None or not curves or not arm.sites:  # of an evaluated checkpoint what it replaced is not known
+    if arm is None or not curves or not arm.sites:  # the original of an evaluated checkpoint is unknown
         return None
     replaced = str(arm.sites[0].get("original"))
     original, formula = _ORIGINALS.get(replaced, _ORIGINALS["gelu"])
@@ -190,8 +190,8 @@ def _shape(report: Report, candidate: str | None, grid: Grid) -> Picture | None:
     return Picture(
         "shape",
         f"The learned activation of {candidate}",
-        "What the first, a middle and the last site compute after training, with all that calibration and training "
-        f"have set: the mean of their channels and of the seeds, beside the {original} it replaced and ReLU.",
+        "The functions that the first, a middle and the last site compute after calibration and training, averaged "
+        f"over channels and seeds, beside ReLU and the original {original}.",
         f"Curves of the learned activation of {candidate} beside {original} and ReLU.",
         inline_svg(figure, "shape"),
         keys,

@@ -1,4 +1,4 @@
-"""Renders the report through the templates to HTML and Markdown."""
+"""Renders the report to HTML and Markdown through the templates, and its metrics to CSV."""
 
 import csv
 import html
@@ -19,7 +19,7 @@ from crrelu_llm.report.schema import Report
 
 
 def render_html(report: Report) -> str:
-    """The report as one HTML file that loads nothing."""
+    """The report as one self-contained HTML file."""
     environment = _environment(autoescape=True)
     contents = _contents(report)
     verdict = contents["verdict"]
@@ -33,7 +33,7 @@ def render_html(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """The report as text."""
+    """The report as Markdown."""
     environment = _environment(autoescape=False)
     environment.filters["md"] = escape_markdown
     rendered = environment.get_template("report.md.j2").render(**_contents(report))
@@ -41,7 +41,7 @@ def render_markdown(report: Report) -> str:
 
 
 def render_csv(report: Report) -> str:
-    """The metrics of every run, one a line, for statistics of the reader's own."""
+    """The metrics of every run as CSV, one per line, for the reader's own statistics."""
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
     table.writerow(["arm", "activation", "grid", "seed", "status", "when", "metric", "value"])
@@ -105,9 +105,9 @@ def _environment(autoescape: bool) -> Environment:
 
 
 def escape_markdown(value: Any) -> str:
-    """Text that Markdown takes literally, also within a table."""
+    """Escapes text so that Markdown shows it literally, also within a table."""
     escaped = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text.one_line(value))
-    # What would begin a heading, a list, a rule or a fence where the text stands first.
+    # Characters that would start a heading, a list, a rule or a fence at the beginning of a line.
     escaped = re.sub(r"^(#{1,6}(?=\s|$)|[-+](?=[\s-]|$))", r"\\\1", escaped)
     escaped = re.sub(r"^(\d{1,9})([.)])(?=\s|$)", r"\1\\\2", escaped)
     return html.escape(escaped, quote=False)

@@ -1,4 +1,4 @@
-"""report.json as types. A field with a default belongs to trained arms or to an evaluation alone, or is newer."""
+"""The types of report.json. A field with a default is only for trained arms or only for evaluations, or is newer."""
 
 import json
 from dataclasses import field
@@ -11,12 +11,12 @@ from crrelu_llm.statistics.paired import Comparison
 from crrelu_llm.statistics.single_items import Change, Example
 
 Grid = dict[str, Any]
-Values = dict[str, float | None]  # by name; None is what was no finite number
+Values = dict[str, float | None]  # by name; None stands for a number that was not finite
 _WRONG = "damaged, or of another version of crrelu_llm: write it again with `crrelu report`"
 
 
 class Metric(Record):
-    """How a metric is shown. A reference stands beside the results as a control, and is not compared."""
+    """How a metric is shown. A reference is a control beside the results, and is not compared."""
 
     label: str
     higher_is_better: bool = False
@@ -25,7 +25,7 @@ class Metric(Record):
 
 
 class Headline(Record):
-    """The metric that is looked at first, and its direction; of an evaluation, one of each task."""
+    """The main metric and its direction; for an evaluation, `metrics` names one metric for each task."""
 
     metric: str = "loss"
     higher_is_better: bool = False
@@ -33,7 +33,7 @@ class Headline(Record):
 
 
 class Data(Record):
-    """A data set, with what identifies it."""
+    """A data set, with the hash that identifies it."""
 
     name: str
     split: str | None = None
@@ -42,7 +42,7 @@ class Data(Record):
 
 
 class Sparsity(Record):
-    """By the path of a site, the share of exact zeros after it, and of what is at its channel's offset."""
+    """By path of a site: the share of exact zeros after it, and of values that equal the offset of their channel."""
 
     tokens: int = 0
     zeros: dict[str, float] = field(default_factory=dict)
@@ -54,13 +54,13 @@ class Run(Record):
 
     Attributes:
         before: The metrics right after the swap.
-        metrics: Those of the trained model; an evaluation's are called `task/metric`.
-        intervals: Of an evaluation's metrics, over items.
+        metrics: The metrics of the trained model; an evaluation calls them `task/metric`.
+        intervals: The intervals over items of an evaluation's metrics.
         groups: The metrics of each group of a task.
         items: The number of items of each task.
         seconds: The time of each task.
-        epsilon: The mean of each site; `epsilon_start` before training.
-        curves: What some sites compute, at points from −4 to 3.
+        epsilon: The mean ε of each site; `epsilon_start` is the one before training.
+        curves: The functions that some sites compute, at points from −4 to 3.
         steps: The optimiser steps of the training.
         history: What the trainer logged.
     """
@@ -88,13 +88,15 @@ class Run(Record):
 
     @property
     def done(self) -> bool:
-        """Whether it has finished."""
+        """Whether the run has finished."""
         return self.status == "done"
 
 
 class Arm(Record):
-    """An arm with its runs; in an evaluation a model, `model` being where it is. `patch` is what patch_report.json of
-    its starting point holds, `before` the metrics there."""
+    """An arm with its runs; in an evaluation, the model at `model`.
+
+    `patch` is the patch_report.json of the starting point, `before` its metrics.
+    """
 
     arm: str
     activation: str
@@ -107,13 +109,16 @@ class Arm(Record):
 
     @property
     def sites(self) -> list[dict[str, Any]]:
-        """What the patch says of each site."""
+        """The sites in the patch report."""
         return (self.patch or {}).get("sites") or []
 
 
 class Try(Record):
-    """The tries of an arm at grid values: the metric of each, the recipe options `chosen`, if any try ended with a
-    finite number, and those whose best value is the smallest or largest tried."""
+    """The tries of an arm at grid values.
+
+    `values` has the metric of each try. `chosen` has the best recipe options, or is None if no try gave a finite
+    number. `at_edge` names the options whose chosen value is the smallest or the largest one.
+    """
 
     arm: str
     values: Values
@@ -123,7 +128,7 @@ class Try(Record):
 
 
 class Tuning(Record):
-    """What was tuned for each arm, on how many training rows that no run trains on."""
+    """The tuning of each arm: the metric, the seed, the number of held-out training rows, and the tries."""
 
     metric: str
     seed: int
@@ -142,7 +147,7 @@ class Point(Record):
 
 
 class Trajectory(Record):
-    """How a candidate's difference from the baseline develops over training."""
+    """A candidate's difference from the baseline during training."""
 
     candidate: str
     grid: Grid
@@ -150,7 +155,7 @@ class Trajectory(Record):
 
 
 class Report(Record):
-    """What a comparison or an evaluation found. `items` is what its items are called, `verdict` the sentence."""
+    """The report of a comparison or an evaluation. `items` is the word for its items, `verdict` the sentence."""
 
     schema_version: int
     title: str
@@ -177,14 +182,14 @@ class Report(Record):
 
     @classmethod
     def read(cls, path: Path, what: str = "") -> Self:
-        """A report.json.
+        """Reads a report.json.
 
         Args:
-            path: Of the file.
-            what: What to call it; by default its path.
+            path: The path of the file.
+            what: The name of the file in messages; by default its path.
 
         Raises:
-            InputError: It cannot be read, or a field is missing, unknown or of another type.
+            InputError: The file cannot be read, or a field is missing, unknown or of another type.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

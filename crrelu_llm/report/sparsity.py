@@ -12,12 +12,15 @@ from crrelu_llm.report.schema import Arm, Grid, Report
 from crrelu_llm.report.svg import PAPER, inline_svg
 from crrelu_llm.report.tables import Cell, Table
 
-_WORTH = 0.01  # a share of zeros that a reader would be told of
+_WORTH = 0.01  # the smallest share of zeros that is worth reporting
 _FORMAT = "{:.1%}"
 
 
 def table(report: Report) -> Table:
-    """Layers by arms (and grid values), all layers first; no rows where no arm is sparse in any way."""
+    """A row for each layer, after rows for all layers, and a column for each arm (and grid value).
+
+    There are no rows if no arm is sparse.
+    """
     if not _is_worth_it(report):
         return Table([])
     places = [(arm, grid) for arm in report.arms for grid in grids(report) if _layers(arm, grid)]
@@ -34,31 +37,31 @@ def table(report: Report) -> Table:
 
 
 def hint(report: Report) -> list[str]:
-    """What is counted, and what is to know of calibrated arms and of CRReLU."""
+    """Explains the shares, and what they mean for calibrated arms and for CRReLU."""
     values, evaluated = grids(report), is_evaluation(report)
     tokens = max((run.sparsity.tokens for run in everything(report) if run.done), default=0)
     said = [
-        f"The share of entries that are exactly 0 in what the activation of a layer gives, on {tokens} tokens of the "
-        f"{'text' if evaluated else 'evaluation data; mean over the seeds that finished'}. Of a gated MLP that is "
-        "before the product with the other projection."
+        f"The share of exact zeros in the output of each layer's activation, on {tokens} tokens of the "
+        f"{'text' if evaluated else 'evaluation data; mean over the finished seeds'}. In a gated MLP, this is the "
+        "output before the product with the other projection."
     ]
     if any(_worth(arm, grid, at_offset=True) for arm in report.arms for grid in values):
         said.append(
-            "A calibrated activation computes gain·f(scale·(x + shift)) + offset: where f is 0 it gives the offset of "
-            "its channel, which no matrix product can skip. In brackets, what is exactly at its offset; with "
-            "calibration=none it would be 0."
+            "A calibrated activation computes gain·f(scale·(x + shift)) + offset: where f is 0, it gives the offset "
+            "of its channel, which a matrix product cannot skip. In brackets: the share of values that equal their "
+            "offset; with calibration=none they would be 0."
         )
     own = [f"{arm.arm} {_mean(arm, values[0])}" for arm in report.arms if arm.activation == "crrelu"]
     if own:
         said.append(
             f"CRReLU itself is not sparse ({'; '.join(own)}): below 0 it is ε·x·exp(−x²/2), which is 0 only where "
-            "that is too small a number (in float32 for x below about −14)."
+            "it underflows (in float32, for x below about −14)."
         )
     return said
 
 
 def picture(report: Report, grid: Grid) -> Picture | None:
-    """One line an arm over the layers, at a grid value."""
+    """One line for each arm over the layers, at a grid value."""
     if not _is_worth_it(report):
         return None
     figure, axes = new_axes(3.0)
@@ -103,8 +106,10 @@ def _worth(arm: Arm, grid: Grid, at_offset: bool) -> bool:
 
 
 def _layers(arm: Arm, grid: Grid, at_offset: bool = False, before: bool = False) -> dict[int, float]:
-    """The mean over seeds, and over the sites of a layer, by the layer's number: of zeros, or of what is at its
-    offset; after training, or before it."""
+    """The share of zeros, or of values equal to their offset, after or before training.
+
+    By layer number, averaged over seeds and over the sites of a layer.
+    """
     values: dict[int, list[float]] = {}
     for run in runs(arm, grid):
         found = run.sparsity_before if before else run.sparsity

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that follows the page's theme, for which they are drawn in stand-in colours."""
+"""Matplotlib figures as inline SVG that follows the page's theme: stand-in colours become CSS variables."""
 
 import io
 import re
@@ -15,10 +15,10 @@ INK, MUTED, RULE, GOOD, PAPER = "#010101", "#010102", "#010103", "#010104", "#01
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", GOOD: "--good", PAPER: "--paper"}
 _VARIABLES |= {f"#0102{slot:02x}": f"--arm-{slot}" for slot in range(ARM_COLOURS)}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
-    "svg.hashsalt": "crrelu",  # else ids differ from one writing to the next
-    "text.parse_math": False,  # a dollar sign in an arm's name is a dollar sign
-    "font.family": "DejaVu Sans",  # comes with matplotlib, and is wider than what a page uses: room enough
+    "svg.fonttype": "none",  # text stays text: it has the page's font and can be searched
+    "svg.hashsalt": "crrelu",  # otherwise ids would differ between two writes
+    "text.parse_math": False,  # a dollar sign in an arm's name is not a formula
+    "font.family": "DejaVu Sans",  # ships with matplotlib, and is wider than the page's font, which fits
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -56,7 +56,7 @@ def css_variable(colour: str) -> str:
 
 @contextmanager
 def drawing_style() -> Iterator[None]:
-    """The report's drawing style, for the time of drawing and saving."""
+    """A context with the report's drawing style, for drawing and saving."""
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -69,11 +69,11 @@ def inline_svg(figure: Figure, name: str) -> str:
         name: Prefix of all ids, unique in the page.
 
     Returns:
-        The `<svg>` element, without size, outside references or ids shared with another figure.
+        The `<svg>` element, without size, external references, or ids shared with another figure.
     """
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts will have it
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts have it
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     source = buffer.getvalue()

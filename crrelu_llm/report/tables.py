@@ -1,4 +1,4 @@
-"""The report's tables as rows of cells, rendered alike to HTML and to Markdown."""
+"""The report's tables as rows of cells, for both HTML and Markdown."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _TESTS = {"mcnemar": " (McNemar)", "t": " (t)"}
 
 @dataclass
 class Cell:
-    """One cell: its text, the arm whose colour stands before it, and the verdict it states."""
+    """One cell: its text, the arm whose colour is shown before it, and the verdict that it states."""
 
     text: str
     arm: str | None = None
@@ -23,7 +23,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table: heading of each column, rows of cells, and how many columns at the left are words, not numbers."""
+    """A table: column headings, rows of cells, and how many columns on the left have words, not numbers."""
 
     columns: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
@@ -35,7 +35,7 @@ def overview(report: Report) -> list[tuple[str, str]]:
     recipe, environment = report.recipe, report.environment
     seeds = sorted({run.seed for run in everything(report)})
     trained = [run.steps for run in everything(report) if run.steps is not None]
-    logged = [entry["step"] for run in everything(report) for entry in run.history]  # of reports that lack the steps
+    logged = [entry["step"] for run in everything(report) for entry in run.history]  # for reports without `steps`
     steps = trained or logged
     data = dict.fromkeys(entry.name for entry in report.data)
     facts = [
@@ -53,7 +53,7 @@ def overview(report: Report) -> list[tuple[str, str]]:
 
 
 def results(report: Report) -> Table:
-    """Arms (and grid values) by metrics, cost included."""
+    """A row for each arm (and grid value), with its metrics and its cost."""
     described, gridded = metrics(report), grids(report) != [{}]
     before = _before_metrics(report)
     columns = ["arm", *(["grid"] if gridded else []), "runs"]
@@ -99,7 +99,7 @@ def _accuracy_intervals(report: Report) -> dict[tuple[str, str, str], str]:
 
 
 def decisive_entries(report: Report) -> list[Comparison]:
-    """The comparisons of the headline metrics, over seeds and items where there is such a one."""
+    """The comparisons of the headline metrics over seeds and items, or else over items, or else over seeds."""
     wanted = {report.headline.metric, *report.headline.metrics.values()}
     entries = [entry for entry in report.comparisons if entry.metric in wanted]
     units = {entry.unit for entry in entries}
@@ -112,7 +112,7 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
 
     Args:
         report: The report.
-        decisive: Only those of the headline metrics, over seeds and items where there is such a one.
+        decisive: Whether to show only `decisive_entries`.
     """
     gridded = grids(report) != [{}]
     columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
@@ -141,28 +141,29 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
 
 
 def reading(report: Report) -> str:
-    """How to read the table of differences: only of the kinds of rows that it has."""
+    """How to read the table of differences, for the kinds of rows that it has."""
     entries, items = report.comparisons, report.items
     units = {entry.unit for entry in entries}
     confidence = f"{max(entry.confidence for entry in entries):.0%} " if entries else ""
     said = {
-        "both": f"Rows over {items} × seeds speak of models trained anew and of other {items} (Student's interval of "
-        "two sources of error).",
-        "item": f"Rows over {items} alone speak of these trained models (bootstrap interval).",
-        "seed": f"Rows over seeds alone speak of models trained anew, on these {items} (Student's interval).",
+        "both": f"Rows over {items} × seeds generalise to new training runs and to other {items} (Student's "
+        "interval with two sources of error).",
+        "item": f"Rows over {items} alone apply to these trained models (bootstrap interval).",
+        "seed": f"Rows over seeds alone generalise to new training runs, on these {items} (Student's interval).",
     }
     margins = any(entry.equivalence_margin is not None for entry in entries)
-    alone = "; the rows that the verdict counts by themselves" if any(entry.primary for entry in entries) else ""
+    alone = ", separately for the rows that the verdict counts" if any(entry.primary for entry in entries) else ""
     return " ".join(
         [
             f"Candidate minus baseline, with the {confidence}interval.",
             *(said[unit] for unit in said if unit in units),
-            "p is that of a sign-flip permutation test unless marked; the adjusted p is corrected for the number of "
+            "p is from a sign-flip permutation test unless marked; the adjusted p is corrected for the number of "
             f"comparisons (Benjamini-Hochberg{alone}). A verdict needs an adjusted p below the level and an interval "
-            "without 0. Detectable: the true difference that such a test, uncorrected, finds 4 times in 5 if the "
-            "spread is as observed; a dash where it finds none, however large.",
-            "No worse: whether the interval rules out that the candidate is worse by more than the margin in "
-            "brackets; equivalent, if better by more than that is ruled out too; no, if it is worse by more."
+            "without 0. Detectable: the true difference that such a test, uncorrected, would find 4 times in 5 if the "
+            "spread is as observed; a dash if it would find none, however large.",
+            "No worse: yes if the interval rules out that the candidate is worse by more than the margin in "
+            "brackets; equivalent if the interval also rules out that it is better by more than the margin; no if the "
+            "interval shows that it is worse by more than the margin; otherwise not shown."
             if margins
             else "",
         ]
@@ -170,7 +171,7 @@ def reading(report: Report) -> str:
 
 
 def in_order(entries: list[Comparison], headline: str) -> list[Comparison]:
-    """Comparisons by metric, the headline first; both, items, seeds for each candidate and grid value."""
+    """Sorts comparisons by metric, the headline first, then by candidate and grid value: both, items, seeds."""
     metric_order = list(dict.fromkeys([headline, *(entry.metric for entry in entries)]))
     row_order = list(dict.fromkeys(_row(entry) for entry in entries))
     return sorted(
@@ -179,7 +180,7 @@ def in_order(entries: list[Comparison], headline: str) -> list[Comparison]:
 
 
 def swaps(report: Report) -> Table:
-    """What the patch did to each arm before any training; no rows where no arm has a patch report."""
+    """The patch of each arm, before any training; no rows if no arm has a patch report."""
     columns = ["arm", "original", "calibration", "sites", "left alone", "relative error"]
     table = Table(columns, words=3)
     for arm in report.arms:
@@ -200,7 +201,7 @@ def swaps(report: Report) -> Table:
 
 
 def tuning(report: Report) -> Table:
-    """The headline metric of every try on the held-out training rows, and what was chosen; no rows without tuning."""
+    """The headline metric of every try on the held-out training rows, and the chosen one; no rows without tuning."""
     tries = report.tuning.tries if report.tuning else []
     names = list(dict.fromkeys(name for entry in tries for name in entry.values))
     gridded = any(entry.grid for entry in tries)
@@ -208,19 +209,19 @@ def tuning(report: Report) -> Table:
     for entry in tries:
         chosen = ", ".join(f"{key}={value}" for key, value in (entry.chosen or {}).items()) or text.MISSING
         row = [Cell(entry.arm, arm=entry.arm), *([Cell(text.grid_label(entry.grid))] if gridded else [])]
-        row += [Cell(chosen + (" (at the edge of what was tried)" if entry.at_edge else ""))]
+        row += [Cell(chosen + (" (at the edge of the tried values)" if entry.at_edge else ""))]
         table.rows.append(row + [Cell(text.number(entry.values.get(name), "{:.4f}")) for name in names])
     return table
 
 
 def tuning_hint(report: Report) -> str:
-    """What the tries were judged on."""
+    """How the tries were evaluated."""
     about = report.tuning
     if about is None:
         return ""
     return (
-        f"The {describe(report, about.metric).label} on {about.rows} training rows that no run trains on, seed "
-        f"{about.seed}, the same tries for each arm; the best is taken for all seeds."
+        f"The {describe(report, about.metric).label} on {about.rows} held-out training rows, with seed "
+        f"{about.seed}. All arms have the same tries; the best try is used for all seeds."
     )
 
 
@@ -237,7 +238,7 @@ def failures(report: Report) -> Table:
 
 
 def data(report: Report) -> Table:
-    """The data sets, with what identifies them."""
+    """The data sets, with the hashes that identify them."""
     table = Table(["data", "split", "SHA-256", "rows"], words=3)
     for entry in report.data:
         split = text.MISSING if entry.split is None else entry.split
@@ -265,7 +266,7 @@ def arm_slot(report: Report, name: str | None) -> int | None:
 
 
 def _margin(entry: Comparison, pattern: str) -> str:
-    """What the interval says against the margin: `equivalent`, `yes`, `not shown` or `no`, and the margin."""
+    """The interval against the margin: `equivalent`, `yes`, `not shown` or `no`, and the margin."""
     margin, ends = entry.equivalence_margin, (entry.ci_low, entry.ci_high)
     if entry.no_worse is None or margin is None:
         return text.MISSING
@@ -280,7 +281,7 @@ def _row(entry: Comparison) -> tuple[str, str]:
 
 
 def _before_metrics(report: Report) -> list[str]:
-    """The metrics measured right after the swap: the headline and perplexity, or else all there are."""
+    """The metrics measured right after the swap: the headline and perplexity, or else all."""
     present = [metric for arm in report.arms for metric in arm.before]
     known = metrics(report)
     wanted = dict.fromkeys((report.headline.metric, "perplexity"))

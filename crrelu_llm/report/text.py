@@ -1,4 +1,4 @@
-"""Numbers as text: the same spelling in the sentence, the tables and the plots."""
+"""Numbers as text, in the same format in the sentence, the tables and the plots."""
 
 import re
 import statistics
@@ -22,11 +22,11 @@ def number(value: float | None, pattern: str = "{:.4g}") -> str:
 
 
 def size(value: float | None, pattern: str) -> str:
-    """The size of a difference: a difference of percentages is in points."""
+    """The size of a difference: a difference of percentages is in percentage points."""
     if value is None:
         return MISSING
     if pattern.endswith("%}"):
-        digits = int(re.sub(r"\D", "", pattern) or 0) + 1  # a difference is smaller than what it is a difference of
+        digits = int(re.sub(r"\D", "", pattern) or 0) + 1  # differences are smaller than the values themselves
         return f"{abs(value) * 100:.{digits}f} points"
     return number(abs(value), pattern)
 
@@ -40,20 +40,20 @@ def signed(value: float | None, pattern: str) -> str:
 
 
 def interval(low: float | None, high: float | None, pattern: str) -> str:
-    """A signed interval, the unit once."""
+    """A signed interval, with the unit given once."""
     if low is None or high is None:
         return MISSING
     return f"{signed(low, pattern).removesuffix(' points')} to {signed(high, pattern)}"
 
 
 def ends(low: float, high: float, pattern: str) -> str:
-    """The ends of an interval of the metric itself, the unit once."""
+    """The ends of an interval of the metric itself, with the unit given once."""
     unit = "%" if pattern.endswith("%}") else ""
     return f"{number(low, pattern).removesuffix(unit)} to {number(high, pattern)}"
 
 
 def spread(values: Sequence[float | None], pattern: str = "{:.4g}") -> str:
-    """Mean ± standard deviation (n − 1) of the values there are."""
+    """Mean ± standard deviation (n − 1) of the values that are not None."""
     present = [value for value in values if value is not None]
     if not present:
         return MISSING
@@ -74,7 +74,7 @@ def p_value(p: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the unit one would say."""
+    """A duration in seconds, minutes or hours."""
     if seconds is None:
         return MISSING
     if seconds < 120:

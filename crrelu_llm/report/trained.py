@@ -1,4 +1,4 @@
-"""Trained arms: the verdict in one sentence, and the notes a sceptical reader needs beside it."""
+"""Trained arms: the verdict in one sentence, and the notes that a sceptical reader needs."""
 
 import statistics
 
@@ -16,16 +16,16 @@ from crrelu_llm.report.contents import (
 from crrelu_llm.report.schema import Arm, Grid, Report
 from crrelu_llm.statistics.paired import Comparison, Outcome, smallest_possible_p
 
-# Perplexity is no mean over documents; where it was not compared by document, its logarithm may have been.
+# Perplexity is not a mean over documents; if it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
 
 
 def draw(report: Report) -> Verdict:
     """The verdict on trained arms.
 
-    It speaks of the best-placed CRReLU arm, at the grid value where the *baseline* does best (the choice that
-    flatters the candidate least), and says "better" or "worse" only if the corrected test over seeds and evaluation
-    items says so and every seed agrees.
+    The verdict is about the best CRReLU arm, at the grid value where the *baseline* does best (the choice that
+    favours the candidate least). It is "better" or "worse" only if the corrected test over seeds and evaluation items
+    says so and every seed agrees.
     """
     baseline, metric = report.baseline, report.headline.metric
     label = describe(report, metric).label
@@ -38,29 +38,29 @@ def draw(report: Report) -> Verdict:
     if not any(by_seed(base, grid, metric) for grid in grids(report)):
         return Verdict(doubt + f"no run of the baseline {baseline} gave a {label}.")
     if not names:
-        return Verdict(doubt + f"there is no arm beside {baseline}.")
+        return Verdict(doubt + f"there is no arm besides {baseline}.")
     best = _best_placed(report, base, names, metric)
     if best is None:
         return Verdict(doubt + f"no seed gave a {label} both in {baseline} and in {subject}.")
     name, grid = best
     metric, comparison = _comparison(report, name, grid, metric)
     if comparison is None:
-        return Verdict(doubt + f"the report holds no comparison of {label}.", candidate=name, grid=grid)
+        return Verdict(doubt + f"the report has no comparison of {label}.", candidate=name, grid=grid)
     if comparison.difference is None:
-        note = comparison.note or "there is no difference of two numbers"
+        note = comparison.note or "the difference is not a number"
         return Verdict(doubt + f"{note}.", candidate=name, grid=grid)
     statement, outcome = _statement(report, base, name, grid, comparison, comparison.difference, names)
     return Verdict(statement, outcome, name, grid, comparison, len(paired_seeds(report, base, name, grid, metric)))
 
 
 def paired_seeds(report: Report, base: Arm, name: str, grid: Grid, metric: str) -> list[float]:
-    """Candidate minus baseline of each seed that gave both."""
+    """Candidate minus baseline for each seed that has both."""
     before, after = by_seed(base, grid, metric), by_seed(find_arm(report, name), grid, metric)
     return [after[seed] - before[seed] for seed in before if seed in after]
 
 
 def _best_placed(report: Report, base: Arm, names: list[str], metric: str) -> tuple[str, Grid] | None:
-    """The best candidate at the baseline's best grid value that has a seed in common."""
+    """The best candidate at the baseline's best grid value at which they share a seed."""
     sign = 1 if describe(report, metric).higher_is_better else -1
 
     def score(arm: Arm | None, grid: Grid) -> float:
@@ -76,7 +76,7 @@ def _best_placed(report: Report, base: Arm, names: list[str], metric: str) -> tu
 
 
 def _comparison(report: Report, name: str, grid: Grid, metric: str) -> tuple[str, Comparison | None]:
-    """The comparison over seeds and items, of the metric or what stands in for it; or else over items; over seeds."""
+    """The comparison of the metric or its stand-in, over seeds and items or else over items; or else over seeds."""
     chosen = [(name, unit) for unit in ("both", "item") for name in (metric, _STAND_IN.get(metric))]
     for wanted, unit in (*chosen, (metric, "seed")):
         for entry in report.comparisons:
@@ -100,13 +100,13 @@ def _statement(
     if len(names) > 1:
         arm = find_arm(report, name)
         kind = "CRReLU arms" if arm and arm.activation == "crrelu" else "arms"
-        who = f"the {label} of {name} (best-placed of {len(names)} {kind}) is {change} that of {baseline}"
+        who = f"the {label} of {name} (the best of {len(names)} {kind}) is {change} that of {baseline}"
     where = f" with {text.grid_label(grid)}, where {baseline} does best" if len(grids(report)) > 1 else ""
     evidence = _perplexities(report, base, name, grid, metric) + _evidence(report, comparison, pattern)
     if len(seeds) < 2:
         return (
             f"Whether {name} is better or worse than {baseline} cannot be decided, because only one seed finished in "
-            f"both arms: in it{where}, {who} ({evidence}), and another seed may say otherwise.",
+            f"both arms: with this seed{where}, {who} ({evidence}), and another seed may differ.",
             "undecided",
         )
     outcome, reason = _outcome(comparison, agree, len(seeds))
@@ -128,7 +128,7 @@ def _outcome(comparison: Comparison, agree: int, seeds: int) -> tuple[Outcome, s
 
 
 def _perplexities(report: Report, base: Arm, name: str, grid: Grid, metric: str) -> str:
-    """Beside a difference of language-modelling losses, the perplexities: few readers think in nats."""
+    """The perplexities, for a difference of language-modelling losses: few readers think in nats."""
     after, before = by_seed(find_arm(report, name), grid, "perplexity"), by_seed(base, grid, "perplexity")
     both = after.keys() & before.keys()
     if metric != "loss" or not both:
@@ -156,17 +156,17 @@ def _evidence(report: Report, comparison: Comparison, pattern: str) -> str:
 
 def _detectable(comparison: Comparison, pattern: str) -> str:
     smallest, margin = comparison.smallest_detectable, comparison.equivalence_margin
-    said = f"; true differences from {text.size(smallest, pattern)} on are found 4 times in 5" if smallest else ""
+    said = f"; a true difference of {text.size(smallest, pattern)} would be found 4 times in 5" if smallest else ""
     if margin is not None and comparison.verdict == "undecided" and comparison.unit != "item":
         if comparison.equivalent:
-            said += f"; differences beyond {text.size(margin, pattern)} are ruled out"
+            said += f"; differences of more than {text.size(margin, pattern)} are ruled out"
         elif comparison.no_worse:
-            said += f"; worse by more than {text.size(margin, pattern)} is ruled out"
+            said += f"; a result worse by more than {text.size(margin, pattern)} is ruled out"
     return said
 
 
 def notes(report: Report) -> list[str]:
-    """What to keep in mind beside the verdict: few seeds, failed runs, controls."""
+    """The caveats beside the verdict: few seeds, failed runs, controls."""
     found = []
     seeds = [entry for entry in report.comparisons if entry.unit == "seed" and entry.n > 1]
     if seeds:
@@ -174,15 +174,15 @@ def notes(report: Report) -> list[str]:
         floor, confidence = smallest_possible_p(fewest), seeds[0].confidence
         if floor >= 1 - confidence:
             found.append(
-                f"With {fewest} seeds no permutation test over seeds can go below p = {text.p_value(floor)}, and no "
-                f"bootstrap interval over them can promise more than {1 - floor:.0%}; the intervals over seeds are "
-                f"Student's instead, and hold only if such differences are about normal. The rows over "
-                f"{report.items} alone are sharper, but speak of these trained models, not of training anew."
+                f"With {fewest} seeds, no permutation test over seeds can go below p = {text.p_value(floor)}, and no "
+                f"bootstrap interval over seeds can have a confidence above {1 - floor:.0%}. So the intervals over "
+                "seeds are Student's, and hold only if the differences are about normal. The rows over "
+                f"{report.items} alone are sharper, but apply to these trained models, not to new training runs."
             )
         if fewest == 2:
             found.append(
-                "With 2 seeds the spread between trainings is known from one difference: the intervals over seeds "
-                "are some six times as wide as with many seeds, and nothing can be checked of what they assume."
+                "With 2 seeds, the spread between training runs is known only from one difference: the intervals over "
+                "seeds are about six times as wide as with many seeds, and their assumption cannot be checked."
             )
     planned = everything(report)
     failed = sum(1 for run in planned if not run.done)
@@ -196,5 +196,5 @@ def notes(report: Report) -> list[str]:
             values = [value for arm, grid in places for value in by_seed(arm, grid, metric).values()]
             if values:
                 mean = text.number(statistics.fmean(values), description.format)
-                found.append(f"For reference: {description.label} stands at {mean}, a control beside the results.")
+                found.append(f"For reference: {description.label} is {mean}; it is a control, not a result.")
     return found

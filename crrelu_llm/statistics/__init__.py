@@ -1,1 +1,1 @@
-"""Paired statistics: intervals, tests, corrections, and what happened to single items. numpy and scipy alone."""
+"""Paired statistics: intervals, tests, corrections, and the changes of single items. Needs only numpy and scipy."""

@@ -8,8 +8,8 @@ import numpy as np
 from scipy import optimize, special, stats
 
 POWER = 0.8  # of the smallest detectable difference
-_SMALLEST_P = 1e-12  # no p-value below: the tails of a model are not known that far out
-_GRID = 32  # points for each variance whose sampling is averaged over
+_SMALLEST_P = 1e-12  # the smallest p-value: the tails of the model are not known beyond it
+_GRID = 32  # points for each variance, to average over its sampling distribution
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ def parts(differences: np.ndarray, binary: bool = False) -> list[Part]:
     """The sources of error of the mean of paired differences.
 
     Differences of shape `(seeds, items)` have two: the seeds (variance of the seeds' means) and the items (variance
-    of the items' means). The seeds are crossed with the items, as every run is evaluated on the same ones; what is
-    particular to one seed on one item enters both variances, so that their sum errs on the side of too much.
+    of the items' means). Seeds and items are crossed, because every run is evaluated on the same items. The
+    interaction of seed and item enters both variances, so their sum is too large rather than too small.
 
     Args:
         differences: Shape `(n,)` or `(seeds, items)`, two or more along each axis.
-        binary: Whether they are differences of right/wrong outcomes, of shape `(n,)`. Their variance then has one
-            imagined pair added to each kind of disagreement (Bonett and Price 2012), so that a few pairs without any
-            disagreement are not taken for certainty.
+        binary: Whether `differences` are of right/wrong outcomes, shape `(n,)`. One extra pair is then added to each
+            kind of disagreement (Bonett and Price 2012), so that the variance is not 0 for a few pairs without
+            any disagreement.
 
     Returns:
         The sources whose variance is not 0.
@@ -48,9 +48,9 @@ def parts(differences: np.ndarray, binary: bool = False) -> list[Part]:
 def half_width(sources: Sequence[Part], confidence: float) -> float:
     """Half the width of the interval for a mean: the half-widths by each source, added in quadrature.
 
-    For one source this is Student's interval. For several independent normal ones the interval covers at least as
-    often as it says, whatever the sizes of the variances (Banerjee 1960); a bootstrap or a pooled variance does not
-    where one source is a handful of seeds.
+    For one source this is Student's interval. For several independent normal sources the coverage is at least
+    `confidence`, whatever the variances (Banerjee 1960). With a bootstrap or a pooled variance the coverage is too low
+    if one source is a handful of seeds.
     """
     tail = (1 - confidence) / 2
     return math.sqrt(sum(special.stdtrit(part.df, tail) ** 2 * part.variance for part in sources))
@@ -69,10 +69,10 @@ def p_value(difference: float, sources: Sequence[Part]) -> float:
 
 
 def smallest_detectable(sources: Sequence[Part], level: float, power: float = POWER) -> float:
-    """The true difference that the interval at `1 - level` would exclude 0 for with probability `power`.
+    """The true difference for which the interval at confidence `1 - level` excludes 0 with probability `power`.
 
-    The variances are taken as known, but not their estimates, which vary from one experiment to the next as their
-    degrees of freedom say. For one source this is the power of the t-test.
+    The true variances are taken as known; their estimates vary between experiments according to their degrees of
+    freedom. For one source this is the power of the t-test.
     """
     error = math.sqrt(sum(part.variance for part in sources))
     squared = np.zeros(1)
@@ -101,7 +101,7 @@ def attainable_level(n: int, level: float) -> float:
 
 
 def fewest_disagreements(n: int, level: float, power: float = POWER) -> float | None:
-    """The smallest share of `n` pairs that must change, all in one direction, for McNemar's exact test to see it.
+    """The smallest share of `n` pairs that must change, all in one direction, for McNemar's exact test to find it.
 
     Returns:
         The share at which enough pairs change with probability `power`; None where `n` pairs are never enough.
@@ -116,8 +116,8 @@ def accuracy_interval(values: np.ndarray, confidence: float) -> list[float]:
     """Wilson's interval for an accuracy.
 
     Args:
-        values: Outcomes between 0 and 1, shape `(items,)`. Where they are means over seeds, the number of right
-            items is rounded, and the seeds count as no further items.
+        values: Outcomes between 0 and 1, shape `(items,)`. If they are means over seeds, the number of right
+            items is rounded, and the seeds do not count as more items.
         confidence: Coverage of the interval.
     """
     right = round(float(values.sum()))

@@ -1,17 +1,17 @@
 """Paired statistics for a candidate arm against a baseline arm: intervals, tests, correction, verdict.
 
-What is paired decides what the answer is about, and how it is found:
+The unit that is paired decides what the answer applies to, and the methods:
 
 - `"item"`: these trained models on other items. The interval is a bootstrap of the mean difference (BCa; percentile
-  where BCa is degenerate, and beyond 2000 pairs). The p-value is that of a two-sided sign-flip permutation test (exact
-  up to 13 pairs, its normal limit beyond 2000), or of McNemar's exact test where all numbers are right/wrong outcomes.
-- `"seed"`: models trained anew, on these items. The interval is Student's, as a bootstrap of a handful of numbers
-  covers far less often than it says; the p-value is that of the permutation test, which assumes nothing of their
-  distribution but symmetry and needs six seeds to go below 0.05.
-- `"both"`: models trained anew, on other items. Interval and p-value are Student's with two sources of error
-  (`intervals.half_width`), and assume that the differences of seeds are about normal.
+  if BCa is degenerate, and beyond 2000 pairs). The p-value is from a two-sided sign-flip permutation test (exact up to
+  13 pairs, the normal limit beyond 2000), or from McNemar's exact test if all numbers are right/wrong outcomes.
+- `"seed"`: new training runs, on these items. The interval is Student's, because a bootstrap of a handful of numbers
+  has far too little coverage. The p-value is from the permutation test, which assumes only that the differences are
+  symmetric, and needs six seeds to go below 0.05.
+- `"both"`: new training runs, on other items. Interval and p-value are Student's with two sources of error
+  (`intervals.half_width`), and assume that the differences between seeds are about normal.
 
-`eval/results/2026-11-25-statistics` has measured how often the intervals cover and the verdicts are false.
+`eval/results/2026-11-25-statistics` measures the coverage of the intervals and the rate of false verdicts.
 """
 
 import math
@@ -39,27 +39,27 @@ from crrelu_llm.statistics.intervals import (
 Unit = Literal["seed", "item", "both"]
 Outcome = Literal["better", "worse", "undecided"]
 RESAMPLES = 9999
-_ALIKE = "all {} seeds gave exactly the same differences, so they are not trainings anew"
-_MANY = 2000  # beyond: the large-sample forms, as BCa grows as n² and resampled signs take minutes
-_BATCH_NUMBERS = 10_000_000  # numbers held at once while resampling: bounded memory, few batches
+_ALIKE = "all {} seeds gave exactly the same differences, so they are not separate training runs"
+_MANY = 2000  # above: large-sample forms, because BCa grows as n² and resampling signs takes minutes
+_BATCH_NUMBERS = 10_000_000  # numbers in memory at once while resampling
 
 
 class Comparison(Record):
-    """One entry of `comparisons` in report.json. What cannot be computed is None.
+    """One entry of `comparisons` in report.json. A value that cannot be computed is None.
 
     Attributes:
-        unit: What is paired; `n` counts the pairs, or the items where it is `"both"`, and then `n_seeds` the seeds.
+        unit: The unit that is paired. `n` counts the pairs; for `"both"`, `n` counts items and `n_seeds` seeds.
         test: `"permutation"`, `"mcnemar"`, `"t"` or `"none"`.
         smallest_detectable: The true difference that this test, before any correction for several comparisons, finds
-            with probability 0.8 if the spread is as observed; None where it finds none, however large.
-        equivalence_margin: The largest difference that counts as none.
+            with probability 0.8 if the spread is as observed; None if it finds none, however large.
+        equivalence_margin: The largest negligible difference.
         equivalent: Whether the interval lies within the margin on both sides: two one-sided tests, each at half the
             level.
-        no_worse: Whether it does on the worse side.
-        baseline_interval: Wilson's, of binary outcomes over items; `candidate_interval` likewise.
+        no_worse: Whether the interval lies within the margin on the worse side.
+        baseline_interval: Wilson's interval of binary outcomes over items; `candidate_interval` likewise.
         note: Why no verdict can be given.
         grid: The grid values of the runs.
-        primary: Whether a verdict over several metrics counts it.
+        primary: Whether a verdict over several metrics counts this comparison.
     """
 
     metric: str
@@ -93,9 +93,9 @@ class Comparison(Record):
 def smallest_possible_p(n: int) -> float:
     """Smallest two-sided p-value of a sign-flip permutation test over `n` pairs.
 
-    All n differences of one sign is the most extreme outcome, and 2 of the 2ⁿ sign patterns are that extreme.
-    The same number bounds a bootstrap interval: it lies between the smallest and the largest difference, and a
-    symmetric distribution puts all n on one side of the truth with this probability.
+    The most extreme outcome is n differences of one sign, and 2 of the 2ⁿ sign patterns are that extreme. The same
+    number bounds the coverage of a bootstrap interval: the interval lies between the smallest and the largest
+    difference, and a symmetric distribution puts all n on one side of the truth with this probability.
     """
     return min(1.0, 2.0 / 2.0**n)
 
@@ -115,23 +115,23 @@ def compare_metric(
     margin: float | None = None,
     shares: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Comparison:
-    """Compares the paired numbers of two arms; the module's docstring says how.
+    """Compares the paired numbers of two arms; the module's docstring describes the methods.
 
     Args:
         metric: Name of the metric.
         higher_is_better: Whether a larger number is the better one.
         baseline: The baseline's numbers, shape `(n,)`; `(seeds, items)` for `"both"`.
-        candidate: The candidate's numbers, of the same shape and in the order of `baseline`.
+        candidate: The candidate's numbers, with the shape and the order of `baseline`.
         unit: What a pair is: one number per training `"seed"`, one per evaluation `"item"` (averaged over seeds), or
             `"both"`: one per seed and item.
         binary: Whether the numbers are right/wrong outcomes.
-        confidence: Coverage of the interval; one minus it is the level of the test.
+        confidence: The coverage of the interval; the level of the test is one minus the coverage.
         seed: Seed of the resampling.
         baseline_name: Name of the baseline arm.
         candidate_name: Name of the candidate arm.
-        margin: The largest difference that counts as none, in the metric's unit; None to ask no such question.
-        shares: Of a ratio of sums over items, each item's share of the baseline's and of the candidate's, with the
-            same means as `baseline` and `candidate`; the permutation test is over their differences.
+        margin: The largest negligible difference, in the metric's unit; None for no test of equivalence.
+        shares: For a ratio of sums over items, each item's share of the baseline's and of the candidate's ratio, with
+            the same means as `baseline` and `candidate`; the permutation test uses the differences of the shares.
 
     Raises:
         ValueError: If the shapes differ or do not fit `unit`, `confidence` is not between 0 and 1, or `margin` is
@@ -162,14 +162,14 @@ def compare_metric(
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Corrects a report's p-values for their number, and draws the verdicts anew.
+    """Corrects a report's p-values for their number, and updates the verdicts.
 
-    Benjamini-Hochberg over all p-values of the same unit: the seeds' and the items' rows ask the same questions
-    twice, so each unit is a family of its own. So are the rows that a verdict counts, where they are marked as
-    `primary`: many other rows that differ would let chance into it.
+    The correction is Benjamini-Hochberg's over all p-values of the same unit. The rows over seeds and the rows over
+    items ask the same questions twice, so each unit is a family of its own. The rows marked as `primary`, which a
+    verdict counts, are also a family of their own, because many other rows that differ would admit chance findings.
 
     Args:
-        comparisons: What `compare_metric` returned, for the whole report.
+        comparisons: The results of `compare_metric` for the whole report.
 
     Returns:
         Copies, in the same order, with `p_adjusted` and `verdict` filled.
@@ -206,7 +206,7 @@ def _compare(
     seed: int,
     flipped: np.ndarray | None,
 ) -> Comparison:
-    """All that depends on both arms."""
+    """Fills the fields that depend on both arms."""
     unit, confidence = comparison.unit, comparison.confidence
     broken = int(np.sum(~(np.isfinite(before) & np.isfinite(after))))
     if broken:
@@ -233,7 +233,7 @@ def _compare(
 
 
 def _obstacle(differences: np.ndarray, unit: Unit) -> str | None:
-    """Why finite pairs allow no test, or None."""
+    """The reason why finite pairs allow no test, or None."""
     if differences.ndim == 1:
         n = len(differences)
         if n > 1 and unit == "seed" and differences.any() and np.ptp(differences) == 0:
@@ -265,7 +265,7 @@ def _evidence(
 
 
 def _smallest_detectable(comparison: Comparison, sources: list[Part]) -> float | None:
-    """None where nothing varied, or no difference, however large, could have been found."""
+    """None if nothing varied, or if no difference, however large, could have been found."""
     level = _level(comparison)
     if comparison.test == "permutation":
         level = attainable_level(comparison.n, level)
@@ -281,7 +281,7 @@ def _smallest_detectable(comparison: Comparison, sources: list[Part]) -> float |
 def _equivalence(
     comparison: Comparison, ends: tuple[float, float], margin: float, sources: list[Part]
 ) -> tuple[bool, bool]:
-    """Two one-sided tests, as an interval against a margin; of two intervals (bootstrap, Student) the wider ends."""
+    """Two one-sided tests, as an interval against a margin; the wider ends of `ends` and Student's interval count."""
     width, mean = half_width(sources, comparison.confidence), comparison.difference or 0.0
     above, below = min(ends[0], mean - width) > -margin, max(ends[1], mean + width) < margin
     return above and below, above if comparison.higher_is_better else below
@@ -298,13 +298,13 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Candidate minus baseline, with the rounding noise of the subtraction removed where it is all there is."""
+    """Candidate minus baseline; differences that are only rounding noise of the subtraction become 0."""
     differences = after - before
     if not len(differences):
         return differences
     noise = 1e-13 * max(np.abs(before).max(), np.abs(after).max())
     differences[np.abs(differences) <= noise] = 0.0
-    # A constant offset is one number: resampling its last bits would give an interval of rounding errors.
+    # A constant difference is one number: resampling its last bits would give an interval of rounding errors.
     return np.full_like(differences, differences[0]) if np.ptp(differences) <= noise else differences
 
 

@@ -1,4 +1,4 @@
-"""Single items of a comparison: how each changed from baseline to candidate, and where the two differ most."""
+"""Single items of a comparison: their changes from baseline to candidate, and the largest changes."""
 
 from collections.abc import Sequence
 from dataclasses import field
@@ -8,12 +8,12 @@ import numpy as np
 
 from crrelu_llm.records import Record
 
-POINTS = 200  # of a picture of changes: evenly chosen from the items
-EXAMPLES = 2  # the largest changes to either side that are shown
+POINTS = 200  # in a picture of changes: evenly spaced items
+EXAMPLES = 2  # the number of examples for each direction of change
 
 
 class About(Record):
-    """What the values of items are, and of which arms and grid values."""
+    """The metric, the grid values and the arms that the values of items belong to."""
 
     metric: str
     label: str
@@ -25,8 +25,11 @@ class About(Record):
 
 
 class Change(About):
-    """One entry of `changes` in report.json: of the number of `items`, how many became `better`, `worse` or stayed
-    the `same`, and `points`: pairs of values, of at most `POINTS` items."""
+    """One entry of `changes` in report.json.
+
+    Of the `items`, how many became `better`, became `worse` or stayed the `same`. `points` has the values of baseline
+    and candidate for at most `POINTS` items.
+    """
 
     items: int
     better: int
@@ -36,7 +39,7 @@ class Change(About):
 
 
 class Option(Record):
-    """An answer, whether it is the right one where that is known, and what each arm gave it."""
+    """An answer, whether it is right (None if unknown), and its value, or the generated text, in each arm."""
 
     text: str
     right: bool | None
@@ -45,7 +48,7 @@ class Option(Record):
 
 
 class Shown(Record):
-    """What to show of an item."""
+    """The texts of an item for the report."""
 
     group: str
     prompt: str
@@ -54,8 +57,11 @@ class Shown(Record):
 
 
 class Example(About):
-    """One entry of `examples` in report.json: the item's place in the data, from 0, the values of the baseline and of
-    the candidate, and what to show of it."""
+    """One entry of `examples` in report.json.
+
+    `item` is the index of the item in the data, `values` has its values in baseline and candidate, and the last four
+    fields have its texts.
+    """
 
     item: int
     values: list[float]
@@ -67,10 +73,10 @@ class Example(About):
 
 
 def changes(about: About, before: Sequence[float], after: Sequence[float]) -> Change:
-    """How the items changed, with a sample of them to draw.
+    """The changes of the items, with a sample to draw.
 
     Args:
-        about: What the values are.
+        about: The metric, the grid values and the arms.
         before: The baseline's value of each item: `(items,)`.
         after: The candidate's, in the same order.
     """
@@ -97,13 +103,13 @@ def most_changed(about: About, before: Sequence[float], after: Sequence[float]) 
 
 
 def example(about: About, index: int, values: tuple[float, float], shown: Shown) -> Example:
-    """An item of a place in the data, with its values in the baseline and in the candidate."""
+    """The example of the item at an index of the data, with its values in baseline and candidate."""
     gain = values[1] - values[0] if about.higher_is_better else values[0] - values[1]
     outcome = "better" if gain > 0 else "worse"
     return Example(**about.given, item=index, values=list(values), outcome=outcome, **shown.given)
 
 
 def _gains(about: About, pairs: np.ndarray) -> np.ndarray:
-    """By how much the candidate is better: `(items,)`."""
+    """The improvement by the candidate, `(items,)`."""
     differences: np.ndarray = pairs[:, 1] - pairs[:, 0]
     return differences if about.higher_is_better else -differences

@@ -60,7 +60,7 @@ def _split(
 
 
 def _trees(threads: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Threads of some conversation trees, and the best thread of each other tree: threads of a tree start alike."""
+    """Training threads, and the best thread of each held-out tree; a tree is not split, as its threads start alike."""
     held_out = set(random.Random(0).sample(sorted({row["tree"] for row in threads}), HELD_OUT_TREES))
     best: dict[str, Row] = {}
     for row in sorted(threads, key=lambda row: float("inf") if row["leaf_rank"] is None else row["leaf_rank"]):
@@ -86,7 +86,7 @@ def _short_pair(row: Row) -> Row | None:
 
 
 def _mixed(*sources: list[str]) -> list[str]:
-    """Texts of all sources in turn, so that any prefix has about equally many characters of each source."""
+    """Texts of all sources in turn, so that any prefix has about the same number of characters of each source."""
     generator = random.Random(0)
     for source in sources:
         generator.shuffle(source)

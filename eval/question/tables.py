@@ -95,9 +95,9 @@ def _row(*cells: str) -> str:
 
 def _differences(rows: list[Row]) -> str:
     lines = [
-        "Candidate minus baseline in loss (nats a token, mean over documents; of DPO nats a pair), with the 95 % "
+        "Candidate minus baseline in loss (nats per token, mean over documents; for DPO nats per pair), with the 95 % "
         "interval over seeds and items; p is corrected (Benjamini-Hochberg) for all rows. Detectable: the true "
-        "difference that such a test, uncorrected, finds 4 times in 5. Equal: a difference of 0.01 is ruled out.",
+        "difference that such a test, uncorrected, would find 4 times in 5. Equal: a difference of 0.01 is ruled out.",
         "",
         _row(
             "model", "task", "baseline", "candidate", "difference", "interval", "p", "verdict", "detectable", "equal"
@@ -121,10 +121,10 @@ def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
     lines = [
         "## Arms",
         "",
-        "Losses here are means over tokens (of DPO over pairs), ± the standard deviation over seeds; the differences "
+        "Losses here are means over tokens (for DPO over pairs), ± the standard deviation over seeds; the differences "
         "above are means over documents.",
         "",
-        _row("model", "task", "arm", "rate", "loss before", "loss after", "runs", "seconds a run", "peak MiB"),
+        _row("model", "task", "arm", "rate", "loss before", "loss after", "runs", "seconds per run", "peak MiB"),
         _row(*["---"] * 3, *["---:"] * 6),
     ]
     total = 0.0
@@ -155,7 +155,7 @@ def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
                 lines.append(_row(*cells))
     lines += [
         "",
-        f"\\* at the edge of what was tried. Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}.",
+        f"\\* at the edge of the tried values. Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}.",
     ]
     return ["\n".join(lines)]
 

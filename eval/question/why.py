@@ -63,7 +63,7 @@ def losses(model: nn.Module, blocks: Tensor) -> Tensor:
 
 
 def by_layer(model: Any, patched: Any, modules: dict[str, nn.Module], blocks: Tensor) -> dict[str, Any]:
-    """The loss with one site swapped, and with all sites swapped, minus the original loss."""
+    """The loss with each single site swapped, and with all sites swapped, minus the original loss."""
     before = losses(model, blocks)
     found = {"loss": before.mean().item(), "all": _grown(losses(patched, blocks) - before), "sites": {}}
     for path, module in tqdm(modules.items(), desc="One layer at a time", unit="layer"):
@@ -120,10 +120,10 @@ def text(found: dict[str, Any]) -> str:
     """Both tables in Markdown."""
     layers = found["by_layer"]
     lines = [f"{found['model']}, {found['patched']}: loss {layers['loss']:.4f} on {found['tokens']} tokens", ""]
-    lines += ["| layer | loss grows by | ± |", "| --- | ---: | ---: |"]
+    lines += ["| layer | increase of the loss | ± |", "| --- | ---: | ---: |"]
     for path, entry in [*layers["sites"].items(), ("all", layers["all"])]:
         lines.append(f"| {path} | {entry['difference']:+.5f} | {entry['standard_error']:.5f} |")
-    lines += ["", "| input | of all inputs | of the squared slope difference | … value difference |"]
+    lines += ["", "| input | share of inputs | of the squared slope difference | of the squared value difference |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     for part in found["by_curve"]:
         shares = " | ".join(f"{part[name]:.1%}" for name in ("inputs", "slope", "value"))

@@ -87,7 +87,7 @@ def test_a_card_that_is_there_is_kept(checkpoint, capsys):
 
 def test_wrong_input_is_one_line_and_status_2(checkpoint, report, tiny_llama_checkpoint, capsys):
     for argv, message in (
-        ([str(tiny_llama_checkpoint)], "no checkpoint that crrelu_llm patched"),
+        ([str(tiny_llama_checkpoint)], "not a checkpoint that crrelu_llm patched"),
         ([str(checkpoint / "nowhere")], "no such directory"),
         ([str(checkpoint), "--report", str(checkpoint)], "cannot be read"),
         ([str(checkpoint), "--report", str(report), "--arm", "gelu"], "there are native, crrelu"),
@@ -146,7 +146,7 @@ def test_files_of_another_shape_are_one_line(checkpoint, report, capsys):
         assert "--report" in line and "report.json: " in line
     config = json.loads((checkpoint / "config.json").read_text())["crrelu"]
     line = _refused(checkpoint / "config.json", {"crrelu": config | {"sites": [{}]}}, [checkpoint], capsys)
-    assert "no checkpoint that crrelu_llm patched" in line
+    assert "not a checkpoint that crrelu_llm patched" in line
     assert readme.is_ours((checkpoint / "README.md").read_text())
 
 

@@ -47,7 +47,7 @@ def test_the_baseline_is_gelu_then_native_then_the_first(names, baseline):
 
 
 def test_a_baseline_must_be_an_arm():
-    with pytest.raises(InputError, match="--baseline mish is none of the arms"):
+    with pytest.raises(InputError, match="--baseline mish is not one of the arms"):
         arms.check_baseline(arms.parse_arms(["gelu", "crrelu"]), "mish")
     arms.check_baseline(arms.parse_arms(["gelu", "crrelu"]), "crrelu")
 

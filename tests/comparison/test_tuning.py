@@ -131,7 +131,7 @@ def test_what_was_chosen_stays_chosen(folder, tuned):
             ("--arms", "native", "crrelu:layers=9"),
             "the arm crrelu:layers=9: layers: 9: the model has 2 layers",
         ),
-        (("--after", "nowhere"), "is no finished run; give the same arms and seeds as there"),
+        (("--after", "nowhere"), "is not a finished run; use the arms and seeds of that comparison"),
         (("--tune", "learning_rate"), "--tune: write key=value,value,…"),
         (("--tune", "max_steps=1,2", "--grid", "max_steps=1,2"), "--tune max_steps=…: --grid sets this key too"),
     ],
@@ -180,6 +180,6 @@ def test_a_comparison_after_another_starts_each_run_from_its_own_model(tmp_path,
     assert tried["epsilon_start"] == run_of(first, "crrelu", 1)["epsilon"]
     capsys.readouterr()
     assert run("dpo", "--seeds", "0", "5", "--after", str(first), "--output_dir", str(tmp_path / "more")) == 2
-    assert "seed-5 is no finished run; give the same arms and seeds as there" in capsys.readouterr().err
+    assert "seed-5 is not a finished run; use the arms and seeds of that comparison" in capsys.readouterr().err
     assert run("dpo", "--seeds", "0", "--output_dir", str(second)) == 2
     assert "another comparison (different: after)" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def about(outcome="undecided", seeds=3, **entry):
             about(equivalence_margin=0.01, equivalent=True),
             "Undecided: crrelu and gelu differ by less than 0.01 in loss",
         ),
-        (about(equivalence_margin=0.01, no_worse=True), "Undecided: crrelu is not worse than gelu by 0.01 in loss"),
+        (about(equivalence_margin=0.01, no_worse=True), "Undecided: crrelu is at most 0.01 worse than gelu in loss"),
         (about(), "Undecided: 3 seeds cannot tell crrelu from gelu in loss"),
         (about(seeds=1, equivalence_margin=0.01, equivalent=True), "Undecided: one seed cannot tell crrelu from gelu"),
         (about(seeds=0, unit="item"), "Undecided: 60 items cannot tell crrelu from gelu in loss"),
@@ -95,13 +95,13 @@ def test_arms_are_told_in_plain_words():
     ]
     told = [row[1].text for row in arms(report_of(arms=told_of)).rows]
     assert told == [
-        "The model as it is, with its own activation (gelu_new).",
-        "ReLU, fitted to compute what the model's own activation computed.",
-        "CRReLU, put in the place of the model's own activation as it is; ε is frozen, one a layer.",
-        "CRReLU in some layers only, fitted to compute what the model's own activation computed; the layer after "
-        "it was fitted too; ε is learned, one a channel.",
-        "ReLU in layers 0-2,5, Mish in layers 3-, fitted to compute what the model's own activation computed; an L1 "
-        "term draws its outputs to 0.",
+        "The unpatched model, with its own activation (gelu_new).",
+        "ReLU, fitted to imitate the model's own activation.",
+        "CRReLU, in place of the model's own activation, without fitting; ε is frozen, one per layer.",
+        "CRReLU in some layers only, fitted to imitate the model's own activation; the layer after it was fitted "
+        "too; ε is learned, one per channel.",
+        "ReLU in layers 0-2,5, Mish in layers 3-, fitted to imitate the model's own activation; an L1 term pushes its "
+        "outputs towards 0.",
     ]
     evaluated = report_of(trainer="eval", arms=told_of)
     assert page_of(evaluated).arms(evaluated).rows == []

@@ -128,13 +128,13 @@ def test_sentence_names_interval_items_and_agreeing_seeds():
     (entry,) = [c for c in report["comparisons"] if (c["metric"], c["unit"]) == ("perplexity", "both")]
     assert verdict_sentence(report) == (
         f"After fine-tuning, crrelu's perplexity is {entry['difference']:.2f} higher than gelu's (95% interval "
-        f"{entry['ci_low']:.2f} to {entry['ci_high']:.2f}, paired over 60 documents × 3 seeds; true differences from "
-        f"{entry['smallest_detectable']:.2f} on are found 4 times in 5; 3 of 3 seeds agree): worse."
+        f"{entry['ci_low']:.2f} to {entry['ci_high']:.2f}, paired over 60 documents × 3 seeds; a true difference of "
+        f"{entry['smallest_detectable']:.2f} would be found 4 times in 5; 3 of 3 seeds agree): worse."
     )
 
 
 def test_sentence_speaks_of_the_best_placed_candidate(sft):
-    assert "crrelu:calibration=fit (best-placed of 2 CRReLU arms)" in verdict_sentence(sft)
+    assert "crrelu:calibration=fit (the best of 2 CRReLU arms)" in verdict_sentence(sft)
 
 
 def test_sentence_turns_an_improvement_round(sft):
@@ -197,8 +197,8 @@ def _diverged(report):
         (_without_baseline, "the baseline gelu is not among the arms."),
         (_failed_baseline, "no run of the baseline gelu gave a perplexity."),
         (_no_pair, "no seed gave a perplexity both in gelu and in crrelu."),
-        (_baseline_only, "there is no arm beside gelu."),
-        (_no_comparisons, "the report holds no comparison of perplexity."),
+        (_baseline_only, "there is no arm besides gelu."),
+        (_no_comparisons, "the report has no comparison of perplexity."),
         (_diverged, "1 of 60 pairs hold a value that is not a finite number."),
     ],
 )
@@ -222,8 +222,8 @@ def test_one_seed_is_never_a_verdict(tmp_path):
 def test_few_seeds_come_with_a_warning(complete):
     _, markdown, source, _ = complete
     for rendered in (markdown, source):
-        assert "With 3 seeds no permutation test over seeds can go below p = 0.25" in rendered
-        assert "no bootstrap interval over them can promise more than 75%" in rendered
+        assert "With 3 seeds, no permutation test over seeds can go below p = 0.25" in rendered
+        assert "no bootstrap interval over seeds can have a confidence above 75%" in rendered
 
 
 def test_failed_runs_are_listed_and_missing_numbers_are_dashes(tmp_path):
@@ -271,7 +271,7 @@ def test_a_reference_metric_stands_beside_without_a_verdict(tmp_path):
     controls = [row for row in rows(page, "Paired differences") if row["metric"] == "“the longer answer wins”"]
     assert [row["verdict"] for row in controls] == ["reference"]
     assert "“the longer answer wins” (reference)" in page.tables["Results by arm"][0]
-    assert "stands at 58.3%" in source
+    assert "is 58.3%; it is a control" in source
 
 
 @pytest.mark.usefixtures("sketched")

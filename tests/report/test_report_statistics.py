@@ -14,18 +14,18 @@ from crrelu_llm.statistics.paired import compare_metric
 
 def test_two_seeds_come_with_a_stronger_warning():
     assert any(
-        "known from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=2, items=20)))
+        "known only from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=2, items=20)))
     )
     assert not any(
-        "known from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=3, items=20)))
+        "known only from one difference" in note for note in notes(Report.of(synthetic.sft_report(seeds=3, items=20)))
     )
 
 
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ((-0.4, 0.3), "differences beyond 0.50 are ruled out"),
-        ((-0.9, 0.3), "worse by more than 0.50 is ruled out"),
+        ((-0.4, 0.3), "differences of more than 0.50 are ruled out"),
+        ((-0.9, 0.3), "a result worse by more than 0.50 is ruled out"),
         ((-0.9, 0.8), None),
     ],
 )
@@ -57,7 +57,7 @@ def test_the_table_says_whether_worse_is_ruled_out(ends, verdict, said):
     entry |= {"equivalence_margin": 0.5, "equivalent": low > -0.5 and high < 0.5, "no_worse": high < 0.5}
     row = tables.comparisons(Report.of(report | {"comparisons": [entry]})).rows[0]
     assert row[-1].text == said
-    assert "equivalent, if better by more than that is ruled out too" in tables.reading(Report.of(report))
+    assert "equivalent if the interval also rules out that it is better by more" in tables.reading(Report.of(report))
 
 
 def test_the_table_is_explained_by_the_rows_it_has():
@@ -75,7 +75,7 @@ def test_seeds_that_are_copies_of_one_another_decide_nothing():
     row = compare_metric("perplexity", False, table, table * 1.1, "both", **names)
     report["comparisons"] = [row.as_dict()]
     assert verdict_sentence(Report.of(report)).endswith(
-        "undecided, because all 3 seeds gave exactly the same differences, so they are not trainings anew."
+        "undecided, because all 3 seeds gave exactly the same differences, so they are not separate training runs."
     )
 
 

@@ -71,14 +71,14 @@ def test_the_report_draws_the_changes_and_shows_the_examples(tmp_path):
     source, markdown = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     better = int(np.sum(after < before))
     assert f"{better} of 300 better, {300 - better} worse" in source
-    assert "200 of them drawn" in source
+    assert "200 of them are drawn" in source
     page = Page(source)
     assert page.open == []
     best = int(np.argmin(after - before))
     change = f"{before[best]:.4f} → {after[best]:.4f}"
     assert f"item {best}, a group" in source and change in source and change in markdown
-    heading, *body = page.tables[f"What both gave item {best}, a group"]
-    assert heading == ["option", "which", "gelu", "crrelu"]
+    heading, *body = page.tables[f"Both arms on item {best}, a group"]
+    assert heading == ["option", "right or wrong", "gelu", "crrelu"]
     assert body == [["An option", "right", "−1.500", "−0.500"], ["An option", "wrong", "−1.500", "−0.500"]]
     assert json.loads((tmp_path / "report.json").read_text())["changes"] == report["changes"]
 
@@ -88,7 +88,7 @@ def test_answers_in_words_stand_side_by_side(tmp_path):
     report, _, _ = report_with_items(option="", given=("the answer is 4", "the answer is 5"))
     write_report(Report.of(report), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
-    shown = [table for label, table in page.tables.items() if label.startswith("What both gave")]
+    shown = [table for label, table in page.tables.items() if label.startswith("Both arms on")]
     assert shown and all(table[1] == ["(empty)", "right", "the answer is 4", "the answer is 5"] for table in shown)
 
 

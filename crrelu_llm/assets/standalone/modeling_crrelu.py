@@ -1,7 +1,7 @@
-"""A language model whose MLPs compute CRReLU (arXiv 2405.12954) in the place of the activation they were trained with.
+"""A language model whose MLPs compute CRReLU (arXiv 2405.12954) instead of the activation they were trained with.
 
 `AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)` reads this file. It needs torch and
-transformers; where the package crrelu_llm is installed as well, the package does the work, with faster kernels.
+transformers. If the package crrelu_llm is installed too, the package does the work, with faster kernels.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ except ImportError:
 class CRReLU(nn.Module):
     """`gain·f(scale·(x + shift)) + offset`, where `f(t) = max(0, t) + ε·(t − μ)·exp(−(t − μ)²/2σ²)`.
 
-    ε, one number or one a channel, is learned. The four around f, one number a channel, are there in calibrated models
-    only, and μ (`center`) and σ (`width`) in those with a fitted density; else they are 1, 0, 1, 0 and 0, 1. All are
-    float32, and so is the computation.
+    ε is learned; it is one number, or one for each channel. Calibrated models also have gain, scale, shift and offset,
+    one number for each channel; otherwise they are 1, 1, 0 and 0. Models with a fitted density also have μ (`center`)
+    and σ (`width`), one number each; otherwise they are 0 and 1. All are float32, and so is the computation.
 
     Args:
-        section: What config.json says of the patch, under `crrelu`.
-        num_channels: Size of the last dimension of the input.
+        section: The section `crrelu` of config.json.
+        num_channels: The size of the last dimension of the input.
     """
 
     def __init__(self, section: dict, num_channels: int):
@@ -49,11 +49,11 @@ class CRReLU(nn.Module):
         self.start |= values
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies it to `x`, `(..., num_channels)`, floating point; gives the shape and dtype of `x`."""
+        """Applies CRReLU to `x`, `(..., num_channels)`, floating point; the result has the shape and dtype of `x`."""
         if x.shape[-1] != self.num_channels:
             raise ValueError(
-                f"CRReLU: {x.shape[-1]} channels, where the checkpoint has {self.num_channels}; to share them among "
-                "several devices (tensor parallelism) install the package crrelu_llm"
+                f"CRReLU: the input has {x.shape[-1]} channels, but the checkpoint has {self.num_channels}; to split "
+                "them over several devices (tensor parallelism), install the package crrelu_llm"
             )
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         numbers = {name: getattr(self, name).to(wide) for name in self.start}
@@ -69,7 +69,7 @@ class CRReLU(nn.Module):
         return y.to(x.dtype)
 
     def set_missing(self) -> None:
-        """Sets what no checkpoint gave a value to its start value."""
+        """Sets the values that the checkpoint lacks to their start values."""
         for name, value in self.start.items():
             tensor = getattr(self, name)
             if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):
@@ -79,14 +79,14 @@ class CRReLU(nn.Module):
 
 
 class Patched:
-    """Puts CRReLU where config.json says, while the model is built; crrelu_llm does so where it is installed."""
+    """Puts CRReLU at the sites in config.json while the model is built, unless an installed crrelu_llm does so."""
 
     def __init__(self, config, *args, **kwargs):
         with _name_known():
             super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
-        """What transformers calls at the end of a model's construction."""
+        """Called by transformers at the end of a model's construction."""
         names = set() if crrelu_llm else self._swap()
         super().post_init()
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | names
@@ -98,7 +98,7 @@ class Patched:
             path = self._local(site["path"])
             owner, _, attribute = path.rpartition(".")
             self.get_submodule(path)
-            activation = site.get("activation", "crrelu")  # one a layer
+            activation = site.get("activation", "crrelu")  # layers may differ
             module = CRReLU(section, site["num_channels"]) if activation == "crrelu" else ACT2FN[activation]
             setattr(self.get_submodule(owner), attribute, module)
             names |= {f"{attribute}.{name}" for name in getattr(module, "start", ())}
@@ -108,7 +108,7 @@ class Patched:
         return names
 
     def _local(self, path: str) -> str:
-        """A path of the whole model as seen from this one."""
+        """Converts a path in the whole model to a path in this one."""
         return path.removeprefix(f"{self.base_model_prefix}.") if isinstance(self, Model) else path
 
     def _initialize_missing_keys(self, *args, **kwargs) -> None:
@@ -120,8 +120,11 @@ class Patched:
 
 @contextlib.contextmanager
 def _name_known():
-    """Lets transformers build the modules that `_swap` replaces. Afterwards the name is unknown again, so that whoever
-    loads the checkpoint without this file gets an error, not another model."""
+    """Lets transformers build the modules that `_swap` replaces.
+
+    Afterwards the name is unknown again, so that loading the checkpoint without this file fails, instead of giving
+    another model.
+    """
     if "crrelu" in ACT2FN:
         yield
         return
@@ -140,6 +143,6 @@ class CRReLUForCausalLM(Patched, CausalLM):
     """The language model."""
 
 
-# So that releases of transformers that do not do it themselves copy this file when the model is saved again.
+# Makes every release of transformers copy this file when the model is saved again.
 CRReLUModel.register_for_auto_class("AutoModel")
 CRReLUForCausalLM.register_for_auto_class("AutoModelForCausalLM")
