@@ -154,11 +154,16 @@ def pytest_itemcollected(item):
 _frozen_for = []
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
 def pytest_runtest_setup(item):
-    """Every Trainer collects garbage when it starts, 0.6 s over all that the imports have made: that is never any.
+    """Skips a test that needs a library of an extra where it is not installed, and freezes what was imported.
 
-    Once more for every file, because much is imported late.
+    Every Trainer collects garbage when it starts, 0.6 s over all that the imports have made: that is never any. Once
+    more for every file, because much is imported late.
     """
+    for mark in item.iter_markers("needs"):
+        for library in mark.args:
+            pytest.importorskip(library, reason=f"{library} is an extra")
     if item.path not in _frozen_for:
         _frozen_for[:] = [item.path]
         gc.collect()

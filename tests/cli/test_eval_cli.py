@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 from crash import Children
 from safetensors.torch import load_file, save_file
 from suite_data import arc, pairs, sentence, write, write_all

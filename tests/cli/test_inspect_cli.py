@@ -120,6 +120,7 @@ def test_models_that_cannot_be_had(argv, capsys):
     assert argv[0] in printed.err
 
 
+@pytest.mark.needs("gguf")
 def test_files_that_are_no_model(tmp_path, capsys):
     (tmp_path / "broken.gguf").write_bytes(b"not a gguf file")
     (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')

@@ -44,6 +44,7 @@ def test_plain_texts_without_a_prompt_are_refused():
         split({"chosen": "plain", "rejected": "text"}, "here")
 
 
+@pytest.mark.needs("lm_eval")
 def test_files_of_both_are_evaluated_as_the_same_pairs(tmp_path, tiny_checkpoint, monkeypatch):
     import datasets
 

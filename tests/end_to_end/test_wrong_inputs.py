@@ -365,7 +365,7 @@ def test_wrong_rows(place, out, refused, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WRONG_PAIRS)
-@pytest.mark.parametrize("command", ["dpo", "eval"])
+@pytest.mark.parametrize("command", ["dpo", pytest.param("eval", marks=pytest.mark.needs("lm_eval"))])
 def test_wrong_pairs(place, out, refused, tmp_path, name, command):
     data = write_rows(tmp_path / f"{name}.jsonl", WRONG_PAIRS[name])
     if command == "eval":

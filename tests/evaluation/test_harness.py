@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM

@@ -4,6 +4,9 @@ import math
 
 import numpy as np
 import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 from suite_data import by_hand, language_model, pairs, sentence, write
 
 from crrelu_llm.errors import InputError

@@ -3,6 +3,9 @@
 import gzip
 
 import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 from suite_data import arc, blimp, pairs, prepared, write
 
 from crrelu_llm.errors import InputError

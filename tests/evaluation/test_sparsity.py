@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 from peft import LoraConfig, get_peft_model
 from suite_data import language_model, sentence
 from tiny import tiny_model, token_ids

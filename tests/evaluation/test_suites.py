@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-import lm_eval
 import pytest
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: eval")
+
 import yaml
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import apply_template

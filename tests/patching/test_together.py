@@ -95,6 +95,7 @@ def test_a_patched_checkpoint_loads_with_a_device_map(family, tmp_path, caplog):
 @pytest.fixture
 def trainable_bits(monkeypatch):
     """On CPUs with AVX512-BF16, bitsandbytes would repack 4-bit weights for a kernel without a backward pass."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: quant")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
@@ -133,6 +134,7 @@ def test_quantised_base(family, bits, calibration, trainable_bits, tmp_path):
     torch.testing.assert_close(logits(again), native)
 
 
+@pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_patched_checkpoint_loads_in_fewer_bits(bits, tmp_path):
     model = family_model("llama")

@@ -28,6 +28,7 @@ def logits(model):
 @pytest.fixture
 def quantisable(workshop, tokenizer):
     """A workshop with a tiny Llama whose sizes are multiples of 64, as 4-bit layers need."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: quant")
     model = tiny_model("llama", hidden_size=64, intermediate_size=128, vocab_size=len(tokenizer))
     workshop.model = str(workshop.folder / "llama")
     model.save_pretrained(workshop.model)

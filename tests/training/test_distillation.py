@@ -198,6 +198,7 @@ def test_mistakes_are_one_line(workshop, kind, options, message):
     assert not (workshop.folder / "run").exists()
 
 
+@pytest.mark.needs("bitsandbytes")
 def test_quantised(workshop, tokenizer):
     """The teacher is quantised like the student, so that the divergence is the activation's alone."""
     model = tiny_model("llama", hidden_size=64, intermediate_size=128, vocab_size=len(tokenizer))

@@ -274,6 +274,7 @@ def test_a_recipes_variables_start_no_launcher(workshop, monkeypatch):
     assert os.environ.pop("CRRELU_TEST") == "1"
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_planted_secret_is_in_no_file(workshop, capfd):
     secret = "hf_planted0secret"
     workshop.run(

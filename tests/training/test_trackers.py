@@ -9,6 +9,7 @@ from crrelu_llm.training.run import run_recipe
 SITES = ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
 
 
+@pytest.mark.needs("tensorboard")
 def test_tensorboard(workshop, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,6 +26,7 @@ def test_tensorboard(workshop, monkeypatch):
         assert [scalar.value for scalar in scalars] == pytest.approx([entry[name] for entry in steps], rel=1e-6)
 
 
+@pytest.mark.needs("trackio")
 def test_trackio(workshop, monkeypatch):
     # Not by its environment variable, which is read once, when the first trainer of a process is built
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", workshop.folder / "trackio")

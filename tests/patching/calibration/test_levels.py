@@ -234,6 +234,7 @@ def test_layers_that_share_their_weights_get_the_whole_fit(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
 
 
+@pytest.mark.needs("bitsandbytes")
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}])
 def test_quantised_weights_are_fitted_but_not_refitted(options, tmp_path):
     from transformers import BitsAndBytesConfig
@@ -250,6 +251,7 @@ def test_quantised_weights_are_fitted_but_not_refitted(options, tmp_path):
     assert (logits(model) - before).norm() < 0.1 * before.norm()
 
 
+@pytest.mark.needs("bitsandbytes")
 def test_quantising_after_the_patch_costs_no_more_than_quantising_the_original(tmp_path):
     from transformers import BitsAndBytesConfig
 
