@@ -38,10 +38,16 @@ def cuda():
 # (calibrated, or one ε a layer) and in bfloat16, which has a series of its own, and the calibrated form in both; the
 # derivatives of what has one ε a layer, the calibrated form's with one a channel.
 _SLOW_WHERE_COMPILED = {
-    # test_backends.py
+    # test_backends.py, and of the same name test_affine.py
     "test_values_and_derivatives_are_those_of_the_closed_form": [set()],
     "test_first_and_second_gradients_of_x_and_epsilon": [{"5"}],
-    "test_odd_shapes_agree_with_the_definition": [{"(3, 2, 7)"}],
+    "test_odd_shapes_agree_with_the_definition": [
+        {"(3, 2, 7)"},
+        {"plain"},
+        {"packed"},
+        {"gated", "False"},
+        {"gated", "(150, 1)"},
+    ],
     "test_several_blocks_agree_with_the_definition": [set()],  # the blocks are those of the other backends
     "test_a_scalar_stays_a_scalar": [set()],
     "test_error_is_below_twice_that_of_the_plain_formula": [{"torch.float16"}, {"torch.bfloat16"}, {"64"}],
@@ -67,7 +73,6 @@ _SLOW_WHERE_COMPILED = {
     "test_the_packed_gradient_is_contiguous": [set()],
     "test_compiles_as_one_graph": [{"separate"}, {"layer"}, {"16"}],  # the last is test_backends.py's
     # test_affine.py
-    "test_odd_shapes_gated_and_packed_agree_with_the_definition": [{"False"}, {"(150, 1)"}],
     "test_first_and_second_gradients": [{"channel"}, {"packed"}, {"1"}],  # of test_gated.py too
     "test_every_dtype_computes_in_float32_and_rounds_once": [{"torch.float16"}, {"torch.float32"}, {"torch.float64"}],
     "test_infinities_and_nan": [{"torch.float16"}, {"torch.float32"}, {"torch.float64"}],

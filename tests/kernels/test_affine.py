@@ -92,19 +92,20 @@ def test_first_and_second_gradients_gated_and_packed():
 @robust_backend
 @pytest.mark.parametrize("shape", [BLOCK_SHAPES[-1], BLOCK_SHAPES[-2], (0, 5)], ids=str)
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_odd_shapes_gated_and_packed_agree_with_the_definition(backend, shape, per_channel, monkeypatch):
+@pytest.mark.parametrize("form", ["plain", "gated", "packed"])
+def test_odd_shapes_agree_with_the_definition(backend, form, shape, per_channel, monkeypatch):
     shrink_blocks(monkeypatch)
     gate, up, affine = normal(shape), normal(shape, seed=1), _affine(shape[-1])
     epsilon, grad = epsilon_of(shape[-1] if per_channel else 1), torch.cos(gate)
-    plain = _expected(affine, gate, epsilon, grad=grad)
-    tolerance = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(evaluate(_with(affine), gate, epsilon, grad=grad), plain, **tolerance)
-    expected = _expected(affine, gate, up, epsilon, grad=grad)
-    result = evaluate(_with(affine, gated_kernel), gate, up, epsilon, grad=grad)
-    torch.testing.assert_close(result, expected, **tolerance)
-    both = torch.cat((gate, up), -1)
-    value, both, total = evaluate(_with(affine, packed_kernel), both, epsilon, grad=grad)
-    torch.testing.assert_close([value, *both.chunk(2, -1), total], expected, **tolerance)
+    inputs = (gate, epsilon) if form == "plain" else (gate, up, epsilon)
+    expected = _expected(affine, *inputs, grad=grad)
+    if form == "packed":
+        both = torch.cat((gate, up), -1)
+        value, both, total = evaluate(_with(affine, packed_kernel), both, epsilon, grad=grad)
+        result = [value, *both.chunk(2, -1), total]
+    else:
+        result = evaluate(_with(affine, gated_kernel if form == "gated" else kernel), *inputs, grad=grad)
+    torch.testing.assert_close(list(result), list(expected), rtol=1e-12, atol=1e-12)
 
 
 @robust_backend
