@@ -1,11 +1,11 @@
-"""The value by which single items of a task are compared; if the task has one, a finer value than right or wrong."""
+"""The values by which the items of a task are compared: finer than right or wrong, if the task has such values."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from crrelu_llm.evaluation.measured import PRIMARY, Column, Item, Measured, describe
+from crrelu_llm.evaluation.measured import PRIMARY, Column, Item, Measured, describe_metric
 from crrelu_llm.statistics.single_items import Option, Shown
 
 # Measured for every item, and finer than the metric that decides the verdict.
@@ -38,7 +38,7 @@ def contrast(result: Measured) -> Contrast | None:
     metric = next((name for name in (*_FINER, *PRIMARY) if name in items), next(iter(items), None))
     if metric is None:
         return None
-    label, better, pattern = describe(metric)
+    label, better, pattern = describe_metric(metric)
     values = _ratios(items[metric], result.shares.get(metric))
     return Contrast(metric, label, result.higher_is_better.get(metric, better), pattern, values)
 

@@ -29,7 +29,7 @@ class HarnessTask:
     """A task or a group of tasks of lm-eval with its data.
 
     Attributes:
-        name: Its name.
+        name: The name of the task.
         rows: The number of items to evaluate.
         config: Everything except the model and the data that affects its numbers.
         data: The identity of the data.
@@ -76,7 +76,7 @@ class HarnessTask:
 
     def run(self, lm: EvaluationLM) -> Measured:
         """Evaluates a model."""
-        # As simple_evaluate of lm-eval, which also queries pip and the machine on each call.
+        # The steps of lm-eval's simple_evaluate, which also queries pip and the machine on each call.
         random.seed(0)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
@@ -158,10 +158,10 @@ def _own(spec: TaskSpec, manager: Any) -> Any:
 def _loaded(spec: TaskSpec, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # from datasets, the hub, or packages that a task needs: the user can repair them
+    except Exception as error:  # from datasets, the hub or a missing package: the user can resolve it
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
-            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, or use "
+            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, unlike "
             "the suite local with --data_dir"
         ) from error
 
@@ -233,14 +233,13 @@ def _config(task: Any) -> Any:
 
 
 def _spelled(value: Any) -> str:
-    """A value that JSON lacks as a text that is the same in every process; a function as its name."""
+    """A text for a value that JSON lacks, the same in every process: the name of a function, otherwise its `str`."""
     name = getattr(value, "__qualname__", None)
     return str(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 
 
 def _values(columns: dict[str, list[Any]], reported: dict[str, float]) -> tuple[Values, Columns, Columns]:
-    """The metrics, the values of the items and the shares, from columns of which each is a mean, a perplexity or a
-    ratio."""
+    """The metrics, values of items and shares from lm-eval's columns; a metric is a mean, a perplexity or a ratio."""
     metrics: Values = {}
     items: Columns = {}
     shares: Columns = {}
@@ -262,12 +261,12 @@ def _values(columns: dict[str, list[Any]], reported: dict[str, float]) -> tuple[
 
 
 def _directions(found: Any, metrics: Values) -> dict[str, bool]:
-    directions: dict[str, bool] = {}
-    for entries in found.get("higher_is_better", {}).values():
-        for key in metrics:
-            if entries.get(key.partition(",")[0]) is not None:
-                directions[key] = bool(entries[key.partition(",")[0]])
-    return directions
+    return {
+        key: bool(entries[key.partition(",")[0]])
+        for entries in found.get("higher_is_better", {}).values()
+        for key in metrics
+        if entries.get(key.partition(",")[0]) is not None
+    }
 
 
 def _group_means(items: Columns, groups: list[str]) -> dict[str, Values]:

@@ -28,22 +28,16 @@ def evaluate_sft(trainer: Any) -> Evaluated:
     alone = trainer.accelerator.num_processes == 1
     if not alone and (trainer.args.packing if trainer.args.eval_packing is None else trainer.args.eval_packing):
         raise InputError("packed data can be evaluated by one process only; set eval_packing: false")
-    nll: list[Tensor] = []
-    tokens: list[Tensor] = []
-    correct: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {"negative_log_likelihood": [], "tokens": [], "correct": []}
     for batch, outputs in forward_passes(trainer):
         mask = outputs.label_mask
         documents = _documents(batch, mask)
-        for values, target in (
-            (-outputs.log_probs.double(), nll),
-            (mask.long(), tokens),
-            (outputs.is_top1.long(), correct),
-        ):
+        found = (-outputs.log_probs.double(), mask.long(), outputs.is_top1.long())
+        for part, values in zip(parts.values(), found, strict=True):
             sums = _sum_by(values, documents)
             # A single process has nothing to gather, and gather_for_metrics would cut the last batch to its number of
             # rows, each of which may hold several documents.
-            target.append((sums if alone else trainer.accelerator.gather_for_metrics(sums)).cpu())
-    parts = {"negative_log_likelihood": nll, "tokens": tokens, "correct": correct}
+            part.append((sums if alone else trainer.accelerator.gather_for_metrics(sums)).cpu())
     columns = {name: torch.cat(values).numpy() for name, values in parts.items()}
     keep = columns["tokens"] > 0
     columns = {name: values[keep] for name, values in columns.items()}

@@ -21,14 +21,7 @@ _PIECE = 3000  # the characters of a document that is made of lines of a text fi
 
 
 class TextTask:
-    """A file of text.
-
-    Attributes:
-        name: The name of the task.
-        rows: The number of documents to evaluate.
-        config: Everything except the model and the data that affects its numbers.
-        data: The identity of the data.
-    """
+    """A file of text, with the attributes of a `HarnessTask`."""
 
     def __init__(self, name: str, path: Path | str, limit: int | None) -> None:
         """Reads the documents: the rows of a data file, or pieces of about 3000 characters of a text file.

@@ -52,7 +52,7 @@ class EvaluationLM(HFLM):
         return super().loglikelihood(requests, disable_tqdm or _without_bars())
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """lm-eval's method, if the tokenizer puts nothing before a text; with a progress bar as above.
+        """lm-eval's method if the tokenizer puts nothing before a text; with a bar unless TQDM_DISABLE is set.
 
         Otherwise the log-likelihood of the text's own tokens, in windows that each begin as the tokenizer begins a
         text. lm-eval encodes the text with a beginning-of-sequence token and puts another one before it, so it also
@@ -139,7 +139,7 @@ def build(
         tokenizer: Its tokenizer.
         batch_size: The rows of a batch, or `"auto"`.
         device: The device to compute on.
-        max_length: The longest context in tokens; the model's own if that is shorter.
+        max_length: The longest context in tokens, if it is shorter than the model's own.
     """
     with quiet():
         return EvaluationLM(
@@ -165,10 +165,10 @@ class _Cuts(logging.Handler):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[_Cuts]:
-    """A context in which lm-eval prints to stderr and without its hints about the call.
+    """A context in which lm-eval prints to stderr and omits its hints about the call.
 
     Yields:
-        The counter of truncated requests; the number is its `count`.
+        The counter of truncated requests; its attribute `count` is their number.
     """
     logger, cuts = logging.getLogger("lm_eval"), _Cuts()
     level, propagate = logger.level, logger.propagate

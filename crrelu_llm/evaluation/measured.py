@@ -36,7 +36,7 @@ PRIMARY = (
 _RESAMPLES = 1999
 _HELD = 5_000_000  # the largest number of values in memory during resampling
 
-Column = list[float | None]  # a value for each item, in the order of the data; None is a number that is not finite
+Column = list[float | None]  # a value per item, in the order of the data; None stands for a number that is not finite
 Columns = dict[str, Column]  # by metric
 Evaluated = tuple[dict[str, float], dict[str, list[float]]]  # a trainer's metrics, and its values of items by metric
 
@@ -49,7 +49,7 @@ class Item(Record):
         group: Its paradigm or subject, or an empty text.
         prompt: The end of the prompt.
         options: The answers to choose from; empty if the model writes the answer.
-        target: The right answer; of several options, usually the index of the right one.
+        target: The right answer; if there are options, usually the index of the right one.
         responses: The log-likelihood (nats) of each option, or the text that the model wrote.
     """
 
@@ -101,7 +101,7 @@ class Measured(Record):
 
     @property
     def given(self) -> dict[str, Any]:
-        """All fields: a result is written with its empty ones."""
+        """All fields, because a result is written with its empty fields too."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def with_intervals(self) -> Self:
@@ -113,7 +113,7 @@ class Measured(Record):
         return self.but(intervals={metric: list(pair) for metric, pair in ends.items()})
 
 
-def describe(metric: str) -> tuple[str, bool, str]:
+def describe_metric(metric: str) -> tuple[str, bool, str]:
     """The label, direction and format of a metric, which may be one that a task defines itself."""
     return KNOWN.get(metric.partition(",")[0], (metric.replace("_", " "), True, "{:.4f}"))
 

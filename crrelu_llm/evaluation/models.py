@@ -212,7 +212,7 @@ def _extend_embeddings(model: Any, adapter: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def describe(model: Any, path: str) -> LoadedModel:
+def describe_model(model: Any, path: str) -> LoadedModel:
     """The facts about a model that was loaded from `path`."""
     from crrelu_llm.activation import CRReLU
 

@@ -16,14 +16,7 @@ from crrelu_llm.report.schema import Data
 
 
 class PreferenceTask:
-    """A file of preference pairs.
-
-    Attributes:
-        name: The name of the task.
-        rows: The number of pairs to evaluate.
-        config: Everything except the model and the data that affects its numbers.
-        data: The identity of the data.
-    """
+    """A file of preference pairs, with the attributes of a `HarnessTask`."""
 
     def __init__(self, name: str, path: Path | str, limit: int | None, chat: bool) -> None:
         """Reads the pairs.
@@ -166,7 +159,9 @@ def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple
         context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         whole = [tokenizer.apply_chat_template(messages + reply, tokenize=False) for reply in replies]
         if not all(text.startswith(context) for text in whole):
-            raise InputError(f"{where}: the chat template changes a prompt when an answer follows; leave it out")
+            raise InputError(
+                f"{where}: the chat template changes a prompt when an answer follows; leave out --apply_chat_template"
+            )
         return context, whole[0][len(context) :], whole[1][len(context) :]
     end = tokenizer.eos_token or ""
     if isinstance(prompt, str):

@@ -6,7 +6,7 @@ import numpy as np
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.contrast import contrast, shown
-from crrelu_llm.evaluation.measured import PRIMARY, describe
+from crrelu_llm.evaluation.measured import PRIMARY, describe_metric
 from crrelu_llm.evaluation.preference import against_reference
 from crrelu_llm.evaluation.results import MODEL, Result, Settings, read_model, read_result, read_settings
 from crrelu_llm.report.schema import Arm, Headline, Metric, Report, Run, Sparsity
@@ -100,7 +100,7 @@ def _metrics(results: Results, settings: Settings) -> dict[str, Metric]:
         for result in (tasks[task] for tasks in results.values() if task in tasks):
             for metric in result.metrics:
                 base, comma, variant = metric.partition(",")
-                label, better, pattern = describe(base)
+                label, better, pattern = describe_metric(base)
                 described[f"{task}/{metric}"] = Metric(
                     label=f"{task}: {label}" + (f" ({variant})" if comma else ""),
                     higher_is_better=result.higher_is_better.get(metric, better),

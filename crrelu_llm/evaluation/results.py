@@ -1,4 +1,4 @@
-"""The files of an evaluation: its settings, and one result for each model, task and set of conditions."""
+"""The files of an evaluation: its settings, and the results of models and tasks."""
 
 import contextlib
 import glob
@@ -88,7 +88,7 @@ class Result(Measured):
 
 
 class LoadedModel(Record):
-    """The result file of a model: the facts known once it is loaded, with the mean ε of each CRReLU site."""
+    """The result file of a model; `epsilon` is the mean ε of each CRReLU site."""
 
     activation: str
     parameters: int
@@ -125,7 +125,7 @@ def read_model(path: Path) -> LoadedModel | None:
 
 
 def other_result(path: Path, key: Key) -> str | None:
-    """How the latest other result of the same model and task differs from the one asked for, in words, or None."""
+    """The difference of the latest other result of the same model and task, in words; None if there is none."""
     task = path.stem.rpartition("-")[0]
     others = [file for file in path.parent.glob(f"{glob.escape(task)}-*.json") if file.stem.rpartition("-")[0] == task]
     if not others:

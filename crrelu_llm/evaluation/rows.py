@@ -40,7 +40,7 @@ def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> Non
 
 
 def no_column(spec: TaskSpec, error: Exception, where: str = "") -> str:
-    """The message if a task cannot use its data.
+    """The message for a task that cannot use its data.
 
     Args:
         where: The row, followed by a colon and a space.

@@ -1,4 +1,4 @@
-"""Evaluates models on tasks: checks the input first, keeps the results on disk, and computes and writes the others."""
+"""Runs an evaluation: checks the input, keeps the results that are on disk, and computes the missing ones."""
 
 import contextlib
 import gc
@@ -41,9 +41,9 @@ _A_FEW_TOKENS = torch.arange(3, 35)[None]
 
 @contextlib.contextmanager
 def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]]:
-    """A context that first computes the missing results; other evaluations cannot use its directory.
+    """Computes the missing results, and holds the lock of the directory while its context lasts.
 
-    The caller makes the report within the context, from the files (`evaluation.report.build_report`).
+    The caller builds the report within the context, from the files (`evaluation.report.build_report`).
 
     Yields:
         The error of each failed task, by model and task; the other results are on disk.
@@ -98,7 +98,7 @@ def _one_model(
             continue
         other = other_result(places[task.name], keys[task.name])
         if other:
-            _say(f"{model.name} × {task.name}: a result on disk is of {other}; it is kept, and a new one is computed")
+            _say(f"{model.name} × {task.name}: a result on disk is for {other}; it is kept, and a new one is computed")
         todo.append(task)
     if not todo and read_model(places[MODEL]) is not None:
         return {}
@@ -128,7 +128,7 @@ def _load(
     try:
         loaded = named.load(model, evaluation.dtype)
         loading.require_embeddings(tokenizer, loaded.get_input_embeddings().weight.shape[0], model.path)
-        write_result(place, key, named.describe(loaded, model.path))
+        write_result(place, key, named.describe_model(loaded, model.path))
         device = torch.device(evaluation.device)
         lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)
         tokens = _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size
@@ -215,7 +215,7 @@ def _say(line: str) -> None:
 
 
 def say_alone() -> None:
-    """Says, under a launcher with several processes, that the others have nothing to do."""
+    """Prints a line if a launcher has started several processes, because only the first one evaluates."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         _say(f"{processes} processes were started; only the first one evaluates")

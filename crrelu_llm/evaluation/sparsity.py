@@ -61,8 +61,11 @@ class Zeros:
         self._sums[path] = [before + now for before, now in zip(self._sums[path], found, strict=True)]
 
     def take(self, tokens: int = 0) -> Sparsity:
-        """The shares of the outputs so far, on `tokens` tokens; removes the hooks. Only a calibrated site has a share
-        at its channels' offsets."""
+        """Removes the hooks and returns the shares; only calibrated sites have a share at the offset.
+
+        Args:
+            tokens: The number of tokens of the forward passes, for the record.
+        """
         for handle in self._handles:
             handle.remove()
         counts = {path: [int(value) for value in sums] for path, sums in self._sums.items()}
@@ -106,10 +109,10 @@ def sparsity(model: Any, sequences: Iterable[list[int]], compute: Any = None) ->
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     longest = min(LONGEST, getattr(base.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
-    counted, tokens = Zeros(model), 0
+    counted, tokens, device = Zeros(model), 0, next(base.parameters()).device
     try:
         for ids in itertools.islice(sequences, ROWS):
-            batch = torch.tensor([ids[: min(longest, TOKENS - tokens)]], device=_device(base))
+            batch = torch.tensor([ids[: min(longest, TOKENS - tokens)]], device=device)
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 (model if compute is None else compute)(input_ids=batch, use_cache=False, **few)
             tokens += batch.numel()
@@ -143,7 +146,3 @@ def _sequences(trainer: Any) -> Iterator[list[int]]:
             return
         if len(ids):
             yield list(ids)
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device

@@ -175,7 +175,7 @@ def test_other_data_and_other_settings(place, tiny_checkpoint, capsys):
     first = report(place)
     write(place / "data" / "arc-easy" / "test.jsonl.gz", arc(5))
     assert command_line.main([*argv, "--limit", "2"]) == 0
-    said = "arc_easy: a result on disk is of other settings of the task and another data version; it is kept"
+    said = "arc_easy: a result on disk is for other settings of the task and another data version; it is kept"
     assert said in capsys.readouterr().err
     assert report(place)["arms"][0]["runs"][0]["items"] == {"arc_easy": 2}
     assert report(place)["data"][0]["sha256"] != first["data"][0]["sha256"]
