@@ -13,6 +13,7 @@ _WORDS: dict[Any, str] = {
     types.NoneType: "null",
 }  # fmt: skip
 _LONGEST = 40  # of a wrong value that is shown
+_hints = functools.cache(get_type_hints)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
@@ -62,10 +63,9 @@ class Record:
         return cls(**{name: _read(known[name][0], inner, f"{prefix}{name}") for name, inner in value.items()})
 
 
-@functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
     """The type of each field, and whether it must be there."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return {one.name: (hints[one.name], one.default is one.default_factory is MISSING) for one in fields(cls)}
 
 
