@@ -1,5 +1,6 @@
 """Objects of a JSON document as dataclasses: written as they were given, and checked where they are read."""
 
+import functools
 import json
 import types
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,6 +13,7 @@ _WORDS: dict[Any, str] = {
     types.NoneType: "null",
 }  # fmt: skip
 _LONGEST = 40  # of a wrong value that is shown
+_hints = functools.cache(get_type_hints)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
@@ -63,8 +65,13 @@ class Record:
 
 def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
     """The type of each field, and whether it must be there."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return {one.name: (hints[one.name], one.default is one.default_factory is MISSING) for one in fields(cls)}
+
+
+@functools.cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
 
 
 def _written(value: Any) -> Any:
@@ -77,12 +84,12 @@ def _written(value: Any) -> Any:
 
 def _read(kind: Any, value: Any, place: str) -> Any:
     """A JSON value as the type that an annotation names."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin, inner = _parts(kind)
     if origin in (Union, types.UnionType):
-        chosen = [one for one in inner if _is(value, one)]
-        if not chosen:
+        chosen = next((one for one in inner if _is(value, one)), None)
+        if chosen is None:
             raise _wrong(value, " or ".join(_WORDS[get_origin(one) or one] for one in inner), place)
-        return _read(chosen[0], value, place)
+        return _read(chosen, value, place)
     if not _is(value, kind):
         words = f"one of {', '.join(inner)}" if origin is Literal else _WORDS.get(origin or kind, "an object")
         raise _wrong(value, words, place)
@@ -97,7 +104,7 @@ def _read(kind: Any, value: Any, place: str) -> Any:
 
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a type, what is within it aside."""
-    origin = get_origin(kind) or kind
+    origin = _parts(kind)[0] or kind
     if origin is Any or origin is Literal:
         return origin is Any or value in get_args(kind)
     if issubclass(origin, Record):

@@ -184,7 +184,7 @@ def _one_run(
 
     def evaluate(trained: Any) -> dict[str, Any]:
         metrics, items = recipe.kind.evaluate(trained)
-        return {"metrics": metrics, "items": items, "grid": point, "sparsity": sparsity_of_trainer(trained)}
+        return {"metrics": metrics, "items": items, "grid": point, "sparsity": sparsity_of_trainer(trained).as_dict()}
 
     record = train_and_save(trainer, recipe, comparison.keep_models, evaluate, lambda: before.seconds)
     if lines:
@@ -229,7 +229,7 @@ def _keep_texts(comparison: Comparison, kind: Kind, trainer: Any) -> None:
     """Saves the texts of the evaluation items, once for all runs, for the report's examples."""
     path = comparison.output_dir / TEXTS
     if PartialState().is_main_process and not path.is_file():
-        write_json(path, kind.texts(trainer))
+        write_json(path, [text.as_dict() for text in kind.texts(trainer)])
 
 
 class BeforeTraining(TrainerCallback):
@@ -246,7 +246,7 @@ class BeforeTraining(TrainerCallback):
         started, logged = time.perf_counter(), len(state.log_history)
         with torch.random.fork_rng():  # this evaluation must not change the run
             metrics, _ = self.kind.evaluate(self.trainer)
-            sparsity = sparsity_of_trainer(self.trainer)
+            sparsity = sparsity_of_trainer(self.trainer).as_dict()
         del state.log_history[logged:]
         if self.trainer.accelerator.is_main_process:
             write_json(self.path, metrics | {"sparsity": sparsity})

@@ -16,6 +16,7 @@ from crrelu_llm.comparison.matrix import TEXTS
 from crrelu_llm.comparison.settings import SETTINGS, read_settings
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError, reading
+from crrelu_llm.evaluation.measured import ItemText
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.report.schema import Arm, Data, Grid, Headline, Metric, Report, Run, Tuning
 from crrelu_llm.statistics import single_items
@@ -80,7 +81,8 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     for name in margins.keys() - metrics.keys():
         known = ", ".join(metrics) or "none yet"
         raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
-    texts = _read_json(directory / TEXTS) or []
+    with reading(str(directory / TEXTS), "remove it, and run the comparison again", ours=True):
+        texts = [ItemText.of(text) for text in _read_json(directory / TEXTS) or []]
     changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
     packed = settings["recipe"].get("eval_packing")
     pairs = [
@@ -204,7 +206,7 @@ def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid
 
 
 def _single_items(
-    headline: str, settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], texts: list[dict[str, Any]]
+    headline: str, settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], texts: list[ItemText]
 ) -> tuple[list[Change], list[Example]]:
     """The changes of the headline metric by item, averaged over seeds, for each candidate, and the largest of them."""
     changes: list[Change] = []
@@ -232,9 +234,9 @@ def _single_items(
         for i in single_items.most_changed(about, columns[0], columns[1]):
             options = [
                 Option(text=text, right=right, baseline=None, candidate=None)
-                for text, right in zip(texts[i]["options"], texts[i].get("right", (True, False)), strict=False)
+                for text, right in zip(texts[i].options, texts[i].right, strict=False)
             ]
-            shown = Shown(group="", prompt=texts[i]["prompt"], target="", options=options)
+            shown = Shown(group="", prompt=texts[i].prompt, target="", options=options)
             examples.append(single_items.example(about, i, (columns[0][i], columns[1][i]), shown))
     return changes, examples
 

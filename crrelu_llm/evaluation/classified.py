@@ -1,17 +1,18 @@
-"""Evaluates an image classifier: cross-entropy, top-1 and top-5 accuracy, a value for every image."""
+"""Evaluates an image classifier: cross-entropy, top-1 and top-5 accuracy, with a value per image."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crrelu_llm.evaluation.items import Evaluated, batches, evaluating
+from crrelu_llm.evaluation.items import batches, evaluating
+from crrelu_llm.evaluation.measured import Evaluated, ItemText
 
 _TOP = 5
 
 
 def evaluate_image(trainer: Any) -> Evaluated:
-    """Loss, top-1 and, of more than five labels, top-5 accuracy; items are the images in the order of the data."""
+    """Loss, top-1 accuracy and, with more than five labels, top-5 accuracy; items are the images."""
     rows = []
     with evaluating(trainer) as model:
         for batch in batches(trainer):
@@ -35,12 +36,12 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label is the first, and whether it is one of the first five: `(images, 2)`."""
+    """Whether the label is the first choice, and whether it is one of the first five: `(images, 2)`."""
     found = logits.topk(min(_TOP, logits.shape[-1])).indices == labels[:, None]
     return torch.stack([found[:, 0], found.any(1)], dim=1)
 
 
-def image_texts(trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each image: its place in the data and its label."""
+def image_texts(trainer: Any) -> list[ItemText]:
+    """The index of each image in the data, and its label."""
     data, names = trainer.eval_dataset, trainer.model.config.id2label
-    return [{"prompt": f"image {index}: {names[label]}", "options": []} for index, label in enumerate(data.labels)]
+    return [ItemText(prompt=f"image {index}: {names[label]}", options=[]) for index, label in enumerate(data.labels)]

@@ -1,15 +1,14 @@
-"""What single items of a task are compared by: a number of each item that says more than right or wrong."""
+"""The values by which the items of a task are compared: finer than right or wrong, if the task has such values."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
+from crrelu_llm.evaluation.measured import PRIMARY, Column, Item, Measured, describe_metric
 from crrelu_llm.statistics.single_items import Option, Shown
 
-# Measured for every item, and finer than the metric that the verdict looks at.
+# Measured for every item, and finer than the metric that decides the verdict.
 _FINER = ("reward_margin", "logp_margin", "loss")
 
 
@@ -24,17 +23,14 @@ class Contrast:
     values: list[float]
 
 
-def contrast(result: dict[str, Any]) -> Contrast | None:
-    """The contrast of a task's result: the rewards' margin, the right answer's lead over the others, or a metric.
-
-    Args:
-        result: What `Measured.as_dict` gave.
+def contrast(result: Measured) -> Contrast | None:
+    """The contrast of a task: the reward margin, the lead of the right answer over the others, or a metric.
 
     Returns:
-        None where the task keeps no values of items.
+        None if the task has no values of items.
     """
-    items = result["items"]
-    leads = [] if "logp_margin" in items else [_lead(example) for example in result["examples"]]
+    items = result.items
+    leads = [] if "logp_margin" in items else [_lead(item) for item in result.examples]
     known = [lead for lead in leads if lead is not None]
     if known and len(known) == len(leads) and "acc" in items and set(items["acc"]) <= {0.0, 1.0}:
         label = "log-probability of the right answer less that of the best other (nats)"
@@ -42,54 +38,52 @@ def contrast(result: dict[str, Any]) -> Contrast | None:
     metric = next((name for name in (*_FINER, *PRIMARY) if name in items), next(iter(items), None))
     if metric is None:
         return None
-    label, better, pattern = KNOWN.get(metric.partition(",")[0], (metric.replace("_", " "), True, "{:.4f}"))
-    values = _ratios(items[metric], result.get("shares", {}).get(metric))
-    return Contrast(metric, label, result["higher_is_better"].get(metric, better), pattern, values)
+    label, better, pattern = describe_metric(metric)
+    values = _ratios(items[metric], result.shares.get(metric))
+    return Contrast(metric, label, result.higher_is_better.get(metric, better), pattern, values)
 
 
-def shown(example: dict[str, Any], other: dict[str, Any]) -> Shown:
-    """What to show of an item: its prompt, and what baseline and candidate gave each of its options.
+def shown(item: Item, other: Item) -> Shown:
+    """What the report shows of an item: its prompt, and for each option the responses of both models.
 
     Args:
-        example: One of the baseline's result.
-        other: The same item of the candidate's.
+        item: From the baseline's result.
+        other: The same item from the candidate's result.
     """
-    right = _right(example)
-    texts = example["options"] or [""] * len(example["responses"])
+    right = _right(item)
+    texts = item.options or [""] * len(item.responses)
     options = [
         Option(text=text, right=None if right is None else index == right, baseline=mine, candidate=theirs)
-        for index, (text, mine, theirs) in enumerate(
-            zip(texts, example["responses"], other["responses"], strict=False)
-        )
+        for index, (text, mine, theirs) in enumerate(zip(texts, item.responses, other.responses, strict=False))
     ]
-    return Shown(group=example["group"], prompt=example["prompt"], target=example["target"], options=options)
+    return Shown(group=item.group, prompt=item.prompt, target=item.target, options=options)
 
 
-def _ratios(values: list[float], shares: list[float] | None) -> list[float]:
-    """Each item's own ratio, of a metric that is a ratio of sums over items.
+def _ratios(values: Column, shares: Column | None) -> list[float]:
+    """Each item's own ratio, if the metric is a ratio of sums over items (it then has shares); otherwise the values.
 
-    What is kept are values whose mean is the metric (see `measured.linearised`): they hold the ratio of all items too,
-    by which an item that did not change would seem to. With the shares, the item's weight follows from them.
+    The values of such a metric (see `measured.linearised`) contain the ratio of all items, so an unchanged item would
+    seem to change. The weight of the item follows from its value and its share.
     """
+    linear = np.array(values, dtype=float)
     if shares is None:
-        return values
-    linear, share = np.array(values, dtype=float), np.array(shares, dtype=float)
+        return linear.tolist()
+    share = np.array(shares, dtype=float)
     ratio = share.mean()
     with np.errstate(divide="ignore", invalid="ignore"):
         return (share / ((ratio + share - linear) / ratio)).tolist()
 
 
-def _lead(example: dict[str, Any]) -> float | None:
-    """By how much the right option is more probable than the best of the others, in nats."""
-    right, responses = _right(example), example["responses"]
-    if right is None or len(responses) != len(example["options"]):
-        return None
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in responses):
+def _lead(item: Item) -> float | None:
+    """The log-probability (nats) of the right option minus that of the best other option."""
+    right = _right(item)
+    responses = [value for value in item.responses if isinstance(value, int | float) and math.isfinite(value)]
+    if right is None or not len(responses) == len(item.responses) == len(item.options):
         return None
     return float(responses[right] - max(value for index, value in enumerate(responses) if index != right))
 
 
-def _right(example: dict[str, Any]) -> int | None:
-    """The index of the right one of several options."""
-    target, count = str(example["target"]), len(example["options"])
-    return int(target) if count > 1 and target.isdecimal() and int(target) < count else None
+def _right(item: Item) -> int | None:
+    """The index of the right option, if there are several."""
+    count = len(item.options)
+    return int(item.target) if count > 1 and item.target.isdecimal() and int(item.target) < count else None

@@ -1,4 +1,8 @@
-"""What local task files need beyond templates: pages out of lines, and TruthfulQA's measure."""
+"""Functions that local task files use beside templates: pages from lines, and the metric of TruthfulQA.
+
+lm-eval puts the source of each function into the configuration of its task, and so into the keys of results: an edit,
+even of a docstring, makes `crrelu eval` compute the task again.
+"""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Evaluates a trainer that samples: the mean reward of greedy answers to held-out prompts, one value a prompt."""
+"""Evaluates a trainer that samples: the mean reward of greedy answers to held-out prompts, with a value per prompt."""
 
 import contextlib
 import copy
@@ -10,15 +10,17 @@ import torch
 from tqdm.auto import tqdm
 from trl.data_utils import is_conversational
 
-from crrelu_llm.evaluation.items import SHOWN, Evaluated, columns_of, computing_model, evaluating
+from crrelu_llm.evaluation.items import columns_of, computing_model, evaluating
+from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText
 
 
 def evaluate_generated(trainer: Any) -> Evaluated:
     """Reward and length of greedily decoded answers, and their divergence from the reference; items are the prompts.
 
-    The reward of an answer is the weighted sum over the reward functions, as in training; what none of them scores
-    counts 0. `kl` is the mean over an answer's tokens of log π − log π_ref (nats, at the temperature of the sampling),
-    where the recipe's β keeps a reference. Every process answers all prompts: a sharded model needs all of them.
+    The reward of an answer is the weighted sum over the reward functions, as in training; an answer without a score
+    counts 0. `kl` is the mean of log π − log π_ref over an answer's tokens (nats, at the sampling temperature), if the
+    recipe has a β and therefore a reference model. Every process answers all prompts, because a sharded model needs
+    all processes.
     """
     rows = list(trainer.eval_dataset)
     size, found = trainer.args.per_device_eval_batch_size, []
@@ -29,7 +31,7 @@ def evaluate_generated(trainer: Any) -> Evaluated:
             found.append(_answered(trainer, rows[start : start + size]))
     trainer._metrics["eval"].clear()
     trainer._metrics["eval"].update(kept)
-    for name in ("_pending_metrics", "_pending_extra_logs"):  # what reward functions have logged of these answers
+    for name in ("_pending_metrics", "_pending_extra_logs"):  # logs of the reward functions about these answers
         getattr(trainer, name, {}).clear()
     items = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     metrics = {name: float(values.mean()) for name, values in items.items()}
@@ -39,7 +41,7 @@ def evaluate_generated(trainer: Any) -> Evaluated:
 def _answered(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     prompts = [row["prompt"] for row in rows]
     prompt_ids, completion_ids, *rest = trainer._generate(prompts)
-    completions = rest[1] if len(rest) > 1 else rest[0]  # GRPO's has a mask of tools before them
+    completions = rest[1] if len(rest) > 1 else rest[0]  # GRPO returns a tool mask before them
     if is_conversational({"prompt": prompts[0]}):
         prompts = copy.deepcopy(prompts)  # a reward function may change its copy
     scores = (
@@ -56,7 +58,7 @@ def _answered(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]
 
 @torch.no_grad()
 def _divergence(trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> np.ndarray:
-    """Mean over an answer's tokens of log π − log π_ref, `(prompts,)`; 0 of an empty answer."""
+    """The mean of log π − log π_ref over the tokens of each answer, `(prompts,)`; 0 for an empty answer."""
     values = []
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         if not completion:
@@ -73,7 +75,7 @@ def _divergence(trainer: Any, prompt_ids: list[list[int]], completion_ids: list[
 
 @contextlib.contextmanager
 def _reference(trainer: Any) -> Iterator[Any]:
-    """The model that the policy is kept near: a copy, or the base model under an adapter that is switched off."""
+    """A context with the reference model: a copy of the first model, or the base model with the adapter disabled."""
     if trainer.ref_model is not None:
         yield trainer.ref_model
         return
@@ -83,12 +85,12 @@ def _reference(trainer: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def greedy(trainer: Any) -> Iterator[None]:
-    """Within it, a trainer's answers are the most probable token after the most probable token."""
+    """A context in which the trainer decodes greedily."""
     if getattr(trainer, "use_vllm", False):
         engine, several = trainer.vllm_generation, trainer.num_generations_eval
         sampled = engine.temperature
         engine.temperature, trainer.num_generations_eval = 0.0, 1
-        trainer._last_loaded_step = -1  # the weights may be others than when it last wrote: load_best_model_at_end
+        trainer._last_loaded_step = -1  # load_best_model_at_end changes the weights without a step
         try:
             yield
         finally:
@@ -107,13 +109,13 @@ def greedy(trainer: Any) -> Iterator[None]:
             trainer.generation_kwargs = options
 
 
-def prompt_texts(trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each prompt: its end."""
+def prompt_texts(trainer: Any) -> list[ItemText]:
+    """The end of each prompt."""
     if "prompt" not in columns_of(trainer.eval_dataset):
         return []
     prompts = trainer.eval_dataset["prompt"]
-    return [{"prompt": _said(prompt)[-SHOWN:], "options": []} for prompt in prompts]
+    return [ItemText(prompt=_plain(prompt)[-SHOWN:], options=[]) for prompt in prompts]
 
 
-def _said(prompt: Any) -> str:
+def _plain(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, its own or local ones: run on a model, with a value for every item."""
+"""Tasks of lm-evaluation-harness, its own and local ones, with a value for every item."""
 
 import json
 import math
@@ -17,29 +17,29 @@ from crrelu_llm.data import load_dataset, sha256
 from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.lm import EvaluationLM, quiet
-from crrelu_llm.evaluation.measured import Measured, linearised, shares_of, spread_over_groups
+from crrelu_llm.evaluation.measured import SHOWN, Columns, Item, Measured, linearised, shares_of, spread_over_groups
 from crrelu_llm.evaluation.rows import no_column, try_rows
 from crrelu_llm.evaluation.suites import TaskSpec, import_functions
+from crrelu_llm.report.schema import Data, Values
 
-_SEED = 1234  # lm-eval's, of the choice of examples
-_SHOWN = 600  # characters of a prompt or an answer that are kept to look at
+_SEED = 1234  # lm-eval's own, for the choice of few-shot examples
 
 
 class HarnessTask:
-    """A task or a group of tasks of lm-eval, its data loaded.
+    """A task or a group of tasks of lm-eval with its data.
 
     Attributes:
-        name: What it is called.
-        rows: How many items will be evaluated.
-        config: What decides its numbers besides the model and the data.
-        data: Name, rows and SHA-256 of the rows.
+        name: The name of the task.
+        rows: The number of items to evaluate.
+        config: Everything except the model and the data that affects its numbers.
+        data: The identity of the data.
     """
 
     def __init__(self, spec: TaskSpec, data_dir: Path | None, limit: int | None, chat: bool, manager: Any) -> None:
-        """Loads a task's data and tries the items that will be evaluated.
+        """Loads the data of a task and checks the items to evaluate.
 
         Raises:
-            InputError: No such task, its data cannot be had, or has a row that the task cannot use.
+            InputError: The task does not exist, or its data cannot be loaded or has a row that the task cannot use.
         """
         self.name = spec.name
         self._chat = chat
@@ -62,10 +62,10 @@ class HarnessTask:
         }
         every = (row for rows in documents.values() for row in rows)
         total = sum(map(len, documents.values()))
-        self.data = [{"name": ", ".join(spec.files()) or spec.name, "rows": total, "sha256": sha256(every)}]
+        self.data = [Data(name=", ".join(spec.files()) or spec.name, rows=total, sha256=sha256(every))]
 
     def _sample(self, documents: dict[str, Any], limit: int) -> dict[str, list[int]]:
-        """The first items of a task; of one made of groups, about as many of each."""
+        """The indices of the first items; in a task with groups, about the same number from each group."""
         if len(documents) > 1:
             each = max(1, limit // len(documents))
             return {name: list(range(min(each, len(rows)))) for name, rows in documents.items()}
@@ -76,7 +76,7 @@ class HarnessTask:
 
     def run(self, lm: EvaluationLM) -> Measured:
         """Evaluates a model."""
-        # lm-eval's simple_evaluate does the same, and besides asks pip and the machine about themselves each time.
+        # The steps of lm-eval's simple_evaluate, which also queries pip and the machine on each call.
         random.seed(0)
         np.random.seed(_SEED)
         torch.manual_seed(_SEED)
@@ -93,41 +93,39 @@ class HarnessTask:
                 apply_chat_template=self._chat,
                 fewshot_as_multiturn=self._chat,
             )
-        measured = self._measured(found)
-        if cuts.count:
-            measured.notes.append(f"{cuts.count} requests are longer than the model's context and lost their start")
-        return measured
+        note = f"{cuts.count} requests are longer than the model's context and lost their beginning"
+        return self._measured(found, [note] if cuts.count else [])
 
-    def _measured(self, found: Any) -> Measured:
+    def _measured(self, found: Any, notes: list[str]) -> Measured:
         several = len(self._tasks) > 1
-        measured = Measured({}, {})
         columns: dict[str, list[Any]] = {}
-        groups: list[str] = []
+        examples: list[Item] = []
         for name in self._tasks:
             samples = found["samples"][name]
             filters = list(dict.fromkeys(sample["filter"] for sample in samples))
             first = [sample for sample in samples if sample["filter"] == filters[0]]
             own = [name if several else str(sample["doc"].get(self._group_key, "")) for sample in first]
-            groups += own
-            measured.examples += [_example(sample, group) for sample, group in zip(first, own, strict=True)]
-            measured.not_finite += sum(1 for sample in first if not _finite(sample["resps"]))
+            examples += [_item(sample, group) for sample, group in zip(first, own, strict=True)]
             for filter_name in filters:
                 rows = [sample for sample in samples if sample["filter"] == filter_name]
                 for metric in rows[0]["metrics"]:
                     key = metric if filter_name == "none" else f"{metric},{filter_name}"
                     columns.setdefault(key, []).extend(row[metric] for row in rows)
-        reported = self._reported(found)
-        for key, values in columns.items():
-            _add(measured, key, values, reported.get(key))
-        for key, value in reported.items():
-            measured.metrics.setdefault(key, value)
-        measured.higher_is_better |= self._directions(found, measured)
-        if any(groups):
-            measured.groups = _group_means(measured.items, groups)
-        return measured.finish()
+        metrics, items, shares = _values(columns, self._reported(found))
+        groups = [item.group for item in examples]
+        return Measured(
+            metrics=metrics,
+            items=items,
+            higher_is_better=_directions(found, metrics),
+            groups=_group_means(items, groups) if any(groups) else {},
+            examples=examples,
+            shares=shares,
+            notes=notes,
+            not_finite=sum(not _finite(item) for item in examples),
+        ).with_intervals()
 
     def _reported(self, found: Any) -> dict[str, float]:
-        """What lm-eval itself says of the task or the group."""
+        """The metrics that lm-eval itself reports for the task or the group."""
         name = self.name if self.name in found["results"] else next(iter(self._tasks))
         values = {}
         for key, value in found["results"][name].items():
@@ -136,20 +134,12 @@ class HarnessTask:
                 values[metric if filter_name == "none" else key] = float(value)
         return values
 
-    def _directions(self, found: Any, measured: Measured) -> dict[str, bool]:
-        directions: dict[str, bool] = {}
-        for entries in found.get("higher_is_better", {}).values():
-            for key in measured.metrics:
-                if entries.get(key.partition(",")[0]) is not None:
-                    directions[key] = bool(entries[key.partition(",")[0]])
-        return directions
-
 
 def manager_for(specs: list[TaskSpec]) -> Any:
-    """lm-eval's index of tasks: its own only where a suite names some, as reading it takes seconds.
+    """lm-eval's index of tasks, with lm-eval's own only if a suite names one, because reading them takes seconds.
 
     Raises:
-        InputError: A task that lm-eval does not have.
+        InputError: lm-eval does not have a named task.
     """
     own = [spec for spec in specs if spec.config is None]
     with quiet():
@@ -168,16 +158,16 @@ def _own(spec: TaskSpec, manager: Any) -> Any:
 def _loaded(spec: TaskSpec, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # of datasets, the hub, or packages that a task needs: the user's to mend
+    except Exception as error:  # from datasets, the hub or a missing package: the user can resolve it
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
-            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, or take "
+            f"the task {spec.name}: lm-eval cannot load it: {reason}; it needs the network or cached data, unlike "
             "the suite local with --data_dir"
         ) from error
 
 
 def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
-    """A task of a configuration: its data are the files it names, or else what lm-eval loads from the hub."""
+    """The task of a configuration, with data from the files that it names, or else from the hub."""
     config = import_functions(spec.config, spec.name)
     _require_nltk((config.get("metadata") or {}).get("nltk"), spec.name)
     if not _data_files(spec):
@@ -197,7 +187,7 @@ def _local(spec: TaskSpec, data_dir: Path | None) -> ConfigurableTask:
 
 
 def _require_nltk(resource: str | None, task: str) -> None:
-    """A score that needs nltk's data asks for it when everything has been generated: too late."""
+    """Checks for nltk's data, because a score that needs it would fail only after all answers are generated."""
     if resource is None:
         return
     import nltk
@@ -207,13 +197,13 @@ def _require_nltk(resource: str | None, task: str) -> None:
     except LookupError as error:
         name = resource.rpartition("/")[2]
         raise InputError(
-            f"the task {task} needs nltk's {name}: `python -m nltk.downloader {name}` with a network, or leave "
+            f"the task {task} needs nltk's {name}: run `python -m nltk.downloader {name}` with a network, or leave "
             "the task out with --tasks"
         ) from error
 
 
 def data_path(path: str, data_dir: Path | None) -> Path:
-    """Where a data file of a task file is."""
+    """The path of a data file that a task file names."""
     return (data_dir / path) if data_dir is not None else Path(path)
 
 
@@ -222,7 +212,7 @@ def _data_files(spec: TaskSpec) -> dict[str, str]:
 
 
 def _documents(task: Any, spec: TaskSpec) -> Any:
-    """A task's items, after a look at their columns."""
+    """The items of a task, after a check of the first row."""
     try:
         rows = task.eval_docs
         row = next(iter(rows))
@@ -235,7 +225,7 @@ def _documents(task: Any, spec: TaskSpec) -> Any:
 
 
 def _config(task: Any) -> Any:
-    """A task's configuration without what names places on this machine."""
+    """The configuration of a task without the paths of this machine."""
     config = task.dump_config()
     for key in ("custom_dataset", "dataset_kwargs"):
         config.pop(key, None)
@@ -243,57 +233,68 @@ def _config(task: Any) -> Any:
 
 
 def _spelled(value: Any) -> str:
-    """What is no plain value, as text that is the same in every process: functions by their names."""
+    """A text for a value that JSON lacks, the same in every process: the name of a function, otherwise its `str`."""
     name = getattr(value, "__qualname__", None)
     return str(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 
 
-def _add(measured: Measured, key: str, values: list[Any], reported: float | None) -> None:
-    """A column of items' values: a mean, a perplexity or a ratio."""
-    if all(isinstance(value, int | float | np.number) for value in values):
-        numbers = [float(value) for value in values]
-        if key == "perplexity":  # the values are log-likelihoods
-            measured.items["loss"] = [-value for value in numbers]
-            measured.metrics["loss"] = float(np.mean(measured.items["loss"]))
-        elif reported is None or math.isclose(float(np.mean(numbers)), reported, rel_tol=1e-9, abs_tol=1e-12):
-            measured.items[key] = numbers
-            measured.metrics[key] = float(np.mean(numbers)) if reported is None else reported
-    elif key == "bits_per_byte" and all(isinstance(value, tuple) and len(value) == 2 for value in values):
-        sums, weights = np.array(values, dtype=float).T
-        measured.items[key] = linearised(-sums / math.log(2), weights)
-        measured.shares[key] = shares_of(-sums / math.log(2), weights)
+def _values(columns: dict[str, list[Any]], reported: dict[str, float]) -> tuple[Values, Columns, Columns]:
+    """The metrics, values of items and shares from lm-eval's columns; a metric is a mean, a perplexity or a ratio."""
+    metrics: Values = {}
+    items: Columns = {}
+    shares: Columns = {}
+    for key, values in columns.items():
+        if all(isinstance(value, int | float | np.number) for value in values):
+            numbers = [float(value) for value in values]
+            mean = float(np.mean(numbers))
+            if key == "perplexity":  # the values are log-likelihoods
+                items["loss"] = [-value for value in numbers]
+                metrics["loss"] = -mean
+            elif key not in reported or math.isclose(mean, reported[key], rel_tol=1e-9, abs_tol=1e-12):
+                items[key] = [*numbers]
+                metrics[key] = reported.get(key, mean)
+        elif key == "bits_per_byte" and all(isinstance(value, tuple) and len(value) == 2 for value in values):
+            sums, weights = np.array(values, dtype=float).T
+            items[key] = linearised(-sums / math.log(2), weights)
+            shares[key] = shares_of(-sums / math.log(2), weights)
+    return metrics | {key: value for key, value in reported.items() if key not in metrics}, items, shares
 
 
-def _group_means(items: dict[str, list[float]], groups: list[str]) -> dict[str, dict[str, float]]:
+def _directions(found: Any, metrics: Values) -> dict[str, bool]:
+    return {
+        key: bool(entries[key.partition(",")[0]])
+        for entries in found.get("higher_is_better", {}).values()
+        for key in metrics
+        if entries.get(key.partition(",")[0]) is not None
+    }
+
+
+def _group_means(items: Columns, groups: list[str]) -> dict[str, Values]:
     names = np.array(groups)
     return {
-        str(group): {metric: float(np.mean(np.array(values)[names == group])) for metric, values in items.items()}
+        group: {metric: float(np.mean(np.array(values)[names == group])) for metric, values in items.items()}
         for group in dict.fromkeys(groups)
     }
 
 
-def _example(sample: dict[str, Any], group: str) -> dict[str, Any]:
+def _item(sample: dict[str, Any], group: str) -> Item:
     arguments = sample["arguments"]
     options = [str(argument[1]) if len(argument) > 1 else "" for argument in arguments]
-    return {
-        "id": sample["doc_id"],
-        "group": group,
-        "prompt": str(arguments[0][0])[-_SHOWN:],
-        "options": [option[:_SHOWN] for option in options] if isinstance(arguments[0][-1], str) else [],
-        "target": str(sample["target"])[:_SHOWN],
-        "responses": _responses(sample["resps"]),
-    }
+    return Item(
+        id=sample["doc_id"],
+        group=group,
+        prompt=str(arguments[0][0])[-SHOWN:],
+        options=[option[:SHOWN] for option in options] if isinstance(arguments[0][-1], str) else [],
+        target=str(sample["target"])[:SHOWN],
+        responses=[_response(response[0]) for response in sample["resps"]],
+    )
 
 
-def _responses(resps: list[Any]) -> list[Any]:
-    """The log-likelihood of each option, or what was generated."""
-    found = []
-    for response in resps:
-        first = response[0]
-        value = first[0] if isinstance(first, tuple | list) else first
-        found.append(value[:_SHOWN] if isinstance(value, str) else float(value))
-    return found
+def _response(first: Any) -> float | str:
+    """The log-likelihood of an option, or the text that the model wrote."""
+    value = first[0] if isinstance(first, tuple | list) else first
+    return value[:SHOWN] if isinstance(value, str) else float(value)
 
 
-def _finite(resps: list[Any]) -> bool:
-    return all(isinstance(value, str) or math.isfinite(value) for value in _responses(resps))
+def _finite(item: Item) -> bool:
+    return all(isinstance(value, str) or (value is not None and math.isfinite(value)) for value in item.responses)

@@ -1,4 +1,4 @@
-"""Evaluates a trainer's model on its evaluation data and keeps a value for every item, so that arms can be paired."""
+"""Evaluates a trainer's model on its evaluation data, with a value for every item so that arms can be paired."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,43 +10,34 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.evaluation.measured import wins
+from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, exponential, wins
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
-SHOWN = 600  # characters of an item's text that are kept to look at
-# Of a batch, what is not for the model.
-_NOT_THE_MODELS = {"completion_mask", "labels", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"} | {
+# The columns of a batch that are not inputs of the model.
+_NOT_INPUTS = {"completion_mask", "labels", "label", "ref_chosen_logps", "ref_rejected_logps", "ref_logps"} | {
     "ref_KL_logps"
 }
-
-Evaluated = tuple[dict[str, float], dict[str, list[float]]]
 
 
 def evaluate_sft(trainer: Any) -> Evaluated:
     """Loss, perplexity and token accuracy; items are the documents.
 
     Raises:
-        InputError: The evaluation data is packed, and there are several processes.
+        InputError: The evaluation data is packed, and there is more than one process.
     """
     alone = trainer.accelerator.num_processes == 1
     if not alone and (trainer.args.packing if trainer.args.eval_packing is None else trainer.args.eval_packing):
-        raise InputError("evaluating packed data takes one process; set eval_packing: false")
-    nll: list[Tensor] = []
-    tokens: list[Tensor] = []
-    correct: list[Tensor] = []
+        raise InputError("packed data can be evaluated by one process only; set eval_packing: false")
+    parts: dict[str, list[Tensor]] = {"negative_log_likelihood": [], "tokens": [], "correct": []}
     for batch, outputs in forward_passes(trainer):
         mask = outputs.label_mask
         documents = _documents(batch, mask)
-        for values, target in (
-            (-outputs.log_probs.double(), nll),
-            (mask.long(), tokens),
-            (outputs.is_top1.long(), correct),
-        ):
+        found = (-outputs.log_probs.double(), mask.long(), outputs.is_top1.long())
+        for part, values in zip(parts.values(), found, strict=True):
             sums = _sum_by(values, documents)
-            # Alone there is nothing to gather, and gather_for_metrics would cut the last batch down to its rows,
-            # of which each may hold several documents.
-            target.append((sums if alone else trainer.accelerator.gather_for_metrics(sums)).cpu())
-    parts = {"negative_log_likelihood": nll, "tokens": tokens, "correct": correct}
+            # A single process has nothing to gather, and gather_for_metrics would cut the last batch to its number of
+            # rows, each of which may hold several documents.
+            part.append((sums if alone else trainer.accelerator.gather_for_metrics(sums)).cpu())
     columns = {name: torch.cat(values).numpy() for name, values in parts.items()}
     keep = columns["tokens"] > 0
     columns = {name: values[keep] for name, values in columns.items()}
@@ -74,7 +65,7 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
     metrics = pair_metrics(chosen, rejected, chosen_tokens, rejected_tokens)
     margins = chosen - rejected
     items = {"reward_accuracy": wins(margins).tolist(), "reward_margin": margins.tolist()}
-    metrics["perplexity"] = float(np.exp(min(-chosen_logps.sum() / max(chosen_tokens.sum(), 1), 700.0)))
+    metrics["perplexity"] = exponential(-chosen_logps.sum() / max(chosen_tokens.sum(), 1))
     if trainer.loss_types == ["sigmoid"] and not trainer.label_smoothing and not trainer.use_weighting:
         losses = np.logaddexp(0.0, -margins)  # −log σ(margin)
         items["loss"] = losses.tolist()
@@ -87,7 +78,7 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
 def pair_metrics(
     chosen: np.ndarray, rejected: np.ndarray, chosen_tokens: np.ndarray, rejected_tokens: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy and margin of pairs' rewards, and the accuracy of "the longer answer wins"; all `(pairs,)`."""
+    """Accuracy and margin of the rewards, and the accuracy of "the longer answer wins"; all arrays are `(pairs,)`."""
     return PairwisePreference(keep_in_memory=True).compute(
         chosen_reward=chosen,
         rejected_reward=rejected,
@@ -96,44 +87,44 @@ def pair_metrics(
     )
 
 
-def document_texts(trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each document: `prompt`, cut to `SHOWN` characters, and no `options`.
+def document_texts(trainer: Any) -> list[ItemText]:
+    """The beginning of each document.
 
-    Empty where the data is a stream, or where several documents share a row.
+    Empty if the data is a stream, or if several documents share a row.
     """
     columns = columns_of(trainer.eval_dataset)
     if "input_ids" not in columns or "seq_lengths" in columns:
         return []
     decode = trainer.processing_class.decode
-    return [{"prompt": decode(ids[: 2 * SHOWN])[:SHOWN], "options": []} for ids in trainer.eval_dataset["input_ids"]]
+    return [ItemText(prompt=decode(ids[: 2 * SHOWN])[:SHOWN], options=[]) for ids in trainer.eval_dataset["input_ids"]]
 
 
-def pair_texts(trainer: Any) -> list[dict[str, Any]]:
-    """The same of each preference pair: its prompt, and its two answers as options, the chosen one first."""
+def pair_texts(trainer: Any) -> list[ItemText]:
+    """The end of each pair's prompt, with the two answers as options, the chosen one first."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     if not set(names) <= columns_of(trainer.eval_dataset):
         return []
     decode = trainer.processing_class.decode
     return [
-        {"prompt": decode(prompt)[-SHOWN:], "options": [decode(answer[:SHOWN])[:SHOWN] for answer in answers]}
+        ItemText(prompt=decode(prompt)[-SHOWN:], options=[decode(answer[:SHOWN])[:SHOWN] for answer in answers])
         for prompt, *answers in zip(*(trainer.eval_dataset[name] for name in names), strict=True)
     ]
 
 
 def columns_of(data: Any) -> set[str]:
-    """The columns of evaluation data; none of a stream."""
+    """The columns of evaluation data; a stream has none."""
     return set(data.column_names or ()) if hasattr(data, "__len__") else set()
 
 
 def computing_model(trainer: Any) -> Any:
-    """The model to run: the wrapped one where it is sharded or shared."""
+    """The model to run: the wrapped one if it is sharded or runs in several processes."""
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     return trainer.model_wrapped if sharded or trainer.accelerator.num_processes > 1 else trainer.model
 
 
 @contextlib.contextmanager
 def evaluating(trainer: Any) -> Iterator[Any]:
-    """The trainer's model in evaluation mode."""
+    """A context with the trainer's model in evaluation mode."""
     model = computing_model(trainer)
     was_training = model.training
     model.eval()
@@ -145,9 +136,9 @@ def evaluating(trainer: Any) -> Iterator[Any]:
 
 def batches(trainer: Any) -> Iterator[Any]:
     """The evaluation batches in the order of the data, with a progress bar."""
-    # Not `disable=False` elsewhere: it would go before the user's TQDM_DISABLE.
+    # `disable=False` in the main process would override the user's TQDM_DISABLE.
     quiet, args = {} if trainer.accelerator.is_main_process else {"disable": True}, trainer.args
-    strategy = args.train_sampling_strategy  # transformers would draw the evaluation rows by it too
+    strategy = args.train_sampling_strategy  # transformers would also sample the evaluation rows by it
     args.train_sampling_strategy = "sequential"
     try:
         loader = trainer.get_eval_dataloader()
@@ -161,7 +152,7 @@ def forward_passes(trainer: Any) -> Iterator[tuple[Any, Any]]:
     """Every evaluation batch with the model's per-token log-probabilities (TRL's fused LM head: no full logits)."""
     with evaluating(trainer) as model:
         for inputs in batches(trainer):
-            kwargs = {key: value for key, value in inputs.items() if key not in _NOT_THE_MODELS and key[:3] != "KL_"}
+            kwargs = {key: value for key, value in inputs.items() if key not in _NOT_INPUTS and key[:3] != "KL_"}
             labels = inputs.get("labels")
             if labels is None:
                 labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -171,7 +162,7 @@ def forward_passes(trainer: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _documents(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """The number of the document each scored position belongs to: rows, or runs of positions in a flattened batch."""
+    """The index of the document of each scored position: the row or, in a flattened batch, the run of positions."""
     positions = batch.get("position_ids")
     if positions is not None and "attention_mask" not in batch:
         starts = (positions == 0).long().flatten().cumsum(0) - 1

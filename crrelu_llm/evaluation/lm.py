@@ -1,4 +1,4 @@
-"""lm-eval's language model over a loaded one: batches that fit the memory, log-probabilities in float32."""
+"""lm-eval's language model around a loaded model: batches that fit the memory, log-probabilities in float32."""
 
 import contextlib
 import logging
@@ -14,16 +14,16 @@ from lm_eval.models.huggingface import HFLM
 
 from crrelu_llm.data.beginning import beginning
 
-_BYTES_A_LOGIT = 12  # the logits, their float32 log-softmax, and a copy of either on the way
+_BYTES_A_LOGIT = 12  # the logits, their log-softmax in float32, and an intermediate copy
 _SHARE = 0.25  # of the free memory
 _LARGEST = 64
-_LARGEST_ON_CPU = 16  # more rows are no faster there
+_LARGEST_ON_CPU = 16  # larger batches are not faster on a CPU
 
 
 class EvaluationLM(HFLM):
     """HFLM whose `auto` batches on a CPU are as large as the memory allows for their longest text.
 
-    A GPU says when its memory is full, and lm-eval then halves; a CPU's process is killed instead.
+    A GPU reports when its memory is full, and lm-eval then halves the batch; a process on a CPU is killed instead.
     """
 
     def __init__(self, *args: Any, longest: int | None = None, **kwargs: Any) -> None:
@@ -33,30 +33,30 @@ class EvaluationLM(HFLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text that nothing precedes is read after: what the tokenizer puts before texts, or else lm-eval's."""
+        """The token before a text without context: the one that the tokenizer puts before texts, or lm-eval's."""
         before = getattr(self, "_beginning", None)
         return before[-1] if before else int(super().prefix_token_id)
 
     def tokens_of(self, text: str) -> int:
-        """How many tokens of a text its rolling log-likelihood is the sum of."""
+        """The number of tokens that the rolling log-likelihood of a text sums over."""
         return len(self.tok_encode(text, add_special_tokens=False))
 
     @property
     def max_length(self) -> int:
-        """The model's context in tokens, or the shorter one that was asked for."""
+        """The context length of the model in tokens, or the shorter one that was set."""
         own = int(super().max_length)
         return own if self._longest is None else min(own, self._longest)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-eval's, its bar only where tqdm's are wanted."""
+        """lm-eval's method, with a progress bar unless TQDM_DISABLE is set."""
         return super().loglikelihood(requests, disable_tqdm or _without_bars())
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-eval's, where the tokenizer puts nothing before a text; its bar only where tqdm's are wanted.
+        """lm-eval's method if the tokenizer puts nothing before a text; with a bar unless TQDM_DISABLE is set.
 
-        Else the log-likelihood of the text's tokens alone, in windows that each begin as the tokenizer begins a text.
-        lm-eval encodes the text with the beginning-of-sequence token and puts one more before it, so that it also
-        scores the one after the other; and its other windows begin without.
+        Otherwise the log-likelihood of the text's own tokens, in windows that each begin as the tokenizer begins a
+        text. lm-eval encodes the text with a beginning-of-sequence token and puts another one before it, so it also
+        scores the second after the first, and its later windows begin without the token.
         """
         if not self._beginning:
             return super().loglikelihood_rolling(requests, disable_tqdm or _without_bars())
@@ -74,11 +74,11 @@ class EvaluationLM(HFLM):
         return total
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-eval's, its bar only where tqdm's are wanted."""
+        """lm-eval's method, with a progress bar unless TQDM_DISABLE is set."""
         return super().generate_until(requests, disable_tqdm or _without_bars())
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
-        # Of rolling windows lm-eval asks for a bar a batch, whatever it was told.
+        # For rolling windows lm-eval shows a bar per batch, even with disable_tqdm.
         return super()._loglikelihood_tokens(requests, disable_tqdm or _without_bars(), **kwargs)
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Any) -> int:
@@ -97,15 +97,15 @@ class EvaluationLM(HFLM):
         return max(1, min(_LARGEST_ON_CPU, int(_SHARE * psutil.virtual_memory().available // row)))
 
     def score(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int, bool]]:
-        """The log-probability of texts after others.
+        """The log-probabilities of continuations.
 
         Args:
-            pairs: A context and what follows it. What is longer than the model's context loses the start of the
-                context, and what is by itself longer loses its own end.
+            pairs: A context and its continuation. If a pair is longer than the model's context length, the beginning
+                of the context is cut; a continuation that is longer by itself loses its end.
 
         Returns:
-            For each pair the log-probability (nats), the number of tokens it is the sum of, and whether the pair was
-            cut.
+            For each pair the log-probability of the continuation (nats), its number of tokens, and whether the pair
+            was cut.
         """
         requests, cut = [], []
         for context, continuation in pairs:
@@ -125,21 +125,21 @@ class EvaluationLM(HFLM):
 
 
 def _without_bars() -> bool:
-    """Whether tqdm's bars are switched off; lm-eval says so to each itself, which goes before the variable."""
+    """Whether TQDM_DISABLE is set; lm-eval passes `disable` to each bar, which overrides the variable."""
     return os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false")
 
 
 def build(
     model: Any, tokenizer: Any, batch_size: int | str, device: torch.device, max_length: int | None = None
 ) -> EvaluationLM:
-    """The language model that lm-eval asks.
+    """The language model for lm-eval.
 
     Args:
         model: A causal LM in evaluation mode; it is moved to `device`.
         tokenizer: Its tokenizer.
-        batch_size: Rows of a batch, or `"auto"`.
-        device: Where to compute.
-        max_length: The longest context in tokens, where the model's own is longer.
+        batch_size: The rows of a batch, or `"auto"`.
+        device: The device to compute on.
+        max_length: The longest context in tokens, if it is shorter than the model's own.
     """
     with quiet():
         return EvaluationLM(
@@ -153,7 +153,7 @@ def build(
 
 
 class _Cuts(logging.Handler):
-    """Counts the requests that lm-eval says it cut to the model's context."""
+    """Counts the requests that lm-eval reports as truncated to the model's context length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,10 +165,10 @@ class _Cuts(logging.Handler):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[_Cuts]:
-    """Within it, what lm-eval prints goes to stderr, and its hints about how it was called nowhere.
+    """A context in which lm-eval prints to stderr and omits its hints about the call.
 
     Yields:
-        What counts the requests that were cut, in `count`.
+        The counter of truncated requests; its attribute `count` is their number.
     """
     logger, cuts = logging.getLogger("lm_eval"), _Cuts()
     level, propagate = logger.level, logger.propagate

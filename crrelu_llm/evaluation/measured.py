@@ -1,12 +1,16 @@
-"""What one task gives for one model: metrics with intervals, a value for every item, and a look at the items."""
+"""What a task measures for one model: metrics with intervals, a value for every item, and the items themselves."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, Self
 
 import numpy as np
 
-# metric -> (label, whether higher is better, format); of lm-eval's tasks and of our own
+from crrelu_llm.records import Record
+from crrelu_llm.report.schema import Sparsity, Values
+
+SHOWN = 600  # the characters of a prompt or an answer that are kept for the report
+# metric -> (label, whether higher is better, format); for the tasks of lm-eval and for our own
 KNOWN: dict[str, tuple[str, bool, str]] = {
     "acc": ("accuracy", True, "{:.4f}"),
     "acc_norm": ("accuracy by length-normalised likelihood", True, "{:.4f}"),
@@ -24,95 +28,132 @@ KNOWN: dict[str, tuple[str, bool, str]] = {
     "preference_loss": ("DPO loss", False, "{:.4f}"),
     "longer_answer_accuracy": ("accuracy of “the longer answer wins”", True, "{:.4f}"),
 }
-# The metric of a task that the verdict looks at: the first of these that it has a value of every item of.
+# The metric of a task that decides the verdict: the first of these with a value for every item.
 PRIMARY = (
     *("reward_accuracy", "logp_accuracy", "acc_norm", "acc", "exact_match", "prompt_level_strict_acc"),
     *("bits_per_byte", "loss"),
 )
 _RESAMPLES = 1999
-_HELD = 5_000_000  # numbers held at once while resampling
+_HELD = 5_000_000  # the largest number of values in memory during resampling
+
+Column = list[float | None]  # a value per item, in the order of the data; None stands for a number that is not finite
+Columns = dict[str, Column]  # by metric
+Evaluated = tuple[dict[str, float], dict[str, list[float]]]  # a trainer's metrics, and its values of items by metric
 
 
-@dataclass
-class Measured:
-    """The result of a task for a model.
+class Item(Record):
+    """An item of a task, and the responses of the model. Texts are cut to `SHOWN` characters.
 
     Attributes:
-        metrics: Value by metric.
-        items: For a metric that is a mean over items, the items' values, in the order of the data.
-        higher_is_better: By metric, where the task says so.
-        groups: Of a task made of groups (paradigms, subjects): the metrics of each.
-        examples: One dict an item: `id`, `group`, `prompt`, `options`, `target`, `responses`.
-        shares: For a metric that is a ratio of sums over items, each item's share of it (see `shares_of`).
-        intervals: 95 % interval over the items, by metric.
-        per_token: Metrics that are comparable only between models with the same tokenizer.
-        notes: What a reader should know, a line each: texts that were cut.
-        not_finite: How many items gave a value that is no finite number.
-        sparsity: Of a text: the share of zeros after each activation (see `sparsity.sparsity`).
+        id: Its index in the data.
+        group: Its paradigm or subject, or an empty text.
+        prompt: The end of the prompt.
+        options: The answers to choose from; empty if the model writes the answer.
+        target: The right answer; if there are options, usually the index of the right one.
+        responses: The log-likelihood (nats) of each option, or the text that the model wrote.
     """
 
-    metrics: dict[str, float]
-    items: dict[str, list[float]]
+    id: int
+    group: str
+    prompt: str
+    options: list[str]
+    target: str
+    responses: list[float | str | None]
+
+
+class ItemText(Record):
+    """The text of an item in a trainer's evaluation data; `right` says which options are right, by default the first
+    of two."""
+
+    prompt: str
+    options: list[str]
+    right: list[bool] = field(default_factory=lambda: [True, False])
+
+
+class Measured(Record):
+    """The measurements of a task for a model.
+
+    Attributes:
+        metrics: The value of each metric.
+        items: The values of the items, for each metric that is a mean over items.
+        higher_is_better: The direction of each metric, if the task specifies it.
+        groups: The metrics of each group, if the task has groups (paradigms, subjects).
+        examples: The items themselves.
+        shares: Each item's share, for each metric that is a ratio of sums over items (see `shares_of`).
+        intervals: The 95 % interval over items, for each metric.
+        per_token: The metrics that are comparable only between models with the same tokenizer.
+        notes: Remarks for the reader of the report, one line each, such as the number of truncated texts.
+        not_finite: The number of items with a value that is not a finite number.
+        sparsity: The share of zeros after each activation, if the task measures it (see `sparsity.sparsity`).
+    """
+
+    metrics: Values
+    items: Columns
     higher_is_better: dict[str, bool] = field(default_factory=dict)
-    groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-    shares: dict[str, list[float]] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    groups: dict[str, Values] = field(default_factory=dict)
+    examples: list[Item] = field(default_factory=list)
+    shares: Columns = field(default_factory=dict)
+    intervals: dict[str, Column] = field(default_factory=dict)
     per_token: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     not_finite: int = 0
-    sparsity: dict[str, Any] = field(default_factory=dict)
+    sparsity: Sparsity = Sparsity()
 
-    def finish(self) -> "Measured":
-        """Adds the intervals, Wilson's of what is right or wrong and the bootstrap's of the rest; returns itself."""
-        for metric, values in self.items.items():
-            self.intervals[metric] = interval(values)
-        if "perplexity" in self.metrics and "loss" in self.intervals:
-            low, high = self.intervals["loss"]
-            self.intervals["perplexity"] = (exponential(low), exponential(high))
-        return self
+    @property
+    def given(self) -> dict[str, Any]:
+        """All fields, because a result is written with its empty fields too."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
-    def as_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+    def with_intervals(self) -> Self:
+        """A copy with the intervals: Wilson's if an item is right or wrong, otherwise those of the bootstrap."""
+        ends = {metric: interval(values) for metric, values in self.items.items()}
+        if "perplexity" in self.metrics and "loss" in ends:
+            low, high = ends["loss"]
+            ends["perplexity"] = (exponential(low), exponential(high))
+        return self.but(intervals={metric: list(pair) for metric, pair in ends.items()})
 
 
-def linearised(sums: Any, weights: Any) -> list[float]:
-    """Values whose mean is the ratio Σ sums / Σ weights, and whose spread is that of this ratio over items.
+def describe_metric(metric: str) -> tuple[str, bool, str]:
+    """The label, direction and format of a metric, which may be one that a task defines itself."""
+    return KNOWN.get(metric.partition(",")[0], (metric.replace("_", " "), True, "{:.4f}"))
 
-    A perplexity over documents is no mean of the documents' perplexities: long ones count more. The values are the
-    ratio plus each item's influence on it, so that intervals and paired tests of means hold for the ratio (the delta
-    method).
+
+def linearised(sums: Any, weights: Any) -> Column:
+    """Values with the mean Σ sums / Σ weights, whose spread is the spread of this ratio over items.
+
+    The perplexity of documents is not the mean of their perplexities, because long documents count more. Each value is
+    the ratio plus the influence of the item on it, so that intervals and paired tests of means are valid for the ratio
+    (the delta method).
 
     Args:
-        sums: An item's sum, such as its negative log-likelihood: `(items,)`.
-        weights: An item's weight, such as its bytes: `(items,)`.
+        sums: The sum of each item, such as its negative log-likelihood: `(items,)`.
+        weights: The weight of each item, such as its number of bytes: `(items,)`.
     """
     sums, weights = np.asarray(sums, dtype=float), np.asarray(weights, dtype=float)
     ratio = sums.sum() / weights.sum()
     return (ratio + (sums - ratio * weights) / weights.mean()).tolist()
 
 
-def shares_of(sums: Any, weights: Any) -> list[float]:
-    """Each item's share of the ratio Σ sums / Σ weights: values whose mean is the ratio.
+def shares_of(sums: Any, weights: Any) -> Column:
+    """Each item's share of the ratio Σ sums / Σ weights: values with this ratio as their mean.
 
-    Where two models differ by chance alone, the difference of an item's shares is as often positive as negative, of
-    whatever weight it is. Of `linearised` values that does not hold, as each of them contains the ratio itself: a test
-    that flips signs takes these.
+    If two models differ by chance alone, the difference of an item's shares is positive as often as negative, whatever
+    the item's weight. This is not true of `linearised` values, because each of them contains the ratio. A sign-flip
+    test therefore takes the shares.
     """
     sums, weights = np.asarray(sums, dtype=float), np.asarray(weights, dtype=float)
     return (sums / weights.mean()).tolist()
 
 
 def exponential(value: float) -> float:
-    """exp, of what a destroyed model gives too."""
+    """exp, bounded so that the loss of a destroyed model does not overflow."""
     return math.exp(min(value, 700.0))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of items: Wilson's of what is 0 or 1, else the percentile bootstrap's.
+def interval(values: Column) -> tuple[float, float]:
+    """The 95 % interval of the mean of items: Wilson's if all values are 0 or 1, otherwise the percentile bootstrap's.
 
-    One item that is neither gives no interval but itself.
+    The interval of a single value that is neither 0 nor 1 is the value itself.
     """
     from scipy import stats
 
@@ -135,7 +176,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def spread_over_groups(groups: list[str], limit: int) -> list[int]:
-    """Indices of `limit` items, taken in turn from each group in its order; sorted."""
+    """The sorted indices of `limit` items, taken from the groups in turn; within a group, in the order of the data."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -144,5 +185,5 @@ def spread_over_groups(groups: list[str], limit: int) -> list[int]:
 
 
 def wins(differences: np.ndarray) -> np.ndarray:
-    """1 for a win, one half for a tie: in every accuracy of pairs."""
+    """1 for a win, one half for a tie and 0 for a loss, as in every accuracy of pairs."""
     return (differences > 0) + 0.5 * (differences == 0)

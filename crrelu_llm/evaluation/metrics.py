@@ -1,15 +1,14 @@
-"""The metrics of a comparison, as `evaluate.Metric`s: language modelling and pairwise preference."""
+"""The metrics of a comparison, as `evaluate.Metric` classes: language modelling and pairwise preference."""
 
-import math
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
-from crrelu_llm.evaluation.measured import wins
+from crrelu_llm.evaluation.measured import exponential, wins
 
-# name -> (label, whether higher is better, format, whether it is a control beside the verdicts)
+# name -> (label, whether higher is better, format, whether it is a control without a verdict)
 METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "loss": ("loss", False, "{:.4f}", False),
     "perplexity": ("perplexity", False, "{:.2f}", False),
@@ -27,13 +26,13 @@ METRICS: dict[str, tuple[str, bool, str, bool]] = {
 
 
 class LanguageModelling(evaluate.Metric):
-    """Loss, perplexity and token accuracy over documents, weighted by their tokens."""
+    """Loss, perplexity and token accuracy of documents, weighted by their number of tokens."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"negative_log_likelihood": "float64", "tokens": "int64", "correct": "int64"}
         return _info(
-            "Mean negative log-likelihood of a token (nats), its exponential, and the share of tokens that the model "
-            "ranks first.",
+            "Mean negative log-likelihood per token (nats), its exponential, and the share of tokens that are the "
+            "model's first choice.",
             features,
         )
 
@@ -42,7 +41,7 @@ class LanguageModelling(evaluate.Metric):
         loss = float(np.sum(negative_log_likelihood)) / count
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": exponential(loss),
             "token_accuracy": float(np.sum(correct)) / count,
         }
 
@@ -75,6 +74,6 @@ def _info(description: str, features: dict[str, str]) -> evaluate.MetricInfo:
     return evaluate.MetricInfo(
         description=description,
         citation="",
-        inputs_description="One number an item, in the order of the evaluation data.",
+        inputs_description="One number per item, in the order of the evaluation data.",
         features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
     )

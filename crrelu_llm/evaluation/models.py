@@ -1,4 +1,4 @@
-"""The models of an evaluation: `name=path`, what identifies their files, loading them with or without an adapter."""
+"""The models of an evaluation: `name=path`, the identity of their files, and loading with or without an adapter."""
 
 import hashlib
 import json
@@ -9,20 +9,20 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from crrelu_llm.errors import InputError, reading
+from crrelu_llm.evaluation.results import LoadedModel
 from crrelu_llm.evaluation.suites import is_name
 from crrelu_llm.patching import fingerprint, loading, section
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 _ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model and what it is called: in results, as a directory, with `--baseline`.
+    """A model with a name.
 
     Attributes:
-        name: Its name.
-        path: Hub name, directory of a checkpoint or of an adapter, `.gguf` file, or `builtin:nano`.
+        name: The name in results and for `--baseline`, also the name of a directory.
+        path: A hub name, the directory of a checkpoint or of an adapter, a `.gguf` file, or `builtin:nano`.
     """
 
     name: str
@@ -30,32 +30,32 @@ class NamedModel:
 
     @property
     def base(self) -> str:
-        """The model under an adapter; of anything else its own path.
+        """The path of the base model of an adapter; the own path of any other model.
 
         Raises:
-            InputError: The adapter does not say.
+            InputError: The adapter does not name its base model.
         """
         found = _adapter(self.path)
         if found is None:
             return self.path
         base = str(found.get("base_model_name_or_path") or "")
         if not base:
-            raise InputError(f"{self.path}: {_ADAPTER} does not name the model that the adapter belongs to")
-        beside = Path(self.path).expanduser() / "patched"  # of a run whose directory was moved
+            raise InputError(f"{self.path}: {_ADAPTER} does not name the base model of the adapter")
+        beside = Path(self.path).expanduser() / "patched"  # the patched model of a run whose directory was moved
         moved = Path(base).is_absolute() and Path(base).name == "patched" and not Path(base).exists()
         return str(beside) if moved and (beside / "config.json").is_file() else base
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a directory that holds an adapter."""
+        """Whether the path is a directory with an adapter."""
         return _adapter(self.path) is not None
 
 
 def parse_models(texts: list[str]) -> list[NamedModel]:
-    """Parses `name=path`; without a name, a model is called by the last part of its path.
+    """Parses `name=path`; the default name is the last part of the path.
 
     Raises:
-        InputError: No path, a name that is no directory name, or the same name twice.
+        InputError: A path is missing, a name cannot be the name of a directory, or two names are equal.
     """
     models = []
     for text in texts:
@@ -70,15 +70,15 @@ def parse_models(texts: list[str]) -> list[NamedModel]:
     names = [model.name for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise InputError(f"--models: two models are called {twice}; name them: {twice}=… other={twice}…")
+        raise InputError(f"--models: two models are called {twice}; rename one: {twice}=PATH other=PATH")
     return models
 
 
 def identity(model: NamedModel) -> dict[str, Any]:
-    """What decides a model's numbers: its files' names, sizes and times, or the hub's commit.
+    """The identity of a model: the names, sizes and times of its files, or its commit on the hub.
 
     Raises:
-        InputError: A model that does not exist.
+        InputError: The model does not exist.
     """
     if model.is_adapter:
         return {"adapter": fingerprint.files_of(Path(model.path)), "base": fingerprint.of_model(model.base)}
@@ -86,10 +86,10 @@ def identity(model: NamedModel) -> dict[str, Any]:
 
 
 def load_tokenizer(model: NamedModel) -> Any:
-    """Its tokenizer: an adapter's own where it has one, else that of the model under it.
+    """The tokenizer of a model: an adapter's own if it has one, otherwise that of the base model.
 
     Raises:
-        InputError: It cannot be loaded, or makes no tokens of text.
+        InputError: The tokenizer cannot be loaded, or returns no tokens for a text.
     """
     own = model.is_adapter and (Path(model.path) / "tokenizer_config.json").is_file()
     if not own:
@@ -103,17 +103,17 @@ def load_tokenizer(model: NamedModel) -> Any:
 
 
 def require_weights(model: NamedModel) -> None:
-    """Looks for a model's weight files and at their headers, so that what is missing is said before the long work.
+    """Checks that the weight files of a local model exist and have readable headers, before the long work.
 
     Raises:
-        InputError: A local model without weights, without one of its files, or with one that is cut short.
+        InputError: The model has no weights, lacks one of its files, or has a truncated one.
     """
     if model.is_adapter:
         require_weights(NamedModel(model.name, model.base))
         directory = Path(model.path).expanduser()
     else:
         directory = Path(loading.resolve(model.path))
-    if not directory.is_dir():  # a file of its own, or of the hub
+    if not directory.is_dir():  # a single file, or a model on the hub
         return
     files = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
     if not files:
@@ -133,14 +133,14 @@ def require_weights(model: NamedModel) -> None:
 
 
 def require_adapter(model: NamedModel) -> None:
-    """Raises InputError where an adapter's configuration is none that PEFT takes."""
+    """Raises InputError if PEFT does not accept the configuration of an adapter."""
     if model.is_adapter:
         from peft import PeftConfig
 
         with reading(f"{model.path}: {_ADAPTER}", "save the adapter again"):
             config: Any = PeftConfig.from_pretrained(model.path)
             if not isinstance(getattr(config, "r", 1), int):
-                raise ValueError(f"r is {config.r!r}, no whole number")
+                raise ValueError(f"r is {config.r!r}, which is not a whole number")
 
 
 def _shards(index: Path) -> set[str]:
@@ -151,9 +151,9 @@ def _shards(index: Path) -> set[str]:
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does to text; two that are equal cut every text alike."""
+    """A hash of the tokenizer's rules; tokenizers with equal hashes split every text in the same way."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Padding and truncation are settings of a call, not of the tokenizer.
+    # Padding and truncation are settings of a call, not rules of the tokenizer.
     content = (
         json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend else tokenizer.get_vocab()
     )
@@ -161,13 +161,13 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def load(model: NamedModel, dtype: str = "float32") -> Any:
-    """A model in evaluation mode, its adapter on it.
+    """Loads a model, with its adapter if it is one, in evaluation mode.
 
     Args:
-        dtype: Name of the torch dtype to load in; `"auto"` takes the checkpoint's.
+        dtype: The name of the torch dtype to load in; `"auto"` is the dtype of the checkpoint.
 
     Raises:
-        InputError: It cannot be loaded, or the adapter does not fit the model.
+        InputError: The model cannot be loaded, or the adapter does not fit its base model.
     """
     import torch
 
@@ -178,21 +178,21 @@ def load(model: NamedModel, dtype: str = "float32") -> Any:
 
         from crrelu_llm.activation import AFFINE
 
-        _make_room(loaded, Path(model.path).expanduser())
+        _extend_embeddings(loaded, Path(model.path).expanduser())
         try:
             loaded = PeftModel.from_pretrained(loaded, model.path)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             if isinstance(error, KeyError) and reason.strip("'").endswith(tuple(f".{name}" for name in AFFINE)):
-                reason = "the model's activations are calibrated, and the adapter was trained on ones that are not"
-            raise InputError(f"{model.path}: this adapter cannot be put on {model.base}: {reason}") from error
+                reason = "the model's activations are calibrated, but those that the adapter was trained with are not"
+            raise InputError(f"{model.path}: the adapter cannot be loaded on top of {model.base}: {reason}") from error
     return loaded.eval()
 
 
-def _make_room(model: Any, adapter: Path) -> None:
-    """Gives a model the embeddings that it had when an adapter was trained: a cloned chat template adds tokens.
+def _extend_embeddings(model: Any, adapter: Path) -> None:
+    """Extends the embeddings of a model to their size in the adapter's training: a cloned chat template adds tokens.
 
-    What stands there is in the adapter.
+    The adapter holds the values of the new rows.
     """
     embeddings = model.get_input_embeddings().weight
     found = (_adapter(str(adapter)) or {}).get("trainable_token_indices") or []
@@ -212,21 +212,22 @@ def _make_room(model: Any, adapter: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """A loaded model's activation, parameters, and the mean of ε at each of its CRReLU sites."""
+def describe_model(model: Any, path: str) -> LoadedModel:
+    """The facts about a model that was loaded from `path`."""
     from crrelu_llm.activation import CRReLU
 
     found = section.read(model.config)
     native = getattr(model.config, "hidden_act", None) or getattr(model.config, "activation_function", None)
-    return {
-        "activation": found["activation"] if found else str(native or "native"),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "epsilon": {
+    return LoadedModel(
+        activation=found["activation"] if found else str(native or "native"),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        epsilon={
             name.removeprefix("base_model.model."): module.epsilon.detach().float().mean().item()
             for name, module in model.named_modules()
             if isinstance(module, CRReLU)
         },
-    }
+        path=path,
+    )
 
 
 def _adapter(path: str) -> dict[str, Any] | None:

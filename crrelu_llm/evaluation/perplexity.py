@@ -1,19 +1,20 @@
 """Perplexity of a causal LM on blocks of tokens."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from crrelu_llm.evaluation.measured import exponential
+
 
 def perplexity(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each block.
+    """exp of the mean negative log-likelihood of all tokens except the first of each block.
 
     Args:
-        model: A causal LM; it is left in the mode it was in.
+        model: A causal LM; its training or evaluation mode is restored afterwards.
         blocks: Token ids, `(blocks, tokens)`, int64.
-        batch_size: Blocks in a forward pass.
+        batch_size: Blocks per forward pass.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -27,4 +28,4 @@ def perplexity(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             count += targets.numel()
     model.train(was_training)
-    return math.exp(min(total / count, 700.0))  # a destroyed model may be worse than a float can say
+    return exponential(total / count)

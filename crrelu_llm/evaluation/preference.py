@@ -1,4 +1,4 @@
-"""Preference pairs: which of two answers a model finds more probable, with or without a reference model."""
+"""Preference pairs: the more probable of two answers, with or without a reference model."""
 
 import os
 from pathlib import Path
@@ -11,26 +11,18 @@ from crrelu_llm.data.messages import are_messages, plain_messages, say_something
 from crrelu_llm.data.pairs import SHP, as_pair
 from crrelu_llm.data.sources import get_split
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.evaluation.measured import Measured, wins
-
-_SHOWN = 600
+from crrelu_llm.evaluation.measured import SHOWN, Item, Measured, wins
+from crrelu_llm.report.schema import Data
 
 
 class PreferenceTask:
-    """A file of preference pairs.
-
-    Attributes:
-        name: What the task is called.
-        rows: How many pairs will be evaluated.
-        config: What decides its numbers besides the model and the data.
-        data: Name, rows and SHA-256 of the pairs.
-    """
+    """A file of preference pairs, with the attributes of a `HarnessTask`."""
 
     def __init__(self, name: str, path: Path | str, limit: int | None, chat: bool) -> None:
         """Reads the pairs.
 
         Raises:
-            InputError: The file cannot be read, has no columns chosen and rejected, or a row that is no pair.
+            InputError: The file cannot be read, lacks a column, or has a row that is not a pair.
         """
         self.name = name
         self._chat = chat
@@ -41,29 +33,29 @@ class PreferenceTask:
                 f"the task {name} cannot use {path}: no column {' and '.join(sorted(missing))}; preference pairs have "
                 f"prompt, chosen and rejected, or SHP's columns; this file has {', '.join(pairs.column_names)}"
             )
-        self.data = [{"name": os.path.join(*Path(path).parts[-2:]), "rows": len(pairs), "sha256": sha256(pairs)}]
+        self.data = [Data(name=os.path.join(*Path(path).parts[-2:]), rows=len(pairs), sha256=sha256(pairs))]
         self._pairs = pairs.select(range(min(limit or len(pairs), len(pairs))))
         self.rows = len(self._pairs)
         for number, row in enumerate(self._pairs, 1):
             split(row, f"the task {name} cannot use {path}: row {number}")
         self.config = {"output_type": "preference", "version": 1, "chat_template": chat, "rows": self.rows}
 
-    def written_by(self, tokenizer: Any, model: str) -> list[tuple[str, str, str]]:
-        """The pairs as a model's tokenizer writes them: context, chosen and rejected answer.
+    def rendered_for(self, tokenizer: Any, model: str) -> list[tuple[str, str, str]]:
+        """The pairs rendered for a model's tokenizer: context, chosen and rejected answer.
 
         Raises:
-            InputError: A pair that its chat template does not take.
+            InputError: The chat template refuses a pair.
         """
         written = []
         for number, row in enumerate(self._pairs, 1):
-            where = f"the task {self.name}: row {number}, written for {model}"
-            with reading(where, "leave --apply_chat_template out, or mend the row"):
+            where = f"the task {self.name}: row {number}, rendered for {model}"
+            with reading(where, "leave out --apply_chat_template, or correct the row"):
                 written.append(render(row, tokenizer, self._chat, where))
         return written
 
     def run(self, lm: Any) -> Measured:
         """Evaluates a model; the items are the pairs."""
-        rendered = self.written_by(lm.tokenizer, "the model")
+        rendered = self.rendered_for(lm.tokenizer, "the model")
         scores = lm.score([(context, answer) for context, *answers in rendered for answer in answers])
         logps = np.array([score for score, _, _ in scores]).reshape(-1, 2)
         tokens = np.array([count for _, count, _ in scores]).reshape(-1, 2)
@@ -76,36 +68,35 @@ class PreferenceTask:
             "logp_margin": margins,
             "longer_answer_accuracy": wins(lengths[:, 0] - lengths[:, 1]),
         }
-        measured = Measured(
-            {name: float(np.mean(values)) for name, values in items.items()},
-            {name: values.tolist() for name, values in items.items()},
-            not_finite=int(np.sum(~np.isfinite(logps).all(axis=1))),
+        note = f"{cut} of {self.rows} pairs are longer than the model's context and were truncated"
+        return Measured(
+            metrics={name: float(np.mean(values)) for name, values in items.items()},
+            items={name: values.tolist() for name, values in items.items()},
             examples=[
-                {
-                    "id": index,
-                    "group": "",
-                    "prompt": context[-_SHOWN:],
-                    "options": [chosen[:_SHOWN], rejected[:_SHOWN]],
-                    "target": "0",
-                    "responses": pair.tolist(),
-                }
+                Item(
+                    id=index,
+                    group="",
+                    prompt=context[-SHOWN:],
+                    options=[chosen[:SHOWN], rejected[:SHOWN]],
+                    target="0",
+                    responses=pair.tolist(),
+                )
                 for index, ((context, chosen, rejected), pair) in enumerate(zip(rendered, logps, strict=True))
             ],
-        )
-        if cut:
-            measured.notes.append(f"{cut} of {self.rows} pairs are longer than the model's context and were cut")
-        return measured.finish()
+            notes=[note] if cut else [],
+            not_finite=int(np.sum(~np.isfinite(logps).all(axis=1))),
+        ).with_intervals()
 
 
-def against_reference(policy: dict[str, Any], reference: dict[str, Any], beta: float) -> Measured:
-    """Rewards β·(log π − log π_ref), their margin, and the DPO loss −log σ(margin), of results that are on disk.
+def against_reference(policy: Measured, reference: Measured, beta: float) -> Measured:
+    """The accuracy and margin of rewards β·(log π − log π_ref), and the DPO loss −log σ(margin), from two results.
 
     Args:
-        policy: The model's result, as `Measured.as_dict` gave it.
-        reference: The reference model's result on the same pairs.
+        policy: The result of the model.
+        reference: The result of the reference model on the same pairs.
         beta: DPO's β.
     """
-    logps, base = (np.array([example["responses"] for example in side["examples"]]) for side in (policy, reference))
+    logps, base = (np.array([item.responses for item in side.examples], dtype=float) for side in (policy, reference))
     rewards = beta * (logps - base)
     margins = rewards[:, 0] - rewards[:, 1]
     items = {
@@ -114,21 +105,21 @@ def against_reference(policy: dict[str, Any], reference: dict[str, Any], beta: f
         "preference_loss": np.logaddexp(0.0, -margins),
     }
     return Measured(
-        {name: float(np.mean(values)) for name, values in items.items()},
-        {name: values.tolist() for name, values in items.items()},
-    ).finish()
+        metrics={name: float(np.mean(values)) for name, values in items.items()},
+        items={name: values.tolist() for name, values in items.items()},
+    ).with_intervals()
 
 
 def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
-    """A row's prompt and its two answers, each a string or messages.
+    """The prompt of a row and its two answers, each a string or messages.
 
     Args:
-        row: `prompt`, `chosen` and `rejected`; without a prompt, what the two conversations share is it. Or as SHP and
-            HH-RLHF were published, or UltraFeedback (see `data.pairs`).
+        row: `prompt`, `chosen` and `rejected`; without a prompt, the common beginning of the two conversations is the
+            prompt. Or a row in the published format of SHP, HH-RLHF or UltraFeedback (see `data.pairs`).
         where: The task and the row, for errors.
 
     Raises:
-        InputError: A row that is no pair.
+        InputError: The row is not a pair.
     """
     row = as_pair(row)
     prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
@@ -136,7 +127,7 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
         raise InputError(f"{where}: a pair needs a prompt and two answers that are not empty")
     for side in (prompt, *answers):
         if not (side is None or isinstance(side, str) or (are_messages(side) and say_something(side))):
-            raise InputError(f"{where}: a side is a text, or messages that each have the texts role and content")
+            raise InputError(f"{where}: a prompt or an answer is a text, or messages with the texts role and content")
     prompt, *answers = (plain_messages(side) if isinstance(side, list) else side for side in (prompt, *answers))
     if prompt is None:
         if any(isinstance(answer, str) for answer in answers):
@@ -145,22 +136,21 @@ def split(row: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
         shared = same.index(False) if False in same else len(same)
         prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
         if not all(answers):
-            raise InputError(f"{where}: without a prompt, each conversation must go on after what the two share")
+            raise InputError(f"{where}: without a prompt, each conversation must go on after their common beginning")
     return prompt, answers
 
 
 def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple[str, str, str]:
-    """A row as text: context, chosen and rejected answer, each answer with its end.
+    """A row as text: context, chosen and rejected answer, each answer with the end-of-sequence token.
 
     Args:
-        row: `prompt`, `chosen` and `rejected`, each a string or a list of messages; without a prompt, what the two
-            conversations share is it.
-        tokenizer: Gives the chat template and the end-of-sequence token.
-        chat: Whether to apply the chat template. Without it, messages are written as "User: …" and "Assistant: …".
+        row: As for `split`.
+        tokenizer: Has the chat template and the end-of-sequence token.
+        chat: Whether to apply the chat template. Without it, messages are rendered as "User: …" and "Assistant: …".
         where: The task and the row, for errors.
 
     Raises:
-        InputError: A row that is no pair, or a chat template whose conversations do not start with their prompts.
+        InputError: The row is not a pair, or the rendered conversation does not start with the rendered prompt.
     """
     prompt, answers = split(row, where)
     if chat:
@@ -169,7 +159,9 @@ def render(row: dict[str, Any], tokenizer: Any, chat: bool, where: str) -> tuple
         context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         whole = [tokenizer.apply_chat_template(messages + reply, tokenize=False) for reply in replies]
         if not all(text.startswith(context) for text in whole):
-            raise InputError(f"{where}: the chat template changes a prompt once it is answered; leave it out")
+            raise InputError(
+                f"{where}: the chat template changes a prompt when an answer follows; leave out --apply_chat_template"
+            )
         return context, whole[0][len(context) :], whole[1][len(context) :]
     end = tokenizer.eos_token or ""
     if isinstance(prompt, str):

@@ -1,47 +1,47 @@
 """From the files of an evaluation to the report: models as arms, paired comparisons over the items of each task."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.contrast import contrast, shown
-from crrelu_llm.evaluation.measured import KNOWN, PRIMARY
+from crrelu_llm.evaluation.measured import PRIMARY, describe_metric
 from crrelu_llm.evaluation.preference import against_reference
-from crrelu_llm.evaluation.results import MODEL, read_result, read_settings
-from crrelu_llm.report.schema import Arm, Data, Headline, Metric, Report, Run, Sparsity
+from crrelu_llm.evaluation.results import MODEL, Result, Settings, read_model, read_result, read_settings
+from crrelu_llm.report.schema import Arm, Headline, Metric, Report, Run, Sparsity
 from crrelu_llm.statistics import single_items
 from crrelu_llm.statistics.paired import Comparison, adjust, compare_metric
 from crrelu_llm.statistics.single_items import About, Change, Example
 
-# Beside the results as a control, not compared: it is the same for every model.
+# Shown beside the results as a control and not compared, because it is the same for every model.
 _REFERENCES = ("longer_answer_accuracy",)
-# What counts as no difference: a point of an accuracy, 0.01 nats of a loss, 0.01 bits of a byte. Margins and rewards
-# have no scale of their own.
+# The largest difference that counts as none: one point of an accuracy, 0.01 nats of a loss, 0.01 bits of a byte.
+# Margins and rewards have no scale of their own.
 MARGINS = dict.fromkeys(
     ("acc", "acc_norm", "exact_match", "logp_accuracy", "logp_accuracy_norm", "reward_accuracy", "loss"), 0.01
 ) | {"bits_per_byte": 0.01}
 
+Results = dict[str, dict[str, Result]]  # by model and task
+
 
 def build_report(directory: Path, margins: dict[str, float] | None = None) -> Report:
-    """The report of an evaluation, from what is on disk; tasks that failed or are missing are named as such.
+    """The report of an evaluation, from its files; the report names the tasks that failed or are missing.
 
     A metric is called `task/metric`. An arm is a model, with one run.
 
     Args:
-        directory: Where the evaluation is.
-        margins: What counts as no difference, by metric (`task/metric`), in the metric's unit; of the others,
-            `MARGINS`.
+        directory: The directory of the evaluation.
+        margins: The largest difference that counts as none, by metric (`task/metric`), in the unit of the metric; for
+            the other metrics, `MARGINS`.
 
     Raises:
-        InputError: The directory holds no evaluation, or none of a metric that `margins` names.
+        InputError: The directory holds no evaluation, or lacks a metric that `margins` names.
     """
     settings = read_settings(directory)
-    results = {model: _results(directory, model, settings) for model in settings["models"]}
-    if settings["reference"] is not None:
-        _add_rewards(results, settings)
-    metrics = _describe(results, settings)
+    results = {model: _results(directory, model, settings) for model in settings.models}
+    _add_rewards(results, settings)
+    metrics = _metrics(results, settings)
     margins = margins or {}
     for name in margins.keys() - metrics.keys():
         raise InputError(
@@ -49,143 +49,142 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         )
     changes, examples = _single_items(results, settings)
     keys: tuple[str, ...] = ("suite", "limit", "chat_template", "dtype", "batch_size", "max_length", "models", "tasks")
-    keys += ("reference", "beta") if settings["reference"] else ()
+    keys += ("reference", "beta") if settings.reference else ()
     return Report(
         schema_version=1,
-        title=f"{settings['suite']}: {' against '.join(settings['models'])}",
-        command=settings["command"],
-        created=settings["created"],
+        title=f"{settings.suite}: {' against '.join(settings.models)}",
+        command=settings.command,
+        created=settings.created,
         trainer="eval",
-        recipe={key: settings[key] for key in keys},
-        environment=settings["environment"],
-        arms=[_arm(directory, model, results[model], settings) for model in settings["models"]],
+        recipe={key: getattr(settings, key) for key in keys},
+        environment=settings.environment,
+        arms=[_arm(directory, model, results[model], settings) for model in settings.models],
         comparisons=_comparisons(results, metrics, settings, margins),
         changes=changes,
         examples=examples,
-        data=[Data.of(entry) for entry in settings["data"]],
-        baseline=settings["baseline"],
+        data=settings.data,
+        baseline=settings.baseline,
         headline=Headline(metrics=_primaries(results, settings)),
         metrics=metrics,
         notes=_notes(results, settings),
     )
 
 
-def _results(directory: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Results by task, as far as they are there."""
-    failed = settings["failures"].get(model, {})
-    names = settings["results"][model]
-    found = {task: read_result(directory / names[task]) for task in settings["tasks"] if task not in failed}
+def _results(directory: Path, model: str, settings: Settings) -> dict[str, Result]:
+    """The results of a model by task, except those that failed or are missing."""
+    names, failed = settings.results[model], settings.failures.get(model, {})
+    found = {task: read_result(directory / names[task]) for task in settings.tasks if task not in failed}
     return {task: result for task, result in found.items() if result is not None}
 
 
-def _add_rewards(results: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Rewards against the reference model, in each result of pairs but its own, whose rewards are 0."""
-    base = results[settings["reference"]]
+def _add_rewards(results: Results, settings: Settings) -> None:
+    """Adds rewards relative to the reference model to all results of pairs except its own, whose rewards are 0."""
+    if settings.reference is None:
+        return
+    base = results[settings.reference]
     for model, tasks in results.items():
         for task, result in tasks.items():
-            if model != settings["reference"] and "logp_accuracy" in result["items"] and task in base:
-                rewards = against_reference(result, base[task], settings["beta"]).as_dict()
-                for part in ("metrics", "items", "intervals"):
-                    result[part] = rewards[part] | result[part]
+            if model != settings.reference and task in base and "logp_accuracy" in result.items:
+                rewards = against_reference(result, base[task], settings.beta)
+                tasks[task] = result.but(
+                    metrics=rewards.metrics | result.metrics,
+                    items=rewards.items | result.items,
+                    intervals=rewards.intervals | result.intervals,
+                )
 
 
-def _describe(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, Metric]:
-    """Label, direction and format of every metric, tasks in their order."""
+def _metrics(results: Results, settings: Settings) -> dict[str, Metric]:
+    """The label, direction and format of every metric, in the order of the tasks."""
     described = {}
-    for task in settings["tasks"]:
-        for tasks in results.values():
-            result = tasks.get(task) or {"metrics": {}}
-            for metric in result["metrics"]:
+    for task in settings.tasks:
+        for result in (tasks[task] for tasks in results.values() if task in tasks):
+            for metric in result.metrics:
                 base, comma, variant = metric.partition(",")
-                label, better, pattern = KNOWN.get(base, (base.replace("_", " "), True, "{:.4f}"))
+                label, better, pattern = describe_metric(base)
                 described[f"{task}/{metric}"] = Metric(
                     label=f"{task}: {label}" + (f" ({variant})" if comma else ""),
-                    higher_is_better=result["higher_is_better"].get(metric, better),
+                    higher_is_better=result.higher_is_better.get(metric, better),
                     format=pattern,
                     reference=base in _REFERENCES,
                 )
     return described
 
 
-def _arm(directory: Path, model: str, tasks: dict[str, Any], settings: dict[str, Any]) -> Arm:
-    about = read_result(directory / settings["results"][model][MODEL]) or {}
-    failed = settings["failures"].get(model, {})
-    missing = [task for task in settings["tasks"] if task not in tasks and task not in failed]
+def _arm(directory: Path, model: str, tasks: dict[str, Result], settings: Settings) -> Arm:
+    about = read_model(directory / settings.results[model][MODEL])
+    failed = settings.failures.get(model, {})
+    missing = [task for task in settings.tasks if task not in tasks and task not in failed]
     errors = [f"{task}: {error}" for task, error in failed.items()] + [f"{task}: not run yet" for task in missing]
-    values = {
-        part: {f"{task}/{metric}": value for task, result in tasks.items() for metric, value in result[part].items()}
-        for part in ("metrics", "intervals")
-    }
     run = Run(
         seed=0,
         status="failed" if errors else "done",
         error="; ".join(errors) or None,
-        metrics=values["metrics"],
-        intervals=values["intervals"],
-        groups={task: result["groups"] for task, result in tasks.items() if result["groups"]},
-        items={task: len(result["examples"]) for task, result in tasks.items()},
-        seconds={task: result["seconds"] for task, result in tasks.items()},
+        metrics={f"{task}/{name}": value for task, one in tasks.items() for name, value in one.metrics.items()},
+        intervals={f"{task}/{name}": ends for task, one in tasks.items() for name, ends in one.intervals.items()},
+        groups={task: result.groups for task, result in tasks.items() if result.groups},
+        items={task: len(result.examples) for task, result in tasks.items()},
+        seconds={task: result.seconds for task, result in tasks.items()},
         train_seconds=None,
         tokens_per_second=None,
-        peak_memory_bytes=max((result.get("peak_memory_bytes") or 0 for result in tasks.values()), default=0) or None,
-        epsilon=about.get("epsilon", {}),
-        sparsity=Sparsity.of(next((found for result in tasks.values() if (found := result.get("sparsity"))), {})),
+        peak_memory_bytes=max((result.peak_memory_bytes or 0 for result in tasks.values()), default=0) or None,
+        epsilon=about.epsilon if about else {},
+        sparsity=next((result.sparsity for result in tasks.values() if result.sparsity.tokens), Sparsity()),
     )
     return Arm(
         arm=model,
-        activation=about.get("activation", "unknown"),
-        model=settings["models"][model],
-        parameters=about.get("parameters"),
+        activation=about.activation if about else "unknown",
+        model=settings.models[model],
+        parameters=about.parameters if about else None,
         runs=[run],
     )
 
 
 def _comparisons(
-    results: dict[str, Any], metrics: dict[str, Metric], settings: dict[str, Any], margins: dict[str, float]
+    results: Results, metrics: dict[str, Metric], settings: Settings, margins: dict[str, float]
 ) -> list[Comparison]:
-    baseline, primary = settings["baseline"], set(_primaries(results, settings).values())
+    baseline, primary = settings.baseline, set(_primaries(results, settings).values())
     found = []
     for candidate in (model for model in results if model != baseline):
-        alike = settings["tokenizers"][candidate] == settings["tokenizers"][baseline]
         for name, about in metrics.items():
             task, _, metric = name.partition("/")
-            sides = [results[model].get(task) or {} for model in (baseline, candidate)]
-            if about.reference or not all(metric in side.get("items", {}) for side in sides):
+            sides = [results[model][task] for model in (baseline, candidate) if task in results[model]]
+            columns = [np.array(side.items[metric], dtype=float) for side in sides if metric in side.items]
+            if about.reference or len(columns) < 2 or not _comparable(metric, sides[0], candidate, settings):
                 continue
-            if metric in sides[0]["per_token"] and not alike:
-                continue
-            columns = [side["items"][metric] for side in sides]
-            shares = [side.get("shares", {}).get(metric) for side in sides]
-            binary = all(value in (0, 1) for column in columns for value in column)
+            shares = [np.array(side.shares[metric], dtype=float) for side in sides if metric in side.shares]
             entry = compare_metric(
                 name,
                 about.higher_is_better,
                 columns[0],
                 columns[1],
                 "item",
-                binary,
+                all(np.isin(column, (0, 1)).all() for column in columns),
                 baseline_name=baseline,
                 candidate_name=candidate,
                 margin=margins.get(name, MARGINS.get(metric.partition(",")[0])),
-                shares=None if None in shares else (shares[0], shares[1]),
+                shares=(shares[0], shares[1]) if len(shares) == 2 else None,
             )
             found.append(entry.but(primary=name in primary))
     return adjust(found)
 
 
-def _single_items(results: dict[str, Any], settings: dict[str, Any]) -> tuple[list[Change], list[Example]]:
-    """How the items of each task changed from the baseline to each candidate, and those that changed most."""
+def _comparable(metric: str, result: Result, candidate: str, settings: Settings) -> bool:
+    """Whether a metric does not depend on the tokenizer, or the candidate's tokenizer is the baseline's."""
+    return metric not in result.per_token or settings.tokenizers[candidate] == settings.tokenizers[settings.baseline]
+
+
+def _single_items(results: Results, settings: Settings) -> tuple[list[Change], list[Example]]:
+    """The changes of each task's items from the baseline to each candidate, and the items that changed most."""
     changes: list[Change] = []
     examples: list[Example] = []
-    baseline = settings["baseline"]
-    alike = {model: name == settings["tokenizers"][baseline] for model, name in settings["tokenizers"].items()}
+    baseline = settings.baseline
     for candidate in (model for model in results if model != baseline):
-        for task in settings["tasks"]:
+        for task in settings.tasks:
             sides = [results[model][task] for model in (baseline, candidate) if task in results[model]]
-            found = [value for value in map(contrast, _what_all_have(sides)) if value is not None]
+            found = [value for value in map(contrast, _with_common_values(sides)) if value is not None]
             if len({value.metric for value in found}) != 1 or len({len(value.values) for value in found}) != 1:
                 continue
-            if len(found) < 2 or (found[0].metric in sides[0]["per_token"] and not alike[candidate]):
+            if len(found) < 2 or not _comparable(found[0].metric, sides[0], candidate, settings):
                 continue
             about = About(
                 metric=f"{task}/{found[0].metric}",
@@ -195,37 +194,35 @@ def _single_items(results: dict[str, Any], settings: dict[str, Any]) -> tuple[li
                 baseline=baseline,
                 candidate=candidate,
             )
-            columns, looks = [value.values for value in found], [side["examples"] for side in sides]
-            if not np.isfinite(np.array(columns, dtype=float)).all():  # as a task's own metric may be
+            columns, items = [value.values for value in found], [side.examples for side in sides]
+            if not np.isfinite(columns).all():  # a task's own metric may be NaN
                 continue
             changes.append(single_items.changes(about, columns[0], columns[1]))
-            if any(len(look) != len(columns[0]) for look in looks):
+            if any(len(side) != len(columns[0]) for side in items):
                 continue
             for i in single_items.most_changed(about, columns[0], columns[1]):
-                values, look = (columns[0][i], columns[1][i]), shown(looks[0][i], looks[1][i])
+                values, look = (columns[0][i], columns[1][i]), shown(items[0][i], items[1][i])
                 examples.append(single_items.example(about, i, values, look))
     return changes, examples
 
 
-def _what_all_have(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results with the items' values that each has: the reference's has no rewards, an older one no shares."""
-    shared = {part: [set(side.get(part, {})) for side in sides] for part in ("items", "shares")}
+def _with_common_values(sides: list[Result]) -> list[Result]:
+    """The results with their common metrics and shares: a reference model has no rewards, an older file no shares."""
     return [
-        side
-        | {
-            part: {key: column for key, column in side.get(part, {}).items() if all(key in found for found in keys)}
-            for part, keys in shared.items()
-        }
+        side.but(
+            items={key: column for key, column in side.items.items() if all(key in other.items for other in sides)},
+            shares={key: column for key, column in side.shares.items() if all(key in other.shares for other in sides)},
+        )
         for side in sides
     ]
 
 
-def _primaries(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """The metric of each task that the verdict looks at."""
+def _primaries(results: Results, settings: Settings) -> dict[str, str]:
+    """The metric of each task that decides the verdict."""
     chosen = {}
-    for task in settings["tasks"]:
+    for task in settings.tasks:
         # A reward that only some models have (the reference has none) cannot be compared with the baseline's.
-        sides = [tasks[task]["items"] for tasks in results.values() if task in tasks]
+        sides = [tasks[task].items for tasks in results.values() if task in tasks]
         shared = set.intersection(*(set(items) for items in sides)) - set(_REFERENCES) if sides else set()
         names = [name for name in PRIMARY if name in shared] or sorted(shared)
         if names:
@@ -233,30 +230,23 @@ def _primaries(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, s
     return chosen
 
 
-def _notes(results: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _notes(results: Results, settings: Settings) -> list[str]:
     notes = [
         f"{model}, {task}: {note}."
         for model, tasks in results.items()
         for task, result in tasks.items()
-        for note in result["notes"]
+        for note in result.notes
     ]
-    other = [
-        model
-        for model, tokenizer in settings["tokenizers"].items()
-        if tokenizer != settings["tokenizers"][settings["baseline"]]
-    ]
+    baseline = settings.baseline
+    other = [model for model, name in settings.tokenizers.items() if name != settings.tokenizers[baseline]]
     if other:
         notes.append(
-            f"The tokenizer of {', '.join(other)} is not that of {settings['baseline']}: perplexity and loss per "
-            "token are shown but not compared between them; bits per byte and accuracies are."
+            f"The tokenizer of {', '.join(other)} is not that of {baseline}: perplexity and loss per token are shown "
+            "but not compared between them; bits per byte and accuracies are compared."
         )
-    if settings["limit"] is not None:
-        more = {
-            task
-            for tasks in results.values()
-            for task, result in tasks.items()
-            if len(result["examples"]) > settings["limit"]
-        }
-        each = f"; of {', '.join(sorted(more))}, which has more subtasks, one of each subtask" if more else ""
-        notes.append(f"At most {settings['limit']} items of each task were evaluated{each}.")
+    limit = settings.limit
+    if limit is not None:
+        many = {task for one in results.values() for task, result in one.items() if len(result.examples) > limit}
+        more = f"; of {', '.join(sorted(many))}, which has more subtasks, one item of each subtask" if many else ""
+        notes.append(f"At most {limit} items of each task were evaluated{more}.")
     return notes

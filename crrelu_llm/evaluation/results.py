@@ -1,16 +1,20 @@
-"""An evaluation's files: one result for each model, task and what else decides it, whole or absent."""
+"""The files of an evaluation: its settings, and the results of models and tasks."""
 
+import contextlib
 import glob
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from crrelu_llm.errors import InputError
+from crrelu_llm.errors import InputError, reading
+from crrelu_llm.evaluation.measured import Measured
 from crrelu_llm.files import plain, write_json
+from crrelu_llm.records import Record
+from crrelu_llm.report.schema import Data, Values
 
 SETTINGS = "evaluation.json"
-MODEL = "model"  # stands among the tasks for the model itself
+MODEL = "model"  # the name among the tasks that stands for the model itself
 _WORDS = {
     "model": "other files of the model",
     "task": "other settings of the task",
@@ -20,103 +24,152 @@ _WORDS = {
     "max_length": "another --max_length",
     "versions": "other versions of the libraries",
 }
-# What the report reads, by type.
-_MODEL_SHAPE = {"activation": str, "parameters": int, "epsilon": dict}
-_TASK_SHAPE = {
-    **dict.fromkeys(("metrics", "items", "higher_is_better", "groups", "intervals"), dict),
-    **dict.fromkeys(("examples", "per_token", "notes"), list),
-    "seconds": int | float,
-}
-_EXAMPLE_SHAPE = {"group": str, "prompt": str, "options": list, "target": str, "responses": list}
-_SETTINGS_SHAPE = {
-    **dict.fromkeys(("models", "tokenizers", "results", "failures", "environment"), dict),
-    **dict.fromkeys(("tasks", "data"), list),
-    **dict.fromkeys(("suite", "baseline", "dtype", "command", "created"), str),
-    **dict.fromkeys(("reference", "limit", "max_length", "batch_size", "chat_template", "beta"), object),
-}
+_WRONG = (
+    "damaged, or of another version of crrelu_llm; run the same `crrelu eval` again, which keeps the existing results"
+)
+_R = TypeVar("_R", bound=Record)
 
 
-def result_name(model: str, task: str, key: dict[str, Any]) -> str:
-    """The name of a result's file below the evaluation's directory; what decides the result is part of it.
+class Settings(Record):
+    """evaluation.json: what was asked for, and the names of the result files by model and task.
 
-    So a call with other settings writes beside the results that are there, and never over them.
+    Attributes:
+        models: The path of each model, by its name.
+        tokenizers: The identity of each model's tokenizer (`models.tokenizer_identity`).
+        failures: The error of each failed task, by model and task.
     """
-    digest = hashlib.sha256(json.dumps(plain(key), sort_keys=True).encode()).hexdigest()
+
+    models: dict[str, str]
+    tasks: list[str]
+    suite: str
+    baseline: str
+    reference: str | None
+    beta: float
+    limit: int | None
+    chat_template: bool
+    dtype: str
+    batch_size: int | str
+    max_length: int | None
+    device: str
+    command: str
+    tokenizers: dict[str, str]
+    results: dict[str, dict[str, str]]
+    data: list[Data]
+    environment: dict[str, Any]
+    failures: dict[str, dict[str, str]]
+    created: str
+
+
+class Key(Record):
+    """Everything that affects the numbers of a result; without a task, of the result about the model itself.
+
+    Attributes:
+        model: The identity of the model's files (`models.identity`).
+        device: The kind of device.
+        versions: The versions of the libraries that may change a number.
+        max_length: The longest context in tokens, if the user has set one.
+        task: The configuration of the task.
+    """
+
+    model: dict[str, Any]
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    max_length: int | None = None
+    task: dict[str, Any] | None = None
+    data: list[Data] | None = None
+
+
+class Result(Measured):
+    """The result file of a task: the measurements and their cost."""
+
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+
+class LoadedModel(Record):
+    """The result file of a model; `epsilon` is the mean ε of each CRReLU site."""
+
+    activation: str
+    parameters: int
+    epsilon: Values
+    path: str
+
+
+def result_name(model: str, task: str, key: Key) -> str:
+    """The path of a result file within the evaluation's directory.
+
+    The name contains a hash of the key: an evaluation with other settings writes new files beside the existing ones.
+    """
+    digest = hashlib.sha256(json.dumps(plain(key.as_dict()), sort_keys=True).encode()).hexdigest()
     return f"results/{model}/{task}-{digest[:12]}.json"
 
 
-def write_result(path: Path, key: dict[str, Any], result: dict[str, Any]) -> None:
-    """Writes a result with what decides it."""
-    write_json(path, {"key": key, "result": result})
+def write_result(path: Path, key: Key, result: Result | LoadedModel) -> None:
+    """Writes a result with its key."""
+    write_json(path, {"key": key.as_dict(), "result": result.as_dict()})
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
-    """A result that is on disk whole, or None: one that lacks something is computed again."""
-    found: Any = _read(path).get("result")
-    if path.stem.rpartition("-")[0] == MODEL:
-        return found if _has(found, _MODEL_SHAPE) else None
-    if not _has(found, _TASK_SHAPE) or not all(_has(example, _EXAMPLE_SHAPE) for example in found["examples"]):
+def read_result(path: Path) -> Result | None:
+    """The result of a task, or None if the file is absent or incomplete: the task is then computed again."""
+    found = _read_record(Result, path)
+    if found is None or not found.examples:
         return None
-    count = len(found["examples"])
-    columns = all(isinstance(column, list) and len(column) == count for column in found["items"].values())
-    ends = all(isinstance(pair, list) and len(pair) == 2 for pair in found["intervals"].values())
-    return found if count and columns and ends else None
+    complete = all(len(column) == len(found.examples) for column in found.items.values())
+    return found if complete and all(len(ends) == 2 for ends in found.intervals.values()) else None
 
 
-def other_result(path: Path, key: dict[str, Any]) -> str | None:
-    """How the latest other result of the same model and task differs from what is asked for, in words, or None."""
+def read_model(path: Path) -> LoadedModel | None:
+    """The facts about a model, or None if the file is absent or incomplete."""
+    return _read_record(LoadedModel, path)
+
+
+def other_result(path: Path, key: Key) -> str | None:
+    """The difference of the latest other result of the same model and task, in words; None if there is none."""
     task = path.stem.rpartition("-")[0]
     others = [file for file in path.parent.glob(f"{glob.escape(task)}-*.json") if file.stem.rpartition("-")[0] == task]
     if not others:
         return None
-    found, wanted = _read(max(others, key=lambda file: file.stat().st_mtime)).get("key"), plain(key)
+    found = _read(max(others, key=lambda file: file.stat().st_mtime)).get("key")
+    wanted = plain(key.as_dict())
     if not isinstance(found, dict) or not found:
-        return None  # damaged: as good as none
+        return None  # a damaged file counts as absent
     return " and ".join(_WORDS.get(part, part) for part in wanted if found.get(part) != wanted[part])
 
 
-def read_settings(directory: Path) -> dict[str, Any]:
-    """What an evaluation was asked for.
+def read_settings(directory: Path) -> Settings:
+    """The settings of an evaluation.
 
     Raises:
-        InputError: The directory holds no evaluation, or what it holds is damaged.
+        InputError: The directory holds no evaluation, or its settings are damaged.
     """
     path = directory / SETTINGS
     if not path.is_file():
         raise InputError(f"{directory}: no {SETTINGS} there, so no evaluation; give the output_dir of `crrelu eval`")
-    settings = _read(path)
-    if not _are_settings(settings):
-        raise InputError(
-            f"{path}: damaged, or of another version of crrelu_llm; run the same `crrelu eval` again, which keeps the "
-            "results that are there"
-        )
+    with reading(str(path), _WRONG, ours=True):
+        settings = Settings.of(_read(path))
+        _require_consistent(settings)
     return settings
 
 
-def _are_settings(settings: dict[str, Any]) -> bool:
-    if not _has(settings, _SETTINGS_SHAPE) or not settings["models"]:
-        return False
-    models, wanted = settings["models"], {MODEL, *map(str, settings["tasks"])}
-    return (
-        settings["baseline"] in models
-        and settings["reference"] in (None, *models)
-        and models.keys() == settings["tokenizers"].keys() == settings["results"].keys()
-        and all(isinstance(names, dict) and wanted <= names.keys() for names in settings["results"].values())
-        and all(isinstance(name, str) for names in settings["results"].values() for name in names.values())
-        and all(isinstance(tasks, dict) for tasks in settings["failures"].values())
-        and all(_has(entry, {"name": str, "rows": int, "sha256": str}) for entry in settings["data"])
-    )
+def _require_consistent(settings: Settings) -> None:
+    models, wanted = settings.models, {MODEL, *settings.tasks}
+    if settings.baseline not in models or settings.reference not in (None, *models):
+        raise InputError("the baseline or the reference is not one of the models")
+    if not models.keys() == settings.tokenizers.keys() == settings.results.keys():
+        raise InputError("models, tokenizers and results name different models")
+    if not all(wanted <= names.keys() for names in settings.results.values()):
+        raise InputError("a task has no result file")
 
 
-def _has(found: Any, shape: dict[str, Any]) -> bool:
-    """Whether it is a mapping with these keys, each of its type."""
-    return isinstance(found, dict) and all(
-        key in found and isinstance(found[key], wanted) for key, wanted in shape.items()
-    )
+def _read_record(kind: type[_R], path: Path) -> _R | None:
+    with contextlib.suppress(InputError):
+        return kind.of(_read(path).get("result"))
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file that we wrote; one that is damaged counts as absent."""
+    """The content of one of our files; a damaged file counts as absent."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,18 +1,19 @@
-"""Evaluates a reward model: accuracy, margin and loss on preference pairs, one value a pair."""
+"""Evaluates a reward model: accuracy, margin and loss on preference pairs, with a value per pair."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
-from crrelu_llm.evaluation.items import SHOWN, Evaluated, batches, columns_of, evaluating, pair_metrics
-from crrelu_llm.evaluation.measured import wins
+from crrelu_llm.evaluation.items import batches, columns_of, evaluating, pair_metrics
+from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, wins
 
 
 def evaluate_reward(trainer: Any) -> Evaluated:
-    """Loss of the pairs, the accuracy of the rewards and their margin; items are the pairs.
+    """Loss of the pairs, accuracy and margin of the rewards; items are the pairs.
 
-    The loss is −log σ(chosen − rejected − the row's own margin), with the trainer's `center_rewards_coefficient`.
+    The loss is −log σ(chosen − rejected − the margin of the row), plus the trainer's `center_rewards_coefficient`
+    times (chosen + rejected)².
     """
     rows = []
     with evaluating(trainer) as model:
@@ -34,8 +35,8 @@ def evaluate_reward(trainer: Any) -> Evaluated:
     return metrics | {"loss": float(losses.mean())}, {name: values.tolist() for name, values in items.items()}
 
 
-def scored_texts(trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each pair: the beginning that its two texts share as the prompt, and how each goes on."""
+def scored_texts(trainer: Any) -> list[ItemText]:
+    """For each pair, the common beginning of its two texts as the prompt, and the rest of each text as an option."""
     names = ("chosen_ids", "rejected_ids")
     if not set(names) <= columns_of(trainer.eval_dataset):
         return []
@@ -43,5 +44,5 @@ def scored_texts(trainer: Any) -> list[dict[str, Any]]:
     for chosen, rejected in zip(*(trainer.eval_dataset[name] for name in names), strict=True):
         alike = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
         answers = [decode(side[alike : alike + SHOWN])[:SHOWN] for side in (chosen, rejected)]
-        shown.append({"prompt": decode(chosen[:alike])[-SHOWN:], "options": answers})
+        shown.append(ItemText(prompt=decode(chosen[:alike])[-SHOWN:], options=answers))
     return shown

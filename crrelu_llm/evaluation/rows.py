@@ -1,4 +1,4 @@
-"""Tries every row of a task before any model is loaded: what cannot be asked or judged is said with its number."""
+"""Checks every row of a task before any model is loaded; a row that cannot be used is reported with its number."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,17 +9,17 @@ from crrelu_llm.evaluation.suites import TaskSpec
 
 
 def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> None:
-    """Writes the prompt, the answer and the choices of rows, as lm-eval will.
+    """Renders the prompt, the answer and the choices of rows, as lm-eval will.
 
     Args:
         task: lm-eval's task.
         rows: Its items.
-        chosen: The indices of those that will be evaluated.
-        spec: What the task was made of, for messages. Of a task file it is also asked whether its answers can be
-            judged; lm-eval's own tasks know best what they leave empty.
+        chosen: The indices of the items to evaluate.
+        spec: The origin of the task, for messages. If it is a task file, the answers are also checked; lm-eval's own
+            tasks may leave some empty.
 
     Raises:
-        InputError: A row that cannot be used; the message has its number, from 1 on.
+        InputError: A row cannot be used; the message has its number, counted from 1.
     """
     wanted, group = set(chosen), ((spec.config or {}).get("metadata") or {}).get("group_by")
     with compiling_once():
@@ -27,23 +27,23 @@ def try_rows(task: Any, rows: Any, chosen: Iterable[int], spec: TaskSpec) -> Non
             if index not in wanted:
                 continue
             try:
-                written = _write(task, row)
+                written = _render(task, row)
                 if group is not None and row[group] is None:
                     raise KeyError(group)
                 if spec.config is not None:
                     _require_values(task, row, written)
                     _require_answers(task, row, written)
             except Exception as error:  # templates and functions raise errors of many kinds
-                # Functions of a task may make other items out of the rows of a file.
+                # The functions of a task may turn the rows of a file into other items.
                 unit = "row" if getattr(task.config, "process_docs", None) is None else "item"
                 raise InputError(no_column(spec, error, f"{unit} {index + 1}: ")) from error
 
 
 def no_column(spec: TaskSpec, error: Exception, where: str = "") -> str:
-    """What to say where a task cannot use its data.
+    """The message for a task that cannot use its data.
 
     Args:
-        where: Which row, followed by a colon and a space.
+        where: The row, followed by a colon and a space.
     """
     files = ", ".join(spec.files()) or spec.name
     reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -55,32 +55,32 @@ def no_column(spec: TaskSpec, error: Exception, where: str = "") -> str:
 
 
 class _Unusable(ValueError):
-    """A row that can be read but not evaluated."""
+    """A row can be read but not evaluated."""
 
 
-def _write(task: Any, row: Any) -> tuple[Any, Any, Any]:
+def _render(task: Any, row: Any) -> tuple[Any, Any, Any]:
     choices = task.doc_to_choice(row) if task.OUTPUT_TYPE == "multiple_choice" else None
     return task.doc_to_text(row), task.doc_to_target(row), choices
 
 
 def _require_values(task: Any, row: Any, written: Any) -> None:
-    """A column that a row lacks is None, which templates write as a word."""
+    """Requires the columns that a template uses: templates render a missing value, None, as a word."""
     if None not in row.values() or "None" not in str(written):
         return
-    _write(task, {key: value for key, value in row.items() if value is not None})
+    _render(task, {key: value for key, value in row.items() if value is not None})
 
 
 def _require_answers(task: Any, row: Any, written: Any) -> None:
     text, target, choices = written
     if choices is None:
         if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling") and not str(target).strip():
-            raise _Unusable("the text whose probability is asked for is empty")
+            raise _Unusable("the text to score is empty")
         return
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise _Unusable(f"an answer is empty among {choices}")
     gold = text if isinstance(text, int) else target
     known = {*range(len(choices)), *choices}
     if not all(right in known for right in (gold if isinstance(gold, list) else [gold])):
-        raise _Unusable(f"the right answer is {gold!r}, which is none of {len(choices)} (from 0 on)")
+        raise _Unusable(f"the right answer is {gold!r}, not one of the {len(choices)} choices (counted from 0)")
     if task.config.process_results is not None:
         task.process_results(row, [(-1.0, False)] * len(choices))

@@ -1,4 +1,4 @@
-"""Evaluates models on tasks: what is wrong is said first, what is on disk is kept, the rest is computed and kept."""
+"""Runs an evaluation: checks the input, keeps the results that are on disk, and computes the missing ones."""
 
 import contextlib
 import gc
@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,23 @@ import torch
 from crrelu_llm.environment import environment, versions
 from crrelu_llm.errors import DiskError, InputError
 from crrelu_llm.evaluation import models as named
-from crrelu_llm.evaluation.harness import HarnessTask, data_path, manager_for
-from crrelu_llm.evaluation.language_modelling import TextTask
-from crrelu_llm.evaluation.lm import build
+from crrelu_llm.evaluation.lm import EvaluationLM, build
 from crrelu_llm.evaluation.models import NamedModel
-from crrelu_llm.evaluation.preference import PreferenceTask
+from crrelu_llm.evaluation.prepare import Evaluation, Task, check_models, prepare_tasks
 from crrelu_llm.evaluation.results import (
     MODEL,
     SETTINGS,
+    Key,
+    Result,
+    Settings,
     other_result,
+    read_model,
     read_result,
     read_settings,
     result_name,
     write_result,
 )
-from crrelu_llm.evaluation.suites import TaskSpec
-from crrelu_llm.files import alone, plain, write_json
+from crrelu_llm.files import alone, write_json
 from crrelu_llm.memory import PeakMemory
 from crrelu_llm.patching import loading
 from crrelu_llm.patching.finite import require_finite
@@ -39,71 +39,26 @@ from crrelu_llm.patching.finite import require_finite
 _A_FEW_TOKENS = torch.arange(3, 35)[None]
 
 
-@dataclass
-class Evaluation:
-    """What is evaluated, and where.
-
-    Attributes:
-        models: The models; none has the name of another.
-        specs: The tasks.
-        output_dir: Where everything goes.
-        baseline: Name of the model that the others are compared with.
-        reference: Name of the model that rewards of preference tasks are measured against.
-        beta: DPO's β, for these rewards.
-        suite: Name of the suite, for the report.
-        data_dir: Where local data files are.
-        limit: The most items of a task.
-        chat: Whether to apply the chat template.
-        dtype: What models are loaded in.
-        why_dtype: A line that says why, if it was chosen for the user.
-        batch_size: Rows of a batch, or `"auto"`.
-        max_length: The longest context in tokens; None for the models' own.
-        device: Where to compute.
-        command: The exact command, for the report.
-    """
-
-    models: list[NamedModel]
-    specs: list[TaskSpec]
-    output_dir: Path
-    baseline: str
-    reference: str | None = None
-    beta: float = 0.1
-    suite: str = ""
-    data_dir: Path | None = None
-    limit: int | None = None
-    chat: bool = False
-    dtype: str = "float32"
-    why_dtype: str | None = None
-    batch_size: int | str = "auto"
-    max_length: int | None = None
-    device: str = "cpu"
-    command: str = ""
-
-
 @contextlib.contextmanager
 def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]]:
-    """Computes what is missing, and keeps other evaluations out of the directory as long as its context lasts.
+    """Computes the missing results, and holds the lock of the directory while its context lasts.
 
-    The report is made within it, from the files, by `comparison.evaluation.build_report`.
+    The caller builds the report within the context, from the files (`evaluation.report.build_report`).
 
     Yields:
-        The tasks that failed and why, by model; the others are on disk.
+        The error of each failed task, by model and task; the other results are on disk.
 
     Raises:
-        InputError: Anything wrong with the models, the tasks or their data, before the long work; another evaluation
-            at work in the directory.
-        DiskError: The disk is full or read-only; what is finished is kept.
+        InputError: The models, the tasks or their data are wrong, or another evaluation is at work in the directory;
+            nothing has been computed.
+        DiskError: The disk is full or read-only; the finished results are kept.
     """
-    tokenizers, identities = _check_models(evaluation)
-    tasks = prepare_tasks(evaluation)
-    for name, tokenizer in tokenizers.items():  # before any model is loaded
-        for task in tasks:
-            if isinstance(task, PreferenceTask):
-                task.written_by(tokenizer, name)
+    tokenizers, identities = check_models(evaluation)
+    tasks = prepare_tasks(evaluation, tokenizers)
     keys = {model: _keys(evaluation, identity, tasks) for model, identity in identities.items()}
     with alone(evaluation.output_dir, "crrelu eval"):
         settings = _settings(evaluation, tasks, tokenizers, keys)
-        write_json(evaluation.output_dir / SETTINGS, settings)
+        write_json(evaluation.output_dir / SETTINGS, settings.as_dict())
         failures: dict[str, dict[str, str]] = {}
         if evaluation.why_dtype:
             print(evaluation.why_dtype, file=sys.stderr)
@@ -113,87 +68,28 @@ def run_evaluation(evaluation: Evaluation) -> Iterator[dict[str, dict[str, str]]
                 if failed:
                     failures[model.name] = failed
         if failures:
-            write_json(evaluation.output_dir / SETTINGS, settings | {"failures": failures})
+            write_json(evaluation.output_dir / SETTINGS, settings.but(failures=failures).as_dict())
         yield failures
 
 
-def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Any]) -> dict[str, dict[str, Any]]:
-    """All that decides the numbers of a model, by task."""
+def _keys(evaluation: Evaluation, identity: dict[str, Any], tasks: list[Task]) -> dict[str, Key]:
+    """The keys of a model's results, by task."""
     found = versions()
-    common: dict[str, Any] = {
-        "model": identity,
-        "dtype": evaluation.dtype,
-        "device": evaluation.device,
-        # those that may change a number
-        "versions": {name: found[name] for name in ("crrelu_llm", "lm_eval", "torch", "transformers")},
-    }
+    model = Key(
+        model=identity,
+        dtype=evaluation.dtype,
+        device=evaluation.device,
+        versions={name: found[name] for name in ("crrelu_llm", "lm_eval", "torch", "transformers")},
+    )
     if evaluation.max_length is not None:
-        common["max_length"] = evaluation.max_length
-    return {MODEL: common} | {task.name: common | {"task": task.config, "data": task.data} for task in tasks}
-
-
-def _check_models(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tokenizers and identities of all models, before any of them is loaded."""
-    keys = {model.name: named.identity(model) for model in evaluation.models}
-    for model in evaluation.models:
-        named.require_weights(model)
-        named.require_adapter(model)
-    tokenizers = {model.name: named.load_tokenizer(model) for model in evaluation.models}
-    for model in evaluation.models:
-        if evaluation.chat and not tokenizers[model.name].chat_template:
-            raise InputError(
-                f"--apply_chat_template: the tokenizer of {model.name} ({model.path}) has no chat template"
-            )
-    if evaluation.reference is not None:
-        wanted = named.tokenizer_identity(tokenizers[evaluation.reference])
-        for name, tokenizer in tokenizers.items():
-            if named.tokenizer_identity(tokenizer) != wanted:
-                raise InputError(
-                    f"--reference {evaluation.reference}: {name} has another tokenizer, so its rewards against that "
-                    "model mean nothing; take a reference with the same one"
-                )
-    return tokenizers, keys
-
-
-def prepare_tasks(evaluation: Evaluation) -> list[Any]:
-    """The tasks with their data loaded and the items that will be evaluated tried.
-
-    Raises:
-        InputError: A data file that does not exist, a task that lm-eval does not have, or a column that is missing.
-    """
-    absent = [
-        (spec.name, path)
-        for spec in evaluation.specs
-        for path in spec.files()
-        if (evaluation.data_dir is not None or spec.kind == "lm_eval")
-        and not data_path(path, evaluation.data_dir).is_file()
-    ]
-    if absent:
-        where = evaluation.data_dir if evaluation.data_dir is not None else "here (no --data_dir was given)"
-        raise InputError(
-            f"{where}: no {', '.join(path for _, path in absent)}, needed by {', '.join(name for name, _ in absent)}; "
-            "put the data there, or name the other tasks with --tasks"
-        )
-    manager = manager_for(evaluation.specs)
-    return [_prepare(spec, evaluation, manager) for spec in evaluation.specs]
-
-
-def _prepare(spec: TaskSpec, evaluation: Evaluation, manager: Any) -> Any:
-    if spec.kind == "lm_eval":
-        return HarnessTask(spec, evaluation.data_dir, evaluation.limit, evaluation.chat, manager)
-    source = (spec.config or {})["data"]
-    path: Path | str = source
-    if evaluation.data_dir is not None and data_path(source, evaluation.data_dir).is_file():
-        path = data_path(source, evaluation.data_dir)
-    if spec.kind == "preference":
-        return PreferenceTask(spec.name, path, evaluation.limit, evaluation.chat)
-    return TextTask(spec.name, path, evaluation.limit)
+        model = model.but(max_length=evaluation.max_length)
+    return {MODEL: model} | {task.name: model.but(task=task.config, data=task.data) for task in tasks}
 
 
 def _one_model(
-    evaluation: Evaluation, model: NamedModel, tasks: list[Any], keys: dict[str, Any], tokenizer: Any
+    evaluation: Evaluation, model: NamedModel, tasks: list[Task], keys: dict[str, Key], tokenizer: Any
 ) -> dict[str, str]:
-    """Evaluates a model on the tasks that it has no result of; returns what failed."""
+    """Evaluates a model on the tasks without a result; returns the errors by task."""
     places = {task: evaluation.output_dir / result_name(model.name, task, key) for task, key in keys.items()}
     todo = []
     for task in tasks:
@@ -202,9 +98,9 @@ def _one_model(
             continue
         other = other_result(places[task.name], keys[task.name])
         if other:
-            _say(f"{model.name} × {task.name}: a result on disk is of {other}; it is kept, and this one is computed")
+            _say(f"{model.name} × {task.name}: a result on disk is for {other}; it is kept, and a new one is computed")
         todo.append(task)
-    if not todo and read_result(places[MODEL]) is not None:
+    if not todo and read_model(places[MODEL]) is not None:
         return {}
     lm, wrong = _load(evaluation, model, places[MODEL], keys[MODEL], tokenizer)
     if wrong is not None:
@@ -225,14 +121,14 @@ def _one_model(
 
 
 def _load(
-    evaluation: Evaluation, model: NamedModel, place: Path, key: dict[str, Any], tokenizer: Any
-) -> tuple[Any, str | None]:
-    """Loads a model and keeps what is to be known of it; returns why it failed, if it did."""
+    evaluation: Evaluation, model: NamedModel, place: Path, key: Key, tokenizer: Any
+) -> tuple[EvaluationLM | None, str | None]:
+    """Loads a model and writes the facts about it; returns the language model or the error."""
     _say(f"{model.name}: loading {model.path}")
     try:
         loaded = named.load(model, evaluation.dtype)
         loading.require_embeddings(tokenizer, loaded.get_input_embeddings().weight.shape[0], model.path)
-        write_result(place, key, named.describe(loaded) | {"path": model.path})
+        write_result(place, key, named.describe_model(loaded, model.path))
         device = torch.device(evaluation.device)
         lm = build(loaded, tokenizer, evaluation.batch_size, device, evaluation.max_length)
         tokens = _A_FEW_TOKENS % loaded.config.get_text_config().vocab_size
@@ -241,13 +137,13 @@ def _load(
         return None, str(error)
     except DiskError:
         raise
-    except Exception as error:  # of many libraries; the other models must not fail with it
+    except Exception as error:  # from many libraries; the other models are still evaluated
         return None, f"cannot be loaded: {_reason(error)}"
     return lm, None
 
 
-def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | None:
-    """Evaluates and keeps one task; returns why it failed, if it did: the others must not fail with it."""
+def _one_task(task: Task, lm: Any, place: Path, key: Key) -> str | None:
+    """Evaluates a task and writes its result; returns the error, because the other tasks are still evaluated."""
     started = time.perf_counter()
     try:
         with PeakMemory() as memory:
@@ -259,10 +155,10 @@ def _one_task(task: Any, lm: Any, place: Path, key: dict[str, Any]) -> str | Non
     if measured.not_finite:
         return (
             f"{measured.not_finite} of {task.rows} items gave a value that is not a finite number; is the checkpoint "
-            "whole, or does it need a wider --dtype?"
+            "complete, or does it need a wider --dtype?"
         )
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": memory.bytes}
-    write_result(place, key, measured.as_dict() | cost)
+    seconds = time.perf_counter() - started
+    write_result(place, key, Result(**measured.given, seconds=seconds, peak_memory_bytes=memory.bytes))
     return None
 
 
@@ -271,40 +167,40 @@ def _reason(error: Exception) -> str:
 
 
 def _settings(
-    evaluation: Evaluation, tasks: list[Any], tokenizers: dict[str, Any], keys: dict[str, Any]
-) -> dict[str, Any]:
-    settings = {
-        "models": {model.name: model.path for model in evaluation.models},
-        "tasks": [task.name for task in tasks],
-        "suite": evaluation.suite,
-        "baseline": evaluation.baseline,
-        "reference": evaluation.reference,
-        "beta": evaluation.beta,
-        "limit": evaluation.limit,
-        "chat_template": evaluation.chat,
-        "dtype": evaluation.dtype,
-        "batch_size": evaluation.batch_size,
-        "max_length": evaluation.max_length,
-        "device": evaluation.device,
-        "command": evaluation.command,
-        "tokenizers": {name: named.tokenizer_identity(tokenizer) for name, tokenizer in tokenizers.items()},
-        "results": {
+    evaluation: Evaluation, tasks: list[Task], tokenizers: dict[str, Any], keys: dict[str, dict[str, Key]]
+) -> Settings:
+    settings = Settings(
+        models={model.name: model.path for model in evaluation.models},
+        tasks=[task.name for task in tasks],
+        suite=evaluation.suite,
+        baseline=evaluation.baseline,
+        reference=evaluation.reference,
+        beta=evaluation.beta,
+        limit=evaluation.limit,
+        chat_template=evaluation.chat,
+        dtype=evaluation.dtype,
+        batch_size=evaluation.batch_size,
+        max_length=evaluation.max_length,
+        device=evaluation.device,
+        command=evaluation.command,
+        tokenizers={name: named.tokenizer_identity(tokenizer) for name, tokenizer in tokenizers.items()},
+        results={
             model: {task: result_name(model, task, key) for task, key in own.items()} for model, own in keys.items()
         },
-        "data": [entry for task in tasks for entry in task.data],
-        "environment": environment(),
-        "failures": {},
-    }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+        data=[entry for task in tasks for entry in task.data],
+        environment=environment(),
+        failures={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     with contextlib.suppress(InputError):
         before = read_settings(evaluation.output_dir)
-        if before.get("results") == plain(settings["results"]):  # the same evaluation gone on with
-            created = before["created"]
-    return settings | {"created": created}
+        if before.results == settings.results:  # the same evaluation, continued
+            return settings.but(created=before.created)
+    return settings
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on() -> Any:
+def _saying_how_to_go_on() -> Iterator[None]:
     kept = "finished tasks are kept; run the same command again to go on"
     try:
         yield
@@ -319,7 +215,7 @@ def _say(line: str) -> None:
 
 
 def say_alone() -> None:
-    """Says under a launcher that its other processes have nothing to do."""
+    """Prints a line if a launcher has started several processes, because only the first one evaluates."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        _say(f"{processes} processes were started; the first one evaluates alone")
+        _say(f"{processes} processes were started; only the first one evaluates")

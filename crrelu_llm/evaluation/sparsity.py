@@ -1,4 +1,4 @@
-"""How sparse a model is: the share of exact zeros that comes out of the activation of each MLP."""
+"""The sparsity of a model: the share of exact zeros in the output of each MLP activation."""
 
 import inspect
 import itertools
@@ -16,19 +16,20 @@ from crrelu_llm.evaluation.items import evaluating
 from crrelu_llm.patching import section
 from crrelu_llm.patching.activations import PEFT_WRAPPER
 from crrelu_llm.patching.sites import find_sites
+from crrelu_llm.report.schema import Sparsity
 
-TOKENS, ROWS, LONGEST = 2048, 32, 512  # a small part of the data: at most so many tokens, of so many rows
+TOKENS, ROWS, LONGEST = 2048, 32, 512  # at most so many tokens, rows, and tokens per row
 
 
 class Zeros:
-    """Counts what the activation of every MLP gives, the patched ones and those that kept theirs, by forward hooks.
+    """Counts the zeros in the output of every MLP activation, patched or original, by forward hooks.
 
-    Counted is the activation's own output, before the product of a gated MLP: where it is exactly 0, so is what the
-    following projection is given. A calibrated activation, gain·f(scale·(x + shift)) + offset, gives its channel's
-    offset where f is 0, which is a constant and no zero: those are counted by themselves.
+    The output is that of the activation itself, before the product in a gated MLP: where it is exactly 0, the input of
+    the following projection is 0 too. Where f is 0, a calibrated activation, gain·f(scale·(x + shift)) + offset,
+    returns the offset of its channel, which is a constant but not zero. These outputs are counted separately.
 
     Args:
-        model: A causal LM or classifier, patched or not, also inside PEFT's wrapper.
+        model: A causal LM or classifier, patched or not; PEFT may wrap it.
     """
 
     def __init__(self, model: nn.Module):
@@ -37,12 +38,12 @@ class Zeros:
         self._sums: dict[str, list[Tensor | int]] = {path: [0, 0, 0] for path in paths.values()}
         self._calibrated: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        for name, module in base.named_modules(remove_duplicate=False):  # some share one instance
+        for name, module in base.named_modules(remove_duplicate=False):  # layers may share one instance
             path = paths.get(site_path(name))
             if path is None or type(module).__name__ == PEFT_WRAPPER:
                 continue
             if isinstance(module, AffineModule):
-                # Before it computes: its parameters are whole then, however they are sharded.
+                # Before the forward pass, when sharded parameters are gathered.
                 hook = module.register_forward_pre_hook(
                     lambda m, args, path=path: self._add(path, m, m.forward(args[0]))
                 )
@@ -59,22 +60,26 @@ class Zeros:
             found[2] = (output == offset.to(output)).sum()
         self._sums[path] = [before + now for before, now in zip(self._sums[path], found, strict=True)]
 
-    def take(self) -> dict[str, dict[str, float]]:
-        """The share of zeros by the path of the site, `zeros`, and of what is at its channel's offset, `at_offset`, of
-        calibrated sites alone; takes the hooks off the model."""
+    def take(self, tokens: int = 0) -> Sparsity:
+        """Removes the hooks and returns the shares; only calibrated sites have a share at the offset.
+
+        Args:
+            tokens: The number of tokens of the forward passes, for the record.
+        """
         for handle in self._handles:
             handle.remove()
         counts = {path: [int(value) for value in sums] for path, sums in self._sums.items()}
-        return {
-            "zeros": {path: zeros / total for path, (total, zeros, _) in counts.items() if total},
-            "at_offset": {
+        return Sparsity(
+            tokens=tokens,
+            zeros={path: zeros / total for path, (total, zeros, _) in counts.items() if total},
+            at_offset={
                 path: count / total for path, (total, _, count) in counts.items() if total and path in self._calibrated
             },
-        }
+        )
 
 
 def _paths(model: Any) -> list[str]:
-    """The sites of a model: those of its section, and those that keep their activation."""
+    """The sites of a model in order: those of its config section, and those that keep their activation."""
     found = section.read(model.config)
     patched = [site["path"] for site in found["sites"]] if found else []
     try:
@@ -90,48 +95,48 @@ def _in_order(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
-def sparsity(model: Any, sequences: Iterable[list[int]], compute: Any = None) -> dict[str, Any]:
-    """What `Zeros` counts of a model in evaluation mode on sequences of token ids, each by itself: nothing is padding.
+def sparsity(model: Any, sequences: Iterable[list[int]], compute: Any = None) -> Sparsity:
+    """The sparsity of a model in evaluation mode on sequences of token ids, one at a time and so without padding.
 
     Args:
         model: As for `Zeros`.
-        sequences: Token ids; of each the first `LONGEST`, of all together about `TOKENS`.
-        compute: The model to call, where it is wrapped.
+        sequences: Token ids; the first `LONGEST` of each sequence count, and at most `TOKENS` in total.
+        compute: The model to call, if `model` is wrapped.
 
     Returns:
-        `{tokens, zeros: {path: share}, at_offset: {path: share}}`; empty without sequences.
+        The shares; an empty record without sequences.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     longest = min(LONGEST, getattr(base.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
-    counted, tokens = Zeros(model), 0
+    counted, tokens, device = Zeros(model), 0, next(base.parameters()).device
     try:
         for ids in itertools.islice(sequences, ROWS):
-            batch = torch.tensor([ids[: min(longest, TOKENS - tokens)]], device=_device(base))
+            batch = torch.tensor([ids[: min(longest, TOKENS - tokens)]], device=device)
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 (model if compute is None else compute)(input_ids=batch, use_cache=False, **few)
             tokens += batch.numel()
             if tokens >= TOKENS:
                 break
     finally:
-        shares = counted.take()
-    return {"tokens": tokens, **shares} if tokens else {}
+        shares = counted.take(tokens)
+    return shares if tokens else Sparsity()
 
 
-def sparsity_of_trainer(trainer: Any) -> dict[str, Any]:
-    """`sparsity` of a trainer's model on the beginning of its evaluation data; of a kind that samples, on prompts.
+def sparsity_of_trainer(trainer: Any) -> Sparsity:
+    """The sparsity of a trainer's model on the first rows of its evaluation data; if the trainer samples, on prompts.
 
-    Every process computes all of it: a sharded model needs all of them.
+    Every process computes all rows, because a sharded model needs all processes.
     """
     with evaluating(trainer) as compute, trainer.compute_loss_context_manager():
         return sparsity(trainer.model, _sequences(trainer), compute)
 
 
 def _sequences(trainer: Any) -> Iterator[list[int]]:
-    """The rows as they are trained on: with their answers, where they have one or the right one of two."""
+    """The rows as in training: each with its answer, or with the chosen one of its two answers."""
     for row in trainer.eval_dataset:
         if "input_ids" in row:
-            lengths = row.get("seq_lengths")  # of several documents in a row, the first
+            lengths = row.get("seq_lengths")  # the first of several documents in a row
             ids = row["input_ids"][: lengths[0] if lengths else None]
         elif "chosen_ids" in row or "completion_ids" in row:
             ids = [*row.get("prompt_ids", ()), *row.get("chosen_ids", row.get("completion_ids"))]
@@ -141,7 +146,3 @@ def _sequences(trainer: Any) -> Iterator[list[int]]:
             return
         if len(ids):
             yield list(ids)
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Reads suites (`eval/suites/*.yaml`) and task files (`eval/tasks/*.yaml`): which tasks an evaluation has."""
+"""Reads suites (`eval/suites/*.yaml`) and task files (`eval/tasks/*.yaml`): the tasks of an evaluation."""
 
 import importlib
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class TaskSpec:
     """One task of a suite.
 
     Attributes:
-        name: What it is called in results and with `--tasks`.
-        config: Its task file, or None for lm-eval's own task of this name.
-        source: The file it was read from, for messages.
+        name: Its name in results and for `--tasks`.
+        config: The content of its task file, or None for lm-eval's own task of this name.
+        source: The path of the file that names it, for messages.
     """
 
     name: str
@@ -36,7 +36,7 @@ class TaskSpec:
         return str(kind) if kind in OWN_KINDS else "lm_eval"
 
     def files(self) -> list[str]:
-        """The data files that its task file names, as they are written there."""
+        """The data files that the task file names, as written there."""
         config = self.config or {}
         found = (config.get("dataset_kwargs") or {}).get("data_files") or {}
         return [config["data"]] if "data" in config else [str(path) for path in found.values()]
@@ -51,12 +51,12 @@ def read_suite(name: str, only: list[str] | None = None, data: list[str] | None 
     """The tasks of a suite, in its order.
 
     Args:
-        name: A shipped suite's name, or a YAML file.
-        only: Names of the tasks to take; None takes all but those on request.
-        data: Files for a suite that is a template: each becomes a task.
+        name: The name of a shipped suite, or a YAML file.
+        only: The names of the tasks to take; None takes all except those on request.
+        data: Files for a suite that is a template; each file becomes a task.
 
     Raises:
-        InputError: No such suite or task, or a suite that says something else than a suite can.
+        InputError: The suite or a task does not exist, or the suite is not valid.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -75,11 +75,11 @@ def read_suite(name: str, only: list[str] | None = None, data: list[str] | None 
         twice = [spec.files()[0] for spec in specs if names.count(spec.name) > 1]
         if twice:
             raise InputError(
-                f"--data {' '.join(twice)}: a task is called as its file, and these would be called alike; rename one"
+                f"--data {' '.join(twice)}: a task takes the name of its file, and these names are equal; rename one"
             )
         return _chosen(specs, [], only, path)
     if data:
-        raise InputError(f"--data: the suite {name} names its data itself; use --data_dir to say where it is")
+        raise InputError(f"--data: the suite {name} names its data itself; give its directory with --data_dir")
     source = suite.get("source", "lm_eval")
     if source not in _SOURCES:
         raise InputError(f"{path}: source must be {' or '.join(_SOURCES)}, not {source!r}")
@@ -97,7 +97,7 @@ def _chosen(tasks: list[TaskSpec], on_request: list[TaskSpec], only: list[str] |
     names = [task.name for task in everything]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{path}: the task {twice} is there twice; give one of them another name")
+        raise InputError(f"{path}: the task {twice} is there twice; rename one of them")
     if not everything:
         raise InputError(f"{path}: the suite has no tasks; list them under `tasks`")
     if only is None:
@@ -109,7 +109,7 @@ def _chosen(tasks: list[TaskSpec], on_request: list[TaskSpec], only: list[str] |
 
 
 def _task(entry: Any, source: str, suite: Path) -> TaskSpec:
-    """An entry of a suite: a name, a task file beside the suite, or a task's configuration itself."""
+    """The task of an entry: a name, a task file beside the suite, or a whole task configuration."""
     if isinstance(entry, dict):
         return _spec(entry, suite)
     if not isinstance(entry, str):
@@ -130,8 +130,8 @@ def _spec(config: dict[str, Any], path: Path) -> TaskSpec:
     name = config.get("task")
     if not isinstance(name, str) or not is_name(name):
         raise InputError(f"{path}: a task needs a name without a slash under the key `task`")
-    if name == "model":  # a result of this name is about the model itself
-        raise InputError(f"{path}: no task can be called model; name it otherwise (a data file: rename it)")
+    if name == "model":  # the name of the result about the model itself
+        raise InputError(f"{path}: no task can be called model; rename the task, or its data file")
     _require_mappings(config, path)
     spec = TaskSpec(name, config, str(path))
     if spec.kind in OWN_KINDS and not isinstance(config.get("data"), str):
@@ -140,7 +140,7 @@ def _spec(config: dict[str, Any], path: Path) -> TaskSpec:
 
 
 def is_name(text: str) -> bool:
-    """Whether it can be a part of a file's name: one line, no slash, not too long, not hidden."""
+    """Whether a text can be part of a file name: one line, no slash, not too long."""
     return bool(text) and text.isprintable() and "/" not in text and len(text.encode()) <= 200
 
 
@@ -157,7 +157,7 @@ def _require_mappings(config: dict[str, Any], path: Path) -> None:
 
 def _from_template(template: dict[str, Any], path: Path, data: list[str]) -> list[TaskSpec]:
     if not data:
-        raise InputError(f"the suite {path.stem} needs its data: --data FILE [FILE ...]")
+        raise InputError(f"the suite {path.stem} needs its data: give --data FILE [FILE ...]")
     return [_spec({"task": _stem(file), **template, "data": file}, path) for file in data]
 
 
@@ -165,7 +165,7 @@ def _stem(file: str) -> str:
     name = Path(file).name.removesuffix(".gz").removesuffix(".zst")
     folder = Path(file).resolve().parent.name
     stem = Path(name).stem.removeprefix("builtin:")
-    # train, eval and the like say nothing by themselves.
+    # train, eval and the like mean nothing without the name of their folder.
     return f"{folder}-{stem}" if folder and stem in ("train", "eval", "test", "valid", "validation") else stem
 
 
@@ -183,7 +183,7 @@ def _function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function by name, imported when its task is prepared: some need packages that other tasks do not."""
+    """The name of a function, which is imported when its task is prepared: some functions need optional packages."""
 
     module: str
     attribute: str
@@ -193,10 +193,10 @@ _Loader.add_constructor("!function", _function)
 
 
 def import_functions(value: Any, task: str) -> Any:
-    """A task's configuration with its named functions imported.
+    """The configuration of a task with its named functions imported.
 
     Raises:
-        InputError: One cannot be.
+        InputError: A function cannot be imported.
     """
     if isinstance(value, dict):
         return {key: import_functions(entry, task) for key, entry in value.items()}
@@ -209,7 +209,7 @@ def import_functions(value: Any, task: str) -> Any:
     except (ImportError, AttributeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"the task {task} needs {value.module}: {reason}; install what it names (pip install "
+            f"the task {task} needs {value.module}: {reason}; install it (pip install "
             f"'crrelu_llm[eval]'), or leave the task out with --tasks"
         ) from error
 

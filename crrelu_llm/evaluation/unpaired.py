@@ -1,4 +1,4 @@
-"""Evaluates a KTO trainer's model on desirable and undesirable answers: loss, margin, accuracy; a value a prompt."""
+"""Evaluates a KTO trainer's model on desirable and undesirable answers: loss, margin, accuracy, per prompt."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from crrelu_llm.evaluation.items import SHOWN, Evaluated, columns_of, computing_model, forward_passes
-from crrelu_llm.evaluation.measured import wins
+from crrelu_llm.evaluation.items import columns_of, computing_model, forward_passes
+from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, exponential, wins
 
-_ROUNDING = 1e-6  # of a log-probability that float32 has computed
+_ROUNDING = 1e-6  # relative rounding error of a log-probability in float32
 
 
 def evaluate_kto(trainer: Any) -> Evaluated:
     """KTO loss, reward margin and accuracy; items are the prompts, in the order of their first answers.
 
-    A reward is β·(log π − log π_ref) of an answer. The loss is that of KTO with the divergence from the reference
-    estimated once, on all answers, each after the prompt of the one before it; training estimates it on each batch.
-    An answer is told right where its reward is above that divergence (times β) and it is desirable, or below and it is
-    not; a tie, up to float32's rounding, counts one half. The answers to one prompt are one item, their mean, as they
-    are not independent. The divergence is held fixed: intervals do not know that it is an estimate.
+    The reward of an answer is β·(log π − log π_ref). The loss is KTO's, but the divergence from the reference is
+    estimated once, on all answers, each placed after the prompt of the next row; training estimates it on each batch.
+    An answer counts as right if it is desirable and its reward is above the divergence (times β), or if it is
+    undesirable and its reward is below; a tie, up to float32's rounding, counts one half. The answers to one prompt
+    are not independent, so their mean is one item. The intervals do not include the error of the estimated divergence.
     """
     rows, divergences = [], []
     with _neighbours(trainer):
@@ -52,16 +52,16 @@ def evaluate_kto(trainer: Any) -> Evaluated:
     metrics = {name: float(np.mean(values)) for name, values in items.items()}
     if desirable.any():
         tokens = max(lengths[desirable > 0].sum(), 1)
-        metrics["perplexity"] = float(np.exp(min(-logps[desirable > 0].sum() / tokens, 700.0)))
+        metrics["perplexity"] = exponential(-logps[desirable > 0].sum() / tokens)
     return metrics, items
 
 
 @contextlib.contextmanager
 def _neighbours(trainer: Any) -> Iterator[None]:
-    """Within it, every answer of the evaluation data stands after the prompt of the next row, whatever the batches.
+    """A context in which each answer of the evaluation data follows the prompt of the next row, whatever the batches.
 
-    TRL pairs them within batches of the training's size. Log-probabilities that were computed in advance are of its
-    pairs, which then stay.
+    TRL pairs answers and prompts within batches of the training batch size. Log-probabilities that were computed in
+    advance belong to TRL's pairs, which are then kept.
     """
     data = trainer.eval_dataset
     if not {"KL_completion_ids", "completion_ids"} <= columns_of(data) or "ref_KL_logps" in data.column_names:
@@ -77,7 +77,7 @@ def _neighbours(trainer: Any) -> Iterator[None]:
 
 
 def _groups(trainer: Any, count: int) -> list[list[int]]:
-    """The rows of each prompt; of a stream each row by itself."""
+    """The rows of each prompt; in a stream, each row is a group."""
     if "prompt_ids" not in columns_of(trainer.eval_dataset):
         return [[row] for row in range(count)]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -87,24 +87,24 @@ def _groups(trainer: Any, count: int) -> list[list[int]]:
 
 
 def _margins(rewards: np.ndarray, desirable: np.ndarray) -> np.ndarray:
-    """Values whose mean is the mean reward of the desirable answers minus that of the others; NaN without either."""
+    """Values whose mean is the reward margin: desirable answers minus the others; NaN if either kind is missing."""
     shares = [desirable.mean(), 1 - desirable.mean()]
     if not all(shares):
         return np.full(len(rewards), np.nan)
     return np.where(desirable, rewards / shares[0], -rewards / shares[1])
 
 
-def answer_texts(trainer: Any) -> list[dict[str, Any]]:
-    """What to show of each prompt: its end, and its answers as options, `right` where they are desirable."""
+def answer_texts(trainer: Any) -> list[ItemText]:
+    """The end of each prompt, with its answers as options; the desirable ones are right."""
     data = trainer.eval_dataset
     if not {"prompt_ids", "completion_ids"} <= columns_of(data):
         return []
     decode = trainer.processing_class.decode
     return [
-        {
-            "prompt": decode(data[group[0]]["prompt_ids"])[-SHOWN:],
-            "options": [decode(data[row]["completion_ids"][:SHOWN])[:SHOWN] for row in group],
-            "right": [bool(data[row]["label"]) for row in group],
-        }
+        ItemText(
+            prompt=decode(data[group[0]]["prompt_ids"])[-SHOWN:],
+            options=[decode(data[row]["completion_ids"][:SHOWN])[:SHOWN] for row in group],
+            right=[bool(data[row]["label"]) for row in group],
+        )
         for group in _groups(trainer, len(data))
     ]

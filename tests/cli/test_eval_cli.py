@@ -178,7 +178,7 @@ def test_other_data_and_other_settings(place, tiny_checkpoint, capsys):
     first = report(place)
     write(place / "data" / "arc-easy" / "test.jsonl.gz", arc(5))
     assert command_line.main([*argv, "--limit", "2"]) == 0
-    said = "arc_easy: a result on disk is of other settings of the task and another data version; it is kept"
+    said = "arc_easy: a result on disk is for other settings of the task and another data version; it is kept"
     assert said in capsys.readouterr().err
     assert report(place)["arms"][0]["runs"][0]["items"] == {"arc_easy": 2}
     assert report(place)["data"][0]["sha256"] != first["data"][0]["sha256"]
@@ -303,7 +303,7 @@ def test_the_other_processes_of_a_launch_leave_it_to_the_first(place, tiny_check
     assert not (place / "out").exists()
     monkeypatch.setenv("RANK", "0")
     assert command_line.main(argv) == 0
-    assert "2 processes were started; the first one evaluates alone" in capsys.readouterr().err
+    assert "2 processes were started; only the first one evaluates" in capsys.readouterr().err
     assert report(place)["arms"][0]["runs"][0]["status"] == "done"
 
 
@@ -328,7 +328,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(place, tiny_checkpoint, tmp_
     adapter = place / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    assert "does not name the model" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
+    assert "does not name the base model" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
     (adapter / "adapter_config.json").write_text('{"base')
     assert "save the adapter again" in refused(capsys, *options(place, f"a={adapter}", tasks=["arc_easy"]))
     assert not (place / "out").exists()
@@ -357,7 +357,7 @@ def test_damaged_files_are_computed_again_or_one_line(place, tiny_checkpoint, ca
     settings = place / "out" / "evaluation.json"
     for text in ('{"models": {}}', "{"):
         settings.write_text(text)
-        assert "evaluation.json: damaged" in refused(capsys, "report", place / "out")
+        assert "damaged, or of another version" in refused(capsys, "report", place / "out")
     assert command_line.main(argv) == 0
     assert "arc_easy: kept" in capsys.readouterr().err
 

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from crrelu_llm.evaluation.contrast import contrast, shown
-from crrelu_llm.evaluation.measured import linearised, shares_of
+from crrelu_llm.evaluation.measured import Item, Measured, linearised, shares_of
 
 
 def example(responses, target="1", options=("a", "b", "c")):
-    return {"id": 0, "group": "", "prompt": "?", "options": list(options), "target": target, "responses": responses}
+    return Item(id=0, group="", prompt="?", options=list(options), target=target, responses=responses)
 
 
-def result(items, examples, higher_is_better=None):
-    return {"items": items, "examples": examples, "higher_is_better": higher_is_better or {}}
+def result(items, examples, higher_is_better=None, shares=None):
+    return Measured(
+        metrics={}, items=items, examples=examples, higher_is_better=higher_is_better or {}, shares=shares or {}
+    )
 
 
 def test_multiple_choice_is_compared_by_the_lead_of_the_right_answer():
@@ -45,8 +47,8 @@ def test_a_ratio_is_compared_by_each_items_own():
     sums = np.array([[12.0, 1500.0, 250.0], [12.0, 1800.0, 240.0]])
     found = []
     for own in sums:
-        kept = {"items": {"bits_per_byte": linearised(own, weights)}, "examples": [], "higher_is_better": {}}
-        found.append(contrast(kept | {"shares": {"bits_per_byte": shares_of(own, weights)}}))
+        shares = {"bits_per_byte": shares_of(own, weights)}
+        found.append(contrast(result({"bits_per_byte": linearised(own, weights)}, [], shares=shares)))
     for value, own in zip(found, sums, strict=True):
         assert value.values == pytest.approx(own / weights, rel=1e-9)
 

@@ -59,10 +59,10 @@ def test_it_equals_plain_lm_eval_to_the_last_digit(data_dir, tmp_path, tiny_llam
     for metric in ("acc", "acc_norm"):
         assert ours.metrics[metric] == theirs["results"]["plain"][f"{metric},none"]
         assert ours.items[metric] == [sample[metric] for sample in samples]
-    assert [example["responses"] for example in ours.examples] == [
+    assert [example.responses for example in ours.examples] == [
         [response[0][0] for response in sample["resps"]] for sample in samples
     ]
-    assert ("<|user|>" in ours.examples[0]["prompt"]) == chat
+    assert ("<|user|>" in ours.examples[0].prompt) == chat
 
 
 @pytest.mark.parametrize("fixture", ["tiny_checkpoint", "tiny_llama_checkpoint"])
@@ -73,8 +73,8 @@ def test_batches_and_padding_do_not_matter(data_dir, request, fixture, name):
     results = [task.run(language_model(checkpoint, size)) for size in (1, 7, "auto")]
     for other in results[1:]:
         for first, second in zip(results[0].examples, other.examples, strict=True):
-            np.testing.assert_allclose(second["responses"], first["responses"], rtol=0, atol=1e-5)
-            assert second["prompt"] == first["prompt"]
+            np.testing.assert_allclose(second.responses, first.responses, rtol=0, atol=1e-5)
+            assert second.prompt == first.prompt
 
 
 def test_the_likelihood_of_an_answer_by_hand(data_dir, tiny_llama_checkpoint, tokenizer):
@@ -82,7 +82,7 @@ def test_the_likelihood_of_an_answer_by_hand(data_dir, tiny_llama_checkpoint, to
     assert len(found.examples) == 2
     for row, example in zip(arc(), found.examples, strict=False):
         context = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-        for text, response in zip(row["choices"]["text"], example["responses"], strict=True):
+        for text, response in zip(row["choices"]["text"], example.responses, strict=True):
             whole = tokenizer(f"Question: {row['question']}\nAnswer: {text}")["input_ids"]
             assert response == pytest.approx(by_hand(tiny_llama_checkpoint, whole, len(context)), abs=1e-4)
 
@@ -103,10 +103,10 @@ def test_items_of_perplexities(data_dir, tiny_checkpoint):
 
 def test_a_limit_is_spread_over_groups(data_dir, tiny_checkpoint):
     task = prepared("blimp", data_dir, limit=5)
-    assert task.rows == 5 and task.data[0]["rows"] == 12
+    assert task.rows == 5 and task.data[0].rows == 12
     found = task.run(language_model(tiny_checkpoint))
-    assert [example["group"][-1] for example in found.examples] == ["0", "0", "1", "1", "2"]
-    assert [example["id"] for example in found.examples] == [0, 1, 4, 5, 8]
+    assert [example.group[-1] for example in found.examples] == ["0", "0", "1", "1", "2"]
+    assert [example.id for example in found.examples] == [0, 1, 4, 5, 8]
     assert set(found.groups) == {"paradigm_0", "paradigm_1", "paradigm_2"}
     means = [found.groups[f"paradigm_{group}"]["acc"] for group in (0, 0, 1, 1, 2)]
     assert np.mean(means) == pytest.approx(found.metrics["acc"])
@@ -150,7 +150,7 @@ def test_a_configuration_with_data_of_the_hub(tmp_path, monkeypatch):
     (spec,) = _of_the_hub(tmp_path)
     task = HarnessTask(spec, None, None, False, manager_for([spec]))
     assert task.rows == 4 and asked == [("someone/arc", None)]
-    assert task.data[0]["name"] == "mine" and task.config["tasks"]["mine"]["dataset_path"] == "someone/arc"
+    assert task.data[0].name == "mine" and task.config["tasks"]["mine"]["dataset_path"] == "someone/arc"
 
 
 def test_data_that_the_hub_does_not_give(tmp_path):
@@ -164,7 +164,7 @@ def test_long_requests_are_cut_and_it_is_said(data_dir, tiny_checkpoint):
     rows[1]["question"] *= 40
     write(data_dir / "arc-easy" / "test.jsonl.gz", rows)
     found = prepared("arc_easy", data_dir).run(language_model(tiny_checkpoint))
-    assert found.notes == ["4 requests are longer than the model's context and lost their start"]
+    assert found.notes == ["4 requests are longer than the model's context and lost their beginning"]
 
 
 def test_data_of_nltk_is_asked_for_first(data_dir, monkeypatch):
@@ -176,7 +176,7 @@ def test_data_of_nltk_is_asked_for_first(data_dir, monkeypatch):
         data_dir / "ifeval" / "input_data.jsonl.gz",
         [{"key": 1, "prompt": "say", "instruction_id_list": [], "kwargs": []}],
     )
-    with pytest.raises(InputError, match=r"nltk's punkt_tab: `python -m nltk\.downloader punkt_tab`"):
+    with pytest.raises(InputError, match=r"nltk's punkt_tab: run `python -m nltk\.downloader punkt_tab`"):
         prepared("ifeval", data_dir)
 
 

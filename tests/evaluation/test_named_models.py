@@ -51,7 +51,7 @@ def test_an_adapter_of_activations_that_are_not_calibrated(workshop, tmp_path):
     names = [str(workshop.folder / name / "patched") for name in ("plain", "calibrated")]
     config.write_text(config.read_text().replace(*names))
     with pytest.raises(
-        InputError, match="the model's activations are calibrated, and the adapter was trained on ones"
+        InputError, match="the model's activations are calibrated, but those that the adapter was trained with"
     ):
         models.load(NamedModel("a", str(adapter)))
 

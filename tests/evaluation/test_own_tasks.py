@@ -11,7 +11,7 @@ from suite_data import by_hand, language_model, pairs, sentence, write
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.language_modelling import TextTask, pieces
-from crrelu_llm.evaluation.measured import Measured, interval, linearised, spread_over_groups
+from crrelu_llm.evaluation.measured import Item, Measured, interval, linearised, spread_over_groups
 from crrelu_llm.evaluation.preference import PreferenceTask, against_reference, render
 
 
@@ -39,8 +39,8 @@ def test_pairs_by_hand(file, tiny_checkpoint, tokenizer):
             ids = tokenizer(f"{context} {row[side][0]['content']}<|end|>")["input_ids"]
             assert ids[-1] == tokenizer.eos_token_id
             logps.append((by_hand(tiny_checkpoint, ids, start), len(ids) - start))
-        assert example["responses"] == pytest.approx([logp for logp, _ in logps], abs=1e-4)
-        index = example["id"]
+        assert example.responses == pytest.approx([logp for logp, _ in logps], abs=1e-4)
+        index = example.id
         (chosen, m), (rejected, n) = logps
         assert found.items["logp_accuracy"][index] == (chosen > rejected)
         assert found.items["logp_accuracy_norm"][index] == (chosen / m > rejected / n)
@@ -52,14 +52,19 @@ def test_pairs_do_not_depend_on_batches(file, tiny_llama_checkpoint):
     task = PreferenceTask("pairs", file, None, chat=True)
     one, seven = (task.run(language_model(tiny_llama_checkpoint, size)) for size in (1, 7))
     for first, second in zip(one.examples, seven.examples, strict=True):
-        np.testing.assert_allclose(first["responses"], second["responses"], rtol=0, atol=1e-5)
-        assert first["prompt"].endswith("<|assistant|>") and first["options"][0].endswith("<|end|>")
+        np.testing.assert_allclose(first.responses, second.responses, rtol=0, atol=1e-5)
+        assert first.prompt.endswith("<|assistant|>") and first.options[0].endswith("<|end|>")
 
 
 def test_rewards_against_a_reference():
-    policy, reference = ({"examples": [{"responses": pair} for pair in sides]} for sides in (
-        [[-1.0, -4.0], [-3.0, -2.0]], [[-2.0, -3.0], [-2.0, -4.0]],
-    ))  # fmt: skip
+    policy, reference = (
+        Measured(
+            metrics={},
+            items={},
+            examples=[Item(id=0, group="", prompt="", options=[], target="0", responses=pair) for pair in sides],
+        )
+        for sides in ([[-1.0, -4.0], [-3.0, -2.0]], [[-2.0, -3.0], [-2.0, -4.0]])
+    )
     found = against_reference(policy, reference, beta=0.5)
     assert found.items["reward_margin"] == pytest.approx([0.5 * 2, 0.5 * -3])
     assert found.items["reward_accuracy"] == [1.0, 0.0]
@@ -82,8 +87,8 @@ def test_ways_of_writing_a_pair(tokenizer):
 def test_long_pairs_are_cut_and_it_is_said(tmp_path, tiny_checkpoint):
     rows = [{"prompt": sentence(1, 200), "chosen": sentence(2), "rejected": sentence(3, 200)}]
     found = PreferenceTask("long", write(tmp_path / "p.jsonl", rows), None, False).run(language_model(tiny_checkpoint))
-    assert found.notes == ["1 of 1 pairs are longer than the model's context and were cut"]
-    assert all(map(math.isfinite, found.examples[0]["responses"]))
+    assert found.notes == ["1 of 1 pairs are longer than the model's context and were truncated"]
+    assert all(map(math.isfinite, found.examples[0].responses))
 
 
 def test_pairs_without_their_columns(tmp_path):
@@ -129,7 +134,7 @@ def test_intervals():
     low, high = interval([0.0, 2.0] * 200)
     assert low == pytest.approx(1 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(1 + 1.96 * 0.05, abs=0.02)
     assert interval([2.0]) == (2.0, 2.0)
-    measured = Measured({"loss": 1.0, "perplexity": math.e}, {"loss": [0.5, 1.5]}).finish()
+    measured = Measured(metrics={"loss": 1.0, "perplexity": math.e}, items={"loss": [0.5, 1.5]}).with_intervals()
     assert measured.intervals["perplexity"] == pytest.approx([math.exp(end) for end in measured.intervals["loss"]])
 
 
@@ -181,5 +186,5 @@ def test_a_pair_that_a_template_refuses_is_named_before_a_model_is_loaded(tokeni
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{{ raise_exception('no such role') }}"
     task = PreferenceTask("pairs", write(tmp_path / "pairs.jsonl", pairs()), None, chat=True)
-    with pytest.raises(InputError, match=r"row 1, written for a: .*no such role"):
-        task.written_by(own, "a")
+    with pytest.raises(InputError, match=r"row 1, rendered for a: .*no such role"):
+        task.rendered_for(own, "a")

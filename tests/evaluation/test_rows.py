@@ -28,7 +28,7 @@ WRONG = {
     "an empty sentence": ("blimp", "blimp/blimp", _changed(blimp(), 5, sentence_bad=""), "row 5: an answer is empty"),
     "no group": ("blimp", "blimp/blimp", _changed(blimp(), 12, uid=None), "row 12: .*uid"),
     "a label out of range": ("piqa", "piqa/validation", _changed(_PIQA, 2, label=2), "row 2: the right answer is 2"),
-    "an empty text": ("lambada_openai", "lambada/test", [{"text": "a b"}, {"text": ""}], "row 2: the text whose"),
+    "an empty text": ("lambada_openai", "lambada/test", [{"text": "a b"}, {"text": ""}], "row 2: the text to score"),
     "labels cut short": (
         "truthfulqa_mc2",
         "truthfulqa/mc",

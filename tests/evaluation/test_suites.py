@@ -158,7 +158,7 @@ def test_wrong_names():
         read_suite("local", ["pica"])
     with pytest.raises(InputError, match="needs its data"):
         read_suite("preference")
-    with pytest.raises(InputError, match=r"--data a/x.jsonl b/x.txt: a task is called as its file"):
+    with pytest.raises(InputError, match=r"--data a/x.jsonl b/x.txt: a task takes the name of its file"):
         read_suite("preference", data=["a/x.jsonl", "y.jsonl", "b/x.txt"])
     with pytest.raises(InputError, match="--data_dir"):
         read_suite("local", data=["x.jsonl"])

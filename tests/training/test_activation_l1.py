@@ -154,7 +154,7 @@ def test_it_draws_activations_to_zero(llama):
         recipe, trainer = llama.trainer("sft", f"{weight}", **options, activation_l1=weight)
         record = train_and_save(trainer, recipe, save_model=False)
         means[weight] = [entry["activation_l1"] for entry in record["history"] if "loss" in entry]
-        zeros[weight] = sparsity_of_trainer(trainer)["zeros"]
+        zeros[weight] = sparsity_of_trainer(trainer).zeros
     assert means[30.0][0] == pytest.approx(means[1e-9][0], rel=1e-5)
     assert means[30.0][-1] < 0.5 * means[1e-9][-1]
     assert all(zeros[30.0][path] > share + 0.1 for path, share in zeros[1e-9].items()) and len(zeros[30.0]) == 2, zeros

@@ -146,8 +146,8 @@ def test_evaluating_kto(workshop):
     assert np.mean(items["reward_margin"]) == pytest.approx(metrics["reward_margin"])
     assert items["answer_accuracy"] == [1.0 if gain > 0 else 0.0 for gain in gains]
     shown = recipe.kind.texts(trainer)
-    assert len(shown) == 8 and all(len(entry["options"]) == 1 for entry in shown)
-    assert [entry["right"] for entry in shown] == [[bool(label)] for label in wanted]
+    assert len(shown) == 8 and all(len(entry.options) == 1 for entry in shown)
+    assert [entry.right for entry in shown] == [[bool(label)] for label in wanted]
 
 
 def test_the_answers_to_one_prompt_are_one_item(workshop):
@@ -157,7 +157,7 @@ def test_the_answers_to_one_prompt_are_one_item(workshop):
     assert len(trainer.eval_dataset) == 16 and {len(values) for values in items.values()} == {8}
     assert all(np.mean(items[name]) == pytest.approx(metrics[name]) for name in items)
     shown = recipe.kind.texts(trainer)
-    assert [entry["right"] for entry in shown] == [[True, False]] * 8
+    assert [entry.right for entry in shown] == [[True, False]] * 8
 
 
 def test_the_seeds_of_a_comparison_by_kto_are_trainings_anew(workshop):
@@ -189,7 +189,7 @@ def test_evaluating_a_reward_model(workshop):
     assert metrics["reward_accuracy"] == np.mean([margin > 0 for margin in margins])
     assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     shown = recipe.kind.texts(trainer)
-    assert all(entry["options"][0] != entry["options"][1] for entry in shown) and len(shown) == 8
+    assert all(entry.options[0] != entry.options[1] for entry in shown) and len(shown) == 8
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

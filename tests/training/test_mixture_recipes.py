@@ -21,7 +21,7 @@ def test_the_layers_with_crrelu_learn_epsilon(workshop, tiny_llama_checkpoint, o
     record = train_and_save(trainer, recipe)
     assert list(record["epsilon"]) == ["model.layers.1.mlp.act_fn"]
     assert record["epsilon"] != record["epsilon_start"] and record["history"][0]["activation_l1"] > 0
-    zeros = list(sparsity_of_trainer(trainer)["zeros"].values())
+    zeros = list(sparsity_of_trainer(trainer).zeros.values())
     assert zeros[0] > 0.2 and zeros[1] < 0.01
     name = "adapter_model.safetensors" if options else "model.safetensors"
     saved = load_file(workshop.folder / "run" / name)

@@ -8,9 +8,9 @@ from typing import Any
 from trl import ScriptArguments
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation.measured import Evaluated, ItemText
 
 Row = dict[str, Any]
-Evaluated = tuple[dict[str, float], dict[str, list[float]]]
 
 
 def _no_arguments(recipe: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Kind:
         parts: Names of the trained parts of a row, each a text or messages.
         evaluate: Metrics of a trainer's model on its evaluation data and, for each metric that is a mean over items,
             the values of the items in the order of the data.
-        texts: The texts to show for each evaluation item: `prompt` and `options`, the right option first.
+        texts: The texts of the evaluation items, for the report.
         headline: The metric of the verdict; it has a value for every item.
         logged: The evaluation metric that TRL logs in training, and whether higher is better.
         script: TRL's script arguments, which include the data set.
@@ -75,7 +75,7 @@ class Kind:
     takes: Callable[[set[str], Any], bool]
     parts: Callable[[Any, Row], Sequence[str]]
     evaluate: Callable[[Any], Evaluated]
-    texts: Callable[[Any], list[dict[str, Any]]]
+    texts: Callable[[Any], list[ItemText]]
     headline: str = "loss"
     logged: tuple[str, bool] = ("eval_loss", False)
     script: type = ScriptArguments
