@@ -24,6 +24,8 @@ def claim(comparison: Comparison, recipe: Recipe) -> None:
         raise InputError(f"output_dir {directory} is a file; choose a directory")
     if not directory.exists() or all(is_leftover(path) for path in directory.iterdir()):
         return
+    if not (directory / SETTINGS).is_file():
+        raise InputError(f"{directory} has other files, and no comparison; choose a new or empty directory")
     found = read_settings(directory)
     wanted = _identity(comparison, recipe)
     if found["identity"] != wanted:
@@ -95,7 +97,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / SETTINGS
     if not path.is_file():
-        raise InputError(f"{directory} holds no comparison (no {SETTINGS}); choose a new or empty directory")
+        raise InputError(f"{directory} holds no comparison (no {SETTINGS}); give the output_dir of `crrelu compare`")
     try:
         settings = json.loads(path.read_text())
     except ValueError as error:

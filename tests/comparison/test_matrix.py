@@ -217,7 +217,7 @@ def test_another_recipe_is_refused_and_nothing_is_lost(sft, workshop, capsys):
 def test_a_directory_with_something_else_is_refused(workshop, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert compare(workshop, "sft", tmp_path, ARMS) == 2
-    assert "holds no comparison" in capsys.readouterr().err
+    assert "has other files, and no comparison; choose a new or empty directory" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
