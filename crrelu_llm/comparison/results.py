@@ -13,12 +13,12 @@ from crrelu_llm.comparison import tuning
 from crrelu_llm.comparison.arms import arm_dir, grid_name, number, parse_arm
 from crrelu_llm.comparison.definition import BEFORE, before_training, patched_copy
 from crrelu_llm.comparison.matrix import TEXTS
-from crrelu_llm.comparison.settings import SETTINGS, read_settings
+from crrelu_llm.comparison.settings import SETTINGS, Settings, read_settings
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError, reading
 from crrelu_llm.evaluation.measured import ItemText
 from crrelu_llm.patching.transform import read_report
-from crrelu_llm.report.schema import Arm, Data, Grid, Headline, Metric, Report, Run, Tuning
+from crrelu_llm.report.schema import Arm, Grid, Headline, Metric, Report, Run, Tuning
 from crrelu_llm.statistics import single_items
 from crrelu_llm.statistics.paired import Comparison, Unit, adjust, compare_metric
 from crrelu_llm.statistics.single_items import About, Change, Example, Option, Shown
@@ -65,13 +65,13 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     from crrelu_llm.evaluation.metrics import METRICS
 
     settings = read_settings(directory)
-    kind = kind_of(settings["kind"])
+    kind = kind_of(settings.kind)
     runs = {
         (arm, grid_name(point), seed): _read_run(directory, arm, point, seed)
-        for arm in settings["arms"]
-        for point in settings["points"]
-        for seed in settings["seeds"]
-        if [arm, grid_name(point), seed] in settings["asked"]
+        for arm in settings.arms
+        for point in settings.points
+        for seed in settings.seeds
+        if [arm, grid_name(point), seed] in settings.asked
     }
     finished = [outcome for outcome in runs.values() if outcome.run.done]
     names = [name for name in METRICS if any(name in outcome.run.metrics for outcome in finished)]
@@ -84,44 +84,44 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     with reading(str(directory / TEXTS), "remove it, and run the comparison again", ours=True):
         texts = [ItemText.of(text) for text in _read_json(directory / TEXTS) or []]
     changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
-    packed = settings["recipe"].get("eval_packing")
+    packed = settings.recipe.get("eval_packing")
     pairs = [
         (name, grid, [(before.run, after.run) for before, after in found])
         for name, grid, found in _pairs(settings, runs)
     ]
     return Report(
         schema_version=1,
-        title=f"{_model_name(settings)}: {' against '.join(settings['arms'])}",
-        command="\n".join(settings["commands"]),
-        created=settings["created"],
-        trainer=settings["kind"],
+        title=f"{_model_name(settings)}: {' against '.join(settings.arms)}",
+        command="\n".join(settings.commands),
+        created=settings.created,
+        trainer=settings.kind,
         trainer_label=kind.label,
         items="blocks of text" if packed else kind.items,
-        recipe=settings["recipe"],
+        recipe=settings.recipe,
         environment=finished[0].environment if finished else {},
-        arms=[_arm(directory, name, settings, runs) for name in settings["arms"]],
+        arms=[_arm(directory, name, settings, runs) for name in settings.arms],
         comparisons=compare_runs(settings, runs, metrics, margins),
         changes=changes,
         examples=examples,
-        data=[Data.of(entry, f"{directory / SETTINGS}: data") for entry in settings["data"]],
-        baseline=settings["baseline"],
+        data=settings.data,
+        baseline=settings.baseline,
         headline=Headline(metric=kind.headline, higher_is_better=METRICS[kind.headline][1]),
         metrics=metrics,
         tuning=_tuning(directory, settings, kind.headline, METRICS[kind.headline][1]),
-        trajectories=trajectories(pairs, settings["baseline"], *kind.logged),
+        trajectories=trajectories(pairs, settings.baseline, *kind.logged),
         trajectory=Headline(metric=kind.logged[0].removeprefix("eval_"), higher_is_better=kind.logged[1]),
     )
 
 
-def _tuning(directory: Path, settings: dict[str, Any], metric: str, higher_is_better: bool) -> Tuning | None:
+def _tuning(directory: Path, settings: Settings, metric: str, higher_is_better: bool) -> Tuning | None:
     """The tries of each arm, and the chosen options; None without tuning."""
-    if not settings.get("tune"):
+    if not settings.tune:
         return None
-    arms, points = settings["arms"], settings["points"]
-    tries = tuning.read_tries(directory, arms, points, settings["tune"], metric, higher_is_better)
+    arms, points = settings.arms, settings.points
+    tries = tuning.read_tries(directory, arms, points, settings.tune, metric, higher_is_better)
     begun = (directory / tuning.TUNING / SETTINGS).is_file()
-    kept = read_settings(directory / tuning.TUNING)["data"] if begun else []
-    rows = next((entry["rows"] for entry in reversed(kept)), None)
+    kept = read_settings(directory / tuning.TUNING).data if begun else []
+    rows = next((entry.rows for entry in reversed(kept)), None)
     return Tuning(metric=metric, seed=tuning.SEED, rows=rows, tries=[entry for _, entry in tries])
 
 
@@ -141,15 +141,15 @@ def _grid(point: dict[str, str]) -> Grid:
     return {key: number(value) for key, value in point.items()}
 
 
-def _arm(directory: Path, name: str, settings: dict[str, Any], runs: Outcomes) -> Arm:
+def _arm(directory: Path, name: str, settings: Settings, runs: Outcomes) -> Arm:
     arm = parse_arm(name)
     own = [outcome.run for (other, _, _), outcome in runs.items() if other == name]
-    copies = Path(settings.get("patched_dir", directory))
-    places = [patched_copy(copies, name, point) for point in settings["points"]]
+    copies = Path(settings.patched_dir or directory)
+    places = [patched_copy(copies, name, point) for point in settings.points]
     places += [
         arm_dir(directory, name, point) / f"seed-{seed}" / "patched"  # if each seed starts from its own model
-        for point in settings["points"]
-        for seed in settings["seeds"]
+        for point in settings.points
+        for seed in settings.seeds
     ]
     patches = map(read_report, places)
     return Arm(
@@ -167,17 +167,17 @@ def _read_json(path: Path) -> Any:
 
 
 def compare_runs(
-    settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], margins: dict[str, float]
+    settings: Settings, runs: Outcomes, metrics: dict[str, Metric], margins: dict[str, float]
 ) -> list[Comparison]:
     """All paired comparisons with the baseline, by seed, by item and by both, corrected for their number.
 
     Args:
-        settings: The `baseline`, `arms`, `seeds` and `points` of the comparison.
+        settings: The settings of the comparison.
         runs: The results of each run. A pair needs two finished runs.
         metrics: The direction of each metric, and whether it is a reference; references are not compared.
         margins: The largest negligible difference of some metrics, in each metric's unit.
     """
-    baseline = settings["baseline"]
+    baseline = settings.baseline
     found = []
     for candidate, grid, pairs in _pairs(settings, runs):
         for metric, about in metrics.items():
@@ -190,12 +190,12 @@ def compare_runs(
     return adjust(found)
 
 
-def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid, Pairs]]:
+def _pairs(settings: Settings, runs: Outcomes) -> Iterator[tuple[str, Grid, Pairs]]:
     """Yields candidate, grid values, and the runs of baseline and candidate for every seed that finished in both."""
-    baseline = settings["baseline"]
-    for point in settings["points"]:
-        for candidate in (arm for arm in settings["arms"] if arm != baseline):
-            places = [[(arm, grid_name(point), seed) for arm in (baseline, candidate)] for seed in settings["seeds"]]
+    baseline = settings.baseline
+    for point in settings.points:
+        for candidate in (arm for arm in settings.arms if arm != baseline):
+            places = [[(arm, grid_name(point), seed) for arm in (baseline, candidate)] for seed in settings.seeds]
             pairs = [
                 (runs[before], runs[after])
                 for before, after in places
@@ -206,7 +206,7 @@ def _pairs(settings: dict[str, Any], runs: Outcomes) -> Iterator[tuple[str, Grid
 
 
 def _single_items(
-    headline: str, settings: dict[str, Any], runs: Outcomes, metrics: dict[str, Metric], texts: list[ItemText]
+    headline: str, settings: Settings, runs: Outcomes, metrics: dict[str, Metric], texts: list[ItemText]
 ) -> tuple[list[Change], list[Example]]:
     """The changes of the headline metric by item, averaged over seeds, for each candidate, and the largest of them."""
     changes: list[Change] = []
@@ -224,7 +224,7 @@ def _single_items(
             higher_is_better=metric.higher_is_better,
             format=metric.format,
             grid=grid,
-            baseline=settings["baseline"],
+            baseline=settings.baseline,
             candidate=candidate,
         )
         columns = [table.mean(axis=0).tolist() for table in tables]
@@ -285,8 +285,8 @@ def _margin(metric: str, pairs: Pairs) -> float | None:
     return margin * float(np.mean(finite)) if finite else None
 
 
-def _model_name(settings: dict[str, Any]) -> str:
-    recipe = settings["recipe"]
+def _model_name(settings: Settings) -> str:
+    recipe = settings.recipe
     drawn = recipe.get("model_config")
     if recipe.get("model_name_or_path") is None and isinstance(drawn, dict):
         return f"{drawn.get('model_type')} from scratch"

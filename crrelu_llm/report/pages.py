@@ -16,7 +16,7 @@ _OVER_ITEMS = (
 _THIS_MACHINE = "They depend on this machine and its other load"
 _COST_OF_TRAINING = (
     "Time and tokens/s are means over the finished seeds, peak memory is the largest of them; the ratios are to the "
-    f"baseline. {_THIS_MACHINE}; `crrelu bench` measures speed alone."
+    f"baseline. {_THIS_MACHINE}; crrelu bench measures speed alone."
 )
 _COST_OF_EVALUATION = (
     "Time and memory of the finished tasks; the ratios are to the baseline, that of time only for the same number of "

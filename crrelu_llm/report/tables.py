@@ -112,13 +112,12 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
 
     Args:
         report: The report.
-        decisive: Whether to show only `decisive_entries`.
+        decisive: Whether to show only `decisive_entries`, without the p before the correction.
     """
     gridded = grids(report) != [{}]
     columns = ["metric", "candidate", *(["grid"] if gridded else []), "paired over", "verdict"]
-    table = Table(
-        [*columns, "difference", "interval", "p", "adjusted p", "detectable", "no worse"], words=5 if gridded else 4
-    )
+    columns += ["difference", "interval", *([] if decisive else ["p"]), "adjusted p", "detectable", "no worse"]
+    table = Table(columns, words=5 if gridded else 4)
     entries = decisive_entries(report) if decisive else report.comparisons
     for entry in in_order(entries, report.headline.metric):
         description = describe(report, entry.metric)
@@ -131,7 +130,7 @@ def comparisons(report: Report, decisive: bool = False) -> Table:
             Cell(verdict, verdict=verdict),
             Cell(text.signed(entry.difference, pattern)),
             Cell(text.interval(entry.ci_low, entry.ci_high, pattern)),
-            Cell(text.p_value(entry.p_value) + _TESTS.get(entry.test, "")),
+            *([] if decisive else [Cell(text.p_value(entry.p_value) + _TESTS.get(entry.test, ""))]),
             Cell(text.p_value(entry.p_adjusted)),
             Cell(text.size(entry.smallest_detectable, pattern)),
             Cell(_margin(entry, pattern)),

@@ -7,6 +7,7 @@ import pytest
 
 from crrelu_llm.cli.main import main
 from crrelu_llm.comparison.results import Outcome, compare_runs
+from crrelu_llm.comparison.settings import Settings
 from crrelu_llm.report.schema import Metric, Run
 
 METRICS = {
@@ -19,7 +20,19 @@ METRICS = {
 def comparison(seeds=3, items=12, arms=("gelu", "crrelu")):
     """Settings and finished runs: losses by item, and right/wrong outcomes."""
     rng = np.random.default_rng(0)
-    settings = {"baseline": "gelu", "arms": list(arms), "seeds": list(range(seeds)), "points": [{}]}
+    settings = Settings(
+        identity={},
+        kind="sft",
+        commands=[],
+        created="",
+        baseline="gelu",
+        arms=list(arms),
+        seeds=list(range(seeds)),
+        asked=[],
+        points=[{}],
+        recipe={},
+        data=[],
+    )
     runs = {}
     for arm in arms:
         for seed in range(seeds):
