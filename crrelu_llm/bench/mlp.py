@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.bench.measure import Candidate, case, measure
-from crrelu_llm.bench.patches import GELU, arms, backend_of
-from crrelu_llm.patching.config import PatchConfig
-from crrelu_llm.patching.patch import patch
+from crrelu_llm.bench.patches import GELU, Arm, arms, backend_of
 
 KINDS = ("plain", "gated")
 
@@ -49,8 +47,8 @@ def run(
             data = torch.randn(2, tokens, hidden, generator=torch.Generator().manual_seed(0))
             x, grad = data.to(device=device, dtype=getattr(torch, dtype)).unbind()
             candidates = []
-            for name, config in arms(epsilon_per).items():
-                module = build_mlps(kind, layers, hidden, width, config).to(device)
+            for name, arm in arms(epsilon_per).items():
+                module = build_mlps(kind, layers, hidden, width, arm).to(device)
                 _cast(module, getattr(torch, dtype))
                 candidates.append(Candidate(name, backend_of(name), kind, "both", _step(module, x, grad)))
             measured, missing = measure(candidates, repeats, device)
@@ -60,7 +58,7 @@ def run(
     return {"cases": cases, "left_out": left_out}
 
 
-def build_mlps(kind: str, layers: int, hidden: int, width: int, config: PatchConfig | None) -> nn.Module:
+def build_mlps(kind: str, layers: int, hidden: int, width: int, arm: Arm) -> nn.Module:
     """A stack of a model's MLPs, patched or not, in float32, always with the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,8 +73,7 @@ def build_mlps(kind: str, layers: int, hidden: int, width: int, config: PatchCon
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(about, dtype=torch.float32).train()
-    if config is not None:
-        patch(model, config)
+    arm.apply(model)
     blocks = model.transformer.h if kind == "plain" else model.model.layers
     return nn.Sequential(*(block.mlp for block in blocks))
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.bench.measure import Candidate, case, measure
-from crrelu_llm.bench.patches import GELU, arms, backend_of
+from crrelu_llm.bench.patches import GELU, Arm, arms, backend_of
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading, section
-from crrelu_llm.patching.config import PatchConfig
-from crrelu_llm.patching.patch import patch, unpatch
+from crrelu_llm.patching.patch import unpatch
 
 
 def run(
@@ -77,11 +76,9 @@ def _load(name: str, dtype: str, length: int) -> Any:
     return model.train()
 
 
-def _steps(
-    original: Any, patches: dict[str, PatchConfig | None], batch_size: int, length: int
-) -> dict[str, Callable[[], None]]:
+def _steps(original: Any, compared: dict[str, Arm], batch_size: int, length: int) -> dict[str, Callable[[], None]]:
     """A step for each arm. All arms share the weights and AdamW's moments, which are in memory once."""
-    models = {name: _patched(original, config) for name, config in patches.items()}
+    models = {name: _patched(original, arm) for name, arm in compared.items()}
     parameters = {id(entry): entry for model in models.values() for entry in model.parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-6)
     generator = torch.Generator().manual_seed(0)
@@ -90,13 +87,13 @@ def _steps(
     return {name: _step(model, optimizer, ids) for name, model in models.items()}
 
 
-def _patched(original: nn.Module, config: PatchConfig | None) -> Any:
+def _patched(original: nn.Module, arm: Arm) -> Any:
     """A patched copy of the modules that shares the weights and buffers."""
-    if config is None:
+    if arm.config is None:
         return original
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     model: Any = copy.deepcopy(original, shared)
-    patch(model, config)
+    arm.apply(model)
     return model
 
 
