@@ -209,5 +209,5 @@ def test_files_for_the_code_host(path):
     assert isinstance(yaml.safe_load(text), dict)
     for file in re.findall(r"\bconstraints[\w/]*\.txt", text):
         assert (ROOT / file).is_file(), file
-    for extra in re.findall(r"\.\[(\w+)\]", text):
+    for extra in re.findall(r"\.\[([\w-]+)\]", text) + re.findall(r"extra: ([\w-]+)", text):
         assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

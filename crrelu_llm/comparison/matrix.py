@@ -161,7 +161,8 @@ def _interrupts() -> Iterator[list[bool]]:
 def is_done(directory: Path) -> bool:
     """Whether a run is finished, according to its run.json, which is written last."""
     path = directory / RUN
-    return path.is_file() and json.loads(path.read_text()).get("status") == "done"
+    with reading(str(path), "remove it, and run the comparison again"):
+        return path.is_file() and json.loads(path.read_text()).get("status") == "done"
 
 
 def _one_run(

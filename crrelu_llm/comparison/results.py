@@ -22,10 +22,11 @@ from crrelu_llm.report.schema import Arm, Grid, Headline, Metric, Report, Run, T
 from crrelu_llm.statistics import single_items
 from crrelu_llm.statistics.paired import Comparison, Unit, adjust, compare_metric
 from crrelu_llm.statistics.single_items import About, Change, Example, Option, Shown
-from crrelu_llm.training.kinds import kind_of
+from crrelu_llm.training.kinds import KINDS, kind_of
 from crrelu_llm.training.run import RUN
 
 NOT_RUN = "not run yet"
+_REMEDY = "remove it, and run the comparison again"
 UNITS: tuple[Unit, ...] = ("seed", "item", "both")
 # Metrics whose items are right or wrong.
 _RIGHT_OR_WRONG = ("reward_accuracy", "answer_accuracy", "accuracy", "top5_accuracy")
@@ -65,6 +66,8 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     from crrelu_llm.evaluation.metrics import METRICS
 
     settings = read_settings(directory)
+    if settings.kind not in KINDS:
+        raise InputError(f"{directory / SETTINGS}: unknown kind of training {settings.kind!r}; use {', '.join(KINDS)}")
     kind = kind_of(settings.kind)
     runs = {
         (arm, grid_name(point), seed): _read_run(directory, arm, point, seed)
@@ -81,7 +84,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     for name in margins.keys() - metrics.keys():
         known = ", ".join(metrics) or "none yet"
         raise InputError(f"--margin {name}: {directory} has no such metric; it has: {known}")
-    with reading(str(directory / TEXTS), "remove it, and run the comparison again", ours=True):
+    with reading(str(directory / TEXTS), "remove it; the report then shows no examples", ours=True):
         texts = [ItemText.of(text) for text in _read_json(directory / TEXTS) or []]
     changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
     packed = settings.recipe.get("eval_packing")
@@ -127,14 +130,15 @@ def _tuning(directory: Path, settings: Settings, metric: str, higher_is_better: 
 
 def _read_run(directory: Path, arm: str, point: dict[str, str], seed: int) -> Outcome:
     place = arm_dir(directory, arm, point)
-    run: dict[str, Any] = _read_json(place / f"seed-{seed}" / RUN) or {"status": "failed", "error": NOT_RUN}
+    path = place / f"seed-{seed}" / RUN
+    run: dict[str, Any] = _read_json(path) or {"status": "failed", "error": NOT_RUN}
     own = _read_json(place / f"seed-{seed}" / BEFORE)  # if the run started from its own model
     before = own or _read_json(before_training(directory, arm, point)) or {}
     begun = {"seed": seed, "grid": _grid(point), "sparsity_before": before.pop("sparsity", {}), "before": before}
-    known = {name: value for name, value in run.items() if name in _EMPTY}
-    with reading(f"{place / f'seed-{seed}' / RUN}", "remove it, and run the comparison again", ours=True):
-        part = Run.of(_EMPTY | known | begun)
-    return Outcome(part, run.get("items", {}), run.get("environment", {}))
+    with reading(str(path), _REMEDY, ours=True):
+        part = Run.of(_EMPTY | {name: value for name, value in run.items() if name in _EMPTY} | begun)
+        items = {name: np.array(values, dtype=float).tolist() for name, values in run.get("items", {}).items()}
+    return Outcome(part, items, run.get("environment", {}))
 
 
 def _grid(point: dict[str, str]) -> Grid:
@@ -144,8 +148,8 @@ def _grid(point: dict[str, str]) -> Grid:
 def _arm(directory: Path, name: str, settings: Settings, runs: Outcomes) -> Arm:
     arm = parse_arm(name)
     own = [outcome.run for (other, _, _), outcome in runs.items() if other == name]
-    copies = Path(settings.patched_dir or directory)
-    places = [patched_copy(copies, name, point) for point in settings.points]
+    copies = [directory, *([Path(settings.patched_dir)] if settings.patched_dir else [])]
+    places = [patched_copy(copy, name, point) for copy in copies for point in settings.points]
     places += [
         arm_dir(directory, name, point) / f"seed-{seed}" / "patched"  # if each seed starts from its own model
         for point in settings.points
@@ -163,7 +167,10 @@ def _arm(directory: Path, name: str, settings: Settings, runs: Outcomes) -> Arm:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(str(path), _REMEDY):
+        return json.loads(path.read_text())
 
 
 def compare_runs(

@@ -98,7 +98,8 @@ def record(comparison: Comparison, recipe: Recipe, train: Any, test: Any) -> Non
         for seed in comparison.seeds
     ]
     shared: dict[str, Any] = {"tune": comparison.tune} if comparison.tune else {}
-    shared |= {"patched_dir": str(comparison.patched_dir.resolve())} if comparison.patched_dir else {}
+    patched_dir = str(comparison.patched_dir.resolve()) if comparison.patched_dir else old and old.patched_dir
+    shared |= {"patched_dir": patched_dir} if patched_dir else {}
     settings = Settings(
         identity=_identity(comparison, recipe),
         kind=comparison.kind,
@@ -128,7 +129,7 @@ def read_settings(directory: Path) -> Settings:
     path = directory / SETTINGS
     if not path.is_file():
         raise InputError(f"{directory} holds no comparison (no {SETTINGS}); give the output_dir of `crrelu compare`")
-    with reading(str(path), "remove it to start the comparison again, or choose another directory", ours=True):
+    with reading(str(path), "remove the directory to start the comparison again, or choose another", ours=True):
         return Settings.of(json.loads(path.read_text()))
 
 

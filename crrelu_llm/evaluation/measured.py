@@ -22,7 +22,7 @@ KNOWN: dict[str, tuple[str, bool, str]] = {
     "word_perplexity": ("perplexity of a word", False, "{:.3f}"),
     "logp_accuracy": ("the chosen answer is more probable", True, "{:.4f}"),
     "logp_accuracy_norm": ("the chosen answer is more probable per token", True, "{:.4f}"),
-    "logp_margin": ("log-probability of chosen less rejected (nats)", True, "{:.3f}"),
+    "logp_margin": ("log-probability of chosen minus rejected (nats)", True, "{:.3f}"),
     "reward_accuracy": ("reward accuracy", True, "{:.4f}"),
     "reward_margin": ("reward margin", True, "{:.4f}"),
     "preference_loss": ("DPO loss", False, "{:.4f}"),

@@ -16,7 +16,7 @@ from crrelu_llm.statistics.single_items import About, Change, Example
 
 # Shown beside the results as a control and not compared, because it is the same for every model.
 _REFERENCES = ("longer_answer_accuracy",)
-# The largest difference that counts as none: one point of an accuracy, 0.01 nats of a loss, 0.01 bits of a byte.
+# The largest negligible difference: one point of an accuracy, 0.01 nats of a loss, 0.01 bits of a byte.
 # Margins and rewards have no scale of their own.
 MARGINS = dict.fromkeys(
     ("acc", "acc_norm", "exact_match", "logp_accuracy", "logp_accuracy_norm", "reward_accuracy", "loss"), 0.01

@@ -148,7 +148,7 @@ def _one_task(task: Task, lm: Any, place: Path, key: Key) -> str | None:
     try:
         with PeakMemory() as memory:
             measured = task.run(lm)
-    except (KeyboardInterrupt, DiskError):
+    except DiskError:
         raise
     except Exception as error:
         return _reason(error)

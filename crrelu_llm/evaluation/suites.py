@@ -210,7 +210,7 @@ def import_functions(value: Any, task: str) -> Any:
         reason = " ".join(str(error).split())
         raise InputError(
             f"the task {task} needs {value.module}: {reason}; install it (pip install "
-            f"'crrelu_llm[eval]'), or leave the task out with --tasks"
+            "'lm-eval[ifeval]'), or leave the task out with --tasks"
         ) from error
 
 

@@ -18,22 +18,20 @@ class Format:
     Attributes:
         runtime: Import name of the package that runs it.
         packages: The packages that must be importable to write and run it.
-        extra: The extra of this package that installs them; empty if there is nothing to install.
         caches: Whether the graph takes and returns the keys and values of earlier tokens.
         dtypes: The dtypes in which the runtime computes on a CPU.
     """
 
     runtime: str
     packages: tuple[str, ...] = ()
-    extra: str = ""
     caches: bool = True
     dtypes: tuple[str, ...] = ("float32",)
 
 
 FORMATS = {
-    "onnx": Format("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "export", dtypes=("float32", "float16")),
-    "openvino": Format("openvino", ("openvino",), "export", dtypes=("float32", "float16", "bfloat16")),
-    "executorch": Format("executorch", ("executorch",), "executorch", caches=False),
+    "onnx": Format("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), dtypes=("float32", "float16")),
+    "openvino": Format("openvino", ("openvino",), dtypes=("float32", "float16", "bfloat16")),
+    "executorch": Format("executorch", ("executorch",), caches=False),
     "transformers": Format("transformers", dtypes=("float32", "float16", "bfloat16")),
 }
 _GGUF = (
@@ -61,10 +59,7 @@ def require(name: str, dtype: str = "float32") -> Format:
         )
     missing = [package for package in found.packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise InputError(
-            f"--format {name} needs {', '.join(missing)}: pip install 'crrelu_llm[{found.extra}]' (or "
-            f"pip install {' '.join(missing)})"
-        )
+        raise InputError(f"--format {name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if found.packages and not has_exporter(name):
         raise InputError(
             f"--format {name} needs transformers {TRANSFORMERS} or newer (transformers.exporters), but this one is "

@@ -6,8 +6,8 @@ from typing import Any, cast
 from torch import nn
 
 from crrelu_llm.activation import AFFINE, AffineModule, Calibrated, CRReLU
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 
 # The class in which PEFT wraps an activation that it saves with an adapter.
 PEFT_WRAPPER = "ModulesToSaveWrapper"

@@ -187,7 +187,7 @@ def _load(auto_class: Any, model: str, **kwargs: Any) -> Any:
         try:
             import gguf  # noqa: F401
         except ImportError as error:
-            raise InputError("reading a .gguf file needs the gguf package: pip install 'crrelu_llm[gguf]'") from error
+            raise InputError("reading a .gguf file needs the gguf package: pip install gguf") from error
         directory, name = os.path.split(source)
         kwargs["gguf_file"] = name
         source = directory or "."
@@ -210,10 +210,7 @@ def without_timm(error: ImportError) -> str:
     """The message of an ImportError in one line; for timm's models, says what to install."""
     said = f"{error} {error.name or ''}"
     if "timm" in said or "torchvision" in said:
-        return (
-            "a timm model needs timm and the torchvision that matches the installed torch: "
-            "pip install 'crrelu_llm[timm]'"
-        )
+        return "a timm model needs timm and the torchvision that matches torch: pip install timm torchvision"
     return reason_of(error)
 
 

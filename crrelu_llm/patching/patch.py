@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from crrelu_llm.activation import CRReLU
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.patching import calibration, guard, section
 from crrelu_llm.patching.activations import activation_name, build_activation
 from crrelu_llm.patching.calibration.finished_layers import Progress

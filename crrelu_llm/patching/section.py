@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from crrelu_llm.activation import AFFINE, CRReLU
-from crrelu_llm.eafo.fitted import MOMENTS
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import MOMENTS
 from crrelu_llm.patching import mixture
 from crrelu_llm.patching.config import PatchConfig
 from crrelu_llm.patching.sites import Site

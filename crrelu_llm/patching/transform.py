@@ -262,7 +262,10 @@ def require_space(model: Any, output_dir: str | Path, copies: int = 1) -> None:
 def read_report(directory: str | Path) -> dict[str, Any] | None:
     """The patch report beside a checkpoint, or None."""
     path = Path(directory) / REPORT
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(str(path), "patch again, or remove it"):
+        return json.loads(path.read_text())
 
 
 def origin(

@@ -1,12 +1,10 @@
 """The report of a comparison: report.json, report.md and report.html from one `Report`."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from crrelu_llm.errors import reading
-from crrelu_llm.files import plain, remove, writing
+from crrelu_llm.files import plain, write_text, writing
 from crrelu_llm.report.pages import page_of
 from crrelu_llm.report.render import render_html, render_markdown
 from crrelu_llm.report.schema import Report
@@ -37,19 +35,8 @@ def write_report(report: Report, output_dir: Path) -> Report:
     report = report.but(verdict=verdict_sentence(report))
     numbers = json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     output_dir = Path(output_dir)
+    texts = {"report.json": numbers + "\n", "report.md": render_markdown(report), "report.html": render_html(report)}
     with writing(f"the report in {output_dir}"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in output_dir.glob(".report-*.tmp"):
-            remove(leftover)
-        _replace(output_dir / "report.json", numbers + "\n")
-        _replace(output_dir / "report.md", render_markdown(report))
-        _replace(output_dir / "report.html", render_html(report))
+        for name, content in texts.items():
+            write_text(output_dir / name, content)
     return report
-
-
-def _replace(path: Path, text: str) -> None:
-    # A temporary directory, not a temporary file: files created by tempfile are readable only by their owner.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-", suffix=".tmp") as beside:
-        new = Path(beside, path.name)
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)

@@ -1,6 +1,7 @@
 """What each arm is, in plain words."""
 
 import re
+from typing import Any
 
 from crrelu_llm.report.schema import Arm, Report
 from crrelu_llm.report.tables import Cell, Table
@@ -13,7 +14,7 @@ def arms(report: Report) -> Table:
     table = Table(["arm", "what it is"], words=2)
     originals = sorted({site["original"] for arm in report.arms for site in arm.sites})
     for arm in report.arms:
-        words = _native(originals) if arm.activation == "native" else _swapped(arm)
+        words = _native(originals) if arm.activation == "native" else _swapped(arm, report.recipe)
         table.rows.append([Cell(arm.arm, arm=arm.arm), Cell(words)])
     return table
 
@@ -23,8 +24,9 @@ def _native(originals: list[str]) -> str:
     return f"The unpatched model, with its own activation{own}."
 
 
-def _swapped(arm: Arm) -> str:
-    options = {**((arm.patch or {}).get("options") or {}), **arm.options}
+def _swapped(arm: Arm, recipe: dict[str, Any]) -> str:
+    trained = {key: recipe[key] for key in ("epsilon_learning_rate", "activation_l1") if key in recipe}
+    options = {**trained, **((arm.patch or {}).get("options") or {}), **arm.options}
     words = _name(arm.activation)
     if options.get("layers") is not None or options.get("every"):
         words += " in some layers only"
@@ -36,7 +38,8 @@ def _swapped(arm: Arm) -> str:
     if options.get("activation_l1"):
         words += "; an L1 term pushes its outputs towards 0"
     if "crrelu" in arm.activation and options.get("epsilon_per"):
-        learned = "frozen" if str(options.get("epsilon_learning_rate", "")) in ("0", "0.0") else "learned"
+        rate = options.get("epsilon_learning_rate")
+        learned = "frozen" if rate is not None and float(rate) == 0 else "learned"
         words += f"; ε is {learned}, one per {options['epsilon_per']}"
     return words + "."
 

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from crrelu_llm.eafo.fitted import FittedCRReLU
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.training.optimizer import epsilon_modules
 
 logger = logging.getLogger("crrelu_llm")

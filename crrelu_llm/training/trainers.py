@@ -123,5 +123,5 @@ def require_bitsandbytes(recipe: Recipe) -> None:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"{recipe.source}: load_in_4bit and load_in_8bit need bitsandbytes: pip install 'crrelu_llm[quant]'"
+                f"{recipe.source}: load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes"
             ) from error

@@ -199,6 +199,31 @@ def test_damaged_settings_are_one_line(tmp_path, capsys, content):
     assert "comparison.json" in error and error.count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("comparison.json", None),
+        ("crrelu/seed-0/run.json", '{"status": "do'),
+        ("crrelu/seed-0/run.json", "[1]"),
+        ("crrelu/seed-0/run.json", '{"status": "done", "items": {"loss": ["a"]}}'),
+        ("crrelu/before.json", "{"),
+        ("crrelu/patched/patch_report.json", "{"),
+        ("texts.json", '[{"prompt": 1}]'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(sft, tmp_path, capsys, file, content):
+    directory = tmp_path / "damaged"
+    shutil.copytree(sft, directory)
+    path = directory / file
+    if content is None:
+        content = json.dumps(json.loads(path.read_text()) | {"kind": "sfd"})
+    assert path.is_file()
+    path.write_text(content)
+    assert main(["report", str(directory)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(path) in error and error.count("\n") == 0
+
+
 def test_secrets_are_not_published(workshop):
     directory = workshop.folder / "secret"
     assert compare(workshop, "sft", directory, ["native"], "--hub_token", "hunter2", seeds=("0",)) == 0

@@ -7,8 +7,8 @@ import torch
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.eafo import activations
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 
 X = np.array([-6.1, -2.0, -0.7, -1e-3, 0.2, 1.0, 2.9, 7.0])
 

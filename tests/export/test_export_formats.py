@@ -64,7 +64,7 @@ def test_unknown_format(capsys, tmp_path):
 def test_a_missing_runtime_is_told_before_the_model_is_looked_for(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     line = refused(capsys, "/no/such/model", "--format", name, "--output_dir", tmp_path / "out")
-    assert f"pip install 'crrelu_llm[{formats.FORMATS[name].extra}]'" in line
+    assert f"pip install {' '.join(formats.FORMATS[name].packages)}" in line
     assert formats.FORMATS[name].runtime in line
 
 

@@ -11,8 +11,8 @@ from tiny import logits, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm import CRReLU, PatchConfig, patch, unpatch
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.patching.calibration import _Work
 from crrelu_llm.patching.calibration.finished_layers import Progress
 

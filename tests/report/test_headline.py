@@ -103,6 +103,8 @@ def test_arms_are_told_in_plain_words():
         "ReLU in layers 0-2,5, Mish in layers 3-, fitted to imitate the model's own activation; an L1 term pushes its "
         "outputs towards 0.",
     ]
+    frozen = report_of(arms=told_of, recipe={"epsilon_learning_rate": 0.0, "activation_l1": 0.1})
+    assert arms(frozen).rows[3][1].text.endswith("pushes its outputs towards 0; ε is frozen, one per channel.")
     evaluated = report_of(trainer="eval", arms=told_of)
     assert page_of(evaluated).arms(evaluated).rows == []
 

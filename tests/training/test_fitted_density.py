@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from crrelu_llm import PatchConfig
 from crrelu_llm.compat.accelerate import sharding
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.patching import section
 from crrelu_llm.training import processes
 from crrelu_llm.training.activation_section import ActivationArguments

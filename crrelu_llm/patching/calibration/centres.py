@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from crrelu_llm.eafo.fitted import FittedCRReLU
 from crrelu_llm.errors import InputError
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.patching.calibration.taps import tapped
 from crrelu_llm.patching.calibration.tasks import not_finite
 from crrelu_llm.patching.calibration.walk import Walk

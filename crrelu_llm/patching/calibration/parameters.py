@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from crrelu_llm.activation import CRReLU
-from crrelu_llm.eafo.fitted import FittedCRReLU
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.patching.calibration.histogram import Histogram
 
 Curve = Callable[[Tensor], Tensor]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crrelu_llm.activation import AFFINE
-from crrelu_llm.eafo.fitted import FittedCRReLU
+from crrelu_llm.fitted_activation import FittedCRReLU
 from crrelu_llm.kernels.recompute import recomputing
 
 
