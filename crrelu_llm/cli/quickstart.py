@@ -10,7 +10,7 @@ from crrelu_llm.cli.parser import Parser
 
 ARMS = ["native", "relu", "crrelu:calibration=none", "crrelu"]
 # `--fast`: two seeds, fewer steps, less held-out text.
-_FAST_SEEDS, _FAST_STEPS, _FAST_TEST = [0, 1], 6, "test[:25%]"
+_FAST_SEEDS, _FAST_STEPS, _FAST_TEST = [0, 1], 5, "test[:25%]"
 # Set while the command runs, unless the user has set them: no bars (tqdm reads this when it is imported), and no
 # compiled loops, which take longer to compile than a model of this size takes to train.
 _VARIABLES = {"TQDM_DISABLE": "1", "CRRELU_BACKEND": "eager"}

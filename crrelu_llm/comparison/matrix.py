@@ -94,6 +94,8 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
     lines = Lines(len(todo)) if comparison.calm else None
+    gc.collect()
+    gc.freeze()  # a Trainer collects garbage several times, and need not go through all imported modules each time
     with _interrupts() as interrupted, contextlib.closing(lines) if lines else contextlib.nullcontext():
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
