@@ -211,3 +211,19 @@ def test_files_for_the_code_host(path):
         assert (ROOT / file).is_file(), file
     for extra in re.findall(r"\.\[([\w-]+)\]", text) + re.findall(r"extra: ([\w-]+)", text):
         assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_a_release_has_whole_links(tmp_path):
+    """The package index shows the README without the files beside it."""
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    (step,) = [step for step in release["jobs"]["build"]["steps"] if "links" in step.get("name", "")]
+    for name in ("README.md", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    names = {"GITHUB_REPOSITORY": "owner/name", "GITHUB_REF_NAME": "v9.9.9"}
+    subprocess.run(["bash", "-euc", step["run"]], cwd=tmp_path, env=os.environ | names, check=True)
+    links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text())
+    assert links and all(link.startswith("https://") for link in links), links
+    pictures = [link for link in links if link.endswith(".png")]
+    assert pictures and all(link.startswith("https://github.com/owner/name/raw/v9.9.9/eval/") for link in pictures)
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Repository"] == "https://github.com/owner/name" and urls["Issues"].endswith("name/issues")
