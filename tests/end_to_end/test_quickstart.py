@@ -47,7 +47,8 @@ def test_quickstart_is_interrupted_goes_on_and_ends_with_a_report(tmp_path, monk
     for split, rows in (("train", 200), ("test", 30)):
         load_dataset("builtin:docstrings")[split].select(range(rows)).to_json(data / f"{split}.jsonl")
     (tmp_path / "nano").mkdir()
-    less = {"dataset_name": str(data), "max_steps": 3, "logging_steps": 1, "calibration_tokens": 2048}
+    less = {"dataset_name": str(data), "dataset_train_split": "train", "dataset_test_split": "test", "max_steps": 3}
+    less |= {"logging_steps": 1, "calibration_tokens": 2048}
     (tmp_path / "nano" / "sft.yaml").write_text(yaml.safe_dump(recipe | less))
     monkeypatch.setattr(recipes_path, "recipes_dir", lambda: tmp_path)
     directory, build = tmp_path / "out", matrix.build_trainer
