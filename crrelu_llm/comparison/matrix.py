@@ -94,9 +94,8 @@ def _run_all(comparison: Comparison, train: Any, test: Any) -> None:
     todo = [(arm, point, seed) for point in comparison.points for arm in comparison.arms for seed in comparison.seeds]
     failures = []
     lines = Lines(len(todo)) if comparison.calm else None
-    gc.collect()
-    gc.freeze()  # a Trainer collects garbage several times, and need not go through all imported modules each time
-    with _interrupts() as interrupted, contextlib.closing(lines) if lines else contextlib.nullcontext():
+    closing = contextlib.closing(lines) if lines else contextlib.nullcontext()
+    with _interrupts() as interrupted, closing, _imports_frozen():
         for index, (arm, point, seed) in enumerate(todo):
             directory = comparison.run_dir(arm.name, point, seed)
             label = f"[{index + 1}/{len(todo)}] {directory.relative_to(comparison.output_dir)}"
@@ -158,6 +157,17 @@ def _interrupts() -> Iterator[list[bool]]:
     finally:
         signal.signal(signal.SIGINT, before)
         sys.unraisablehook = report
+
+
+@contextlib.contextmanager
+def _imports_frozen() -> Iterator[None]:
+    """Keeps imported modules out of garbage collections: a Trainer makes several, of 0.5 s each without this."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def is_done(directory: Path) -> bool:
