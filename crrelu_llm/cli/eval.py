@@ -119,7 +119,7 @@ def _require_lm_eval() -> None:
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise InputError("crrelu eval needs lm-evaluation-harness: pip install 'lm-eval[ifeval]'")
+        raise InputError("lm-evaluation-harness is not installed: pip install 'lm-eval[ifeval]'")
 
 
 def _dtype(models: "list[NamedModel]", device: str, output_dir: Path) -> tuple[str, str | None]:
