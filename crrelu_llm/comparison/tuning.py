@@ -92,13 +92,16 @@ def read_tries(
         grid = {key: number(value) for key, value in point.items()}
         for arm in arms:
             places = {grid_name(one): arm_dir(directory / TUNING, arm, point | one) / f"seed-{SEED}" for one in tune}
-            values = {name: _metric(place / RUN, metric) for name, place in places.items()}
+            runs = {name: _finished(place / RUN) for name, place in places.items()}
+            values = {name: _metric(run, metric) for name, run in runs.items()}
+            seconds = {name: run.get("train_seconds") for name, run in runs.items()}
             finite = {name: value for name, value in values.items() if value is not None}
             extreme = max if higher_is_better else min
             best = extreme(finite, key=lambda name: finite[name]) if finite else None
             chosen = kept.get(key_of(arm, point)) or next((one for one in tune if grid_name(one) == best), None)
             edges = [] if chosen is None else _at_edge(chosen, tune)
-            found.append((point, Try(arm=arm, values=values, chosen=chosen, at_edge=edges, grid=grid)))
+            attempts = Try(arm=arm, values=values, chosen=chosen, at_edge=edges, grid=grid, train_seconds=seconds)
+            found.append((point, attempts))
     return found
 
 
@@ -122,7 +125,12 @@ def _at_edge(best: dict[str, str], tune: list[dict[str, str]]) -> list[str]:
     return edges
 
 
-def _metric(path: Path, name: str) -> float | None:
+def _finished(path: Path) -> dict[str, Any]:
+    """The run.json of a finished try, or an empty dictionary."""
     run = json.loads(path.read_text()) if path.is_file() else {}
-    value = (run.get("metrics") or {}).get(name) if run.get("status") == "done" else None
+    return run if run.get("status") == "done" else {}
+
+
+def _metric(run: dict[str, Any], name: str) -> float | None:
+    value = (run.get("metrics") or {}).get(name)
     return value if value is not None and math.isfinite(value) else None

@@ -117,7 +117,8 @@ class Try(Record):
     """The tries of an arm at grid values.
 
     `values` has the metric of each try. `chosen` has the best recipe options, or is None if no try gave a finite
-    number. `at_edge` names the options whose chosen value is the smallest or the largest one.
+    number. `at_edge` names the options whose chosen value is the smallest or the largest one. `train_seconds` is the
+    training time of each try.
     """
 
     arm: str
@@ -125,6 +126,7 @@ class Try(Record):
     chosen: dict[str, str] | None
     at_edge: list[str]
     grid: Grid
+    train_seconds: Values = field(default_factory=dict)
 
 
 class Tuning(Record):

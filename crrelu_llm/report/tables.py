@@ -218,9 +218,11 @@ def tuning_hint(report: Report) -> str:
     about = report.tuning
     if about is None:
         return ""
+    seconds = sum(value or 0.0 for entry in about.tries for value in entry.train_seconds.values())
+    took = f" Training took {text.duration(seconds)}." if seconds else ""
     return (
         f"The {describe(report, about.metric).label} on {about.rows} held-out training rows, with seed "
-        f"{about.seed}. All arms have the same tries; the best try is used for all seeds."
+        f"{about.seed}. All arms have the same tries; the best try is used for all seeds.{took}"
     )
 
 

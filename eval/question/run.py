@@ -50,8 +50,8 @@ SETTINGS = {
         {"calibration_tokens": "16384", "per_device_train_batch_size": "4"},
     ),
     "gemma": Setting(
-        ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("2e-5,5e-5,1e-4", "3e-6,1e-5,3e-5"),
-        {"calibration_tokens": "8192"},
+        ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("3e-5,1e-4,3e-4", "3e-6,1e-5,3e-5"),
+        {"calibration_tokens": "8192", "per_device_train_batch_size": "4"},
     ),
 }  # fmt: skip
 BETAS = "0.1,1"

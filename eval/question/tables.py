@@ -3,11 +3,11 @@
     python tables.py OUTPUT_DIR RESULTS_DIR
 
 Writes RESULTS_DIR/question.md, question.png (the tasks), extras.png (the questions about the swap), and
-<model>/<task>/report.{json,md} of each comparison without the texts of its data. Names the unfinished comparisons.
+<model>/<task>/report.{json,md} of each comparison without the texts of its data. A comparison that is not in OUTPUT_DIR
+keeps the report that it has in RESULTS_DIR. Names the comparisons that were not run.
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,32 +44,25 @@ def main() -> None:
     reports = {}
     for model in SETTINGS:
         for task in tasks(model):
-            place = args.output_dir / model / task
-            if not any(
-                is_done(path.parent) for path in place.glob("*/**/seed-*/run.json") if TUNING not in path.parts
-            ):
-                continue
-            write(place, with_examples=False)
-            target = args.results_dir / model / task
-            target.mkdir(parents=True, exist_ok=True)
-            for name in ("report.json", "report.md"):
-                (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
-            reports[model, task] = Report.read(place / "report.json")
+            place, target = args.output_dir / model / task, args.results_dir / model / task
+            runs = (path for path in place.glob("*/**/seed-*/run.json") if TUNING not in path.parts)
+            if any(is_done(path.parent) for path in runs):
+                write(place, with_examples=False)
+                target.mkdir(parents=True, exist_ok=True)
+                for name in ("report.json", "report.md"):
+                    (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
+            if (target / "report.json").is_file():
+                reports[model, task] = Report.read(target / "report.json")
     rows = [row for key, report in reports.items() for row in _losses(*key, report)]
     for row, found in zip(rows, adjust([row.found for row in rows]), strict=True):
         row.found = found
-    tried = sum(_seconds(path) for path in args.output_dir.glob("*/*/tuning/**/run.json"))
-    text = "\n\n".join(["# All comparisons", _differences(rows), *_details(reports, tried), _missing(reports)])
+    text = "\n\n".join(["# All comparisons", _differences(rows), *_details(reports), _missing(reports)])
     (args.results_dir / "question.md").write_text(text + "\n", encoding="utf-8")
     extras = [row for row in rows if row.task in EXTRAS]
     _draw([row for row in rows if row not in extras], args.results_dir / "question.png")
     if extras:
         _draw(extras, args.results_dir / "extras.png")
     print(args.results_dir / "question.md")
-
-
-def _seconds(path: Path) -> float:
-    return json.loads(path.read_text()).get("train_seconds") or 0.0
 
 
 def _losses(model: str, task: str, report: Report) -> list[Row]:
@@ -116,7 +109,7 @@ def _differences(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
+def _details(reports: dict[tuple[str, str], Report]) -> list[str]:
     """For each arm: the loss before and after, the chosen learning rate, time and memory."""
     lines = [
         "## Arms",
@@ -127,9 +120,12 @@ def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
         _row("model", "task", "arm", "rate", "loss before", "loss after", "runs", "seconds per run", "peak MiB"),
         _row(*["---"] * 3, *["---:"] * 6),
     ]
-    total = 0.0
+    total = tried = 0.0
+    untimed = []
     for (model, task), report in reports.items():
         tries = report.tuning.tries if report.tuning else []
+        tried += sum(seconds or 0.0 for entry in tries for seconds in entry.train_seconds.values())
+        untimed += [f"{model}/{task}"] if tries and not any(entry.train_seconds for entry in tries) else []
         for arm in report.arms:
             for grid in grids(report):
                 planned, done = runs(arm, grid, finished=False), runs(arm, grid)
@@ -153,11 +149,9 @@ def _details(reports: dict[tuple[str, str], Report], tried: float) -> list[str]:
                 cells += [f"{len(done)} of {len(planned)}"]
                 cells += [f"{sum(seconds) / len(seconds):.0f}" if seconds else "–", f"{peak / 2**20:.0f}"]
                 lines.append(_row(*cells))
-    lines += [
-        "",
-        f"\\* at the edge of the tried values. Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}.",
-    ]
-    return ["\n".join(lines)]
+    took = f"Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}"
+    took += f" without those of {', '.join(untimed)}, whose time was not kept" if untimed else ""
+    return ["\n".join([*lines, "", f"\\* at the edge of the tried values. {took}."])]
 
 
 def _spread(values: list[float]) -> str:

@@ -97,6 +97,7 @@ def test_the_report_shows_tries_and_the_difference_over_training(tuned):
     page, text = (tuned / "report.html").read_text(), (tuned / "report.md").read_text()
     for shown in (page, text):
         assert "Tuning of each arm" in shown and "Difference in evaluation loss over training" in shown
+        assert "is used for all seeds. Training took " in shown
     assert "over training</h3>" in page
 
 
