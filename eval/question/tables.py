@@ -2,9 +2,10 @@
 
     python tables.py OUTPUT_DIR RESULTS_DIR
 
-Writes RESULTS_DIR/question.md, question.png (the tasks), extras.png (the questions about the swap), and
-<model>/<task>/report.{json,md} of each comparison without the texts of its data. A comparison that is not in OUTPUT_DIR
-keeps the report that it has in RESULTS_DIR. Names the comparisons that were not run.
+Writes RESULTS_DIR/question.md, question.png (the tasks), extras.png (the questions about the swap), training.png (the
+difference during the longer training), and <model>/<task>/report.{json,md} of each comparison without the texts of its
+data. A comparison that is not in OUTPUT_DIR keeps the report that it has in RESULTS_DIR. Names the comparisons that
+were not run.
 """
 
 import argparse
@@ -12,8 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from run import BETAS, EXTRAS, PLAIN, SETTINGS, tasks
+from pictures import arm_name, draw_differences, draw_training, signed
+from run import BETAS, EXTRAS, SETTINGS, tasks
 
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.matrix import is_done
@@ -21,9 +22,6 @@ from crrelu_llm.comparison.tuning import TUNING
 from crrelu_llm.report.contents import grids, runs
 from crrelu_llm.report.schema import Report
 from crrelu_llm.statistics.paired import Comparison, adjust
-
-REACH = 0.05  # nats; values beyond are only given as numbers
-COLOURS = {"better": "#0b7a53", "worse": "#b03a12", "undecided": "#5c626b"}
 
 
 @dataclass
@@ -56,12 +54,15 @@ def main() -> None:
     rows = [row for key, report in reports.items() for row in _losses(*key, report)]
     for row, found in zip(rows, adjust([row.found for row in rows]), strict=True):
         row.found = found
-    text = "\n\n".join(["# All comparisons", _differences(rows), *_details(reports), _missing(reports)])
+    parts = ["# All comparisons", _differences(rows), _details(reports), _tries(reports), _missing(reports)]
+    text = "\n\n".join(parts)
     (args.results_dir / "question.md").write_text(text + "\n", encoding="utf-8")
     extras = [row for row in rows if row.task in EXTRAS]
-    _draw([row for row in rows if row not in extras], args.results_dir / "question.png")
+    draw_differences(_groups([row for row in rows if row not in extras]), args.results_dir / "question.png")
     if extras:
-        _draw(extras, args.results_dir / "extras.png")
+        draw_differences(_groups(extras), args.results_dir / "extras.png")
+    if long := reports.get(("nano", "long")):
+        draw_training(long.trajectories, long.baseline, args.results_dir / "training.png")
     print(args.results_dir / "question.md")
 
 
@@ -74,12 +75,13 @@ def _losses(model: str, task: str, report: Report) -> list[Row]:
     ]
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}".replace("-", "−")
-
-
-def _arm(name: str) -> str:
-    return name.replace(PLAIN, "crrelu, plain swap")
+def _groups(rows: list[Row]) -> dict[str, list[Comparison]]:
+    """The comparisons of each model and task under a title."""
+    groups: dict[str, list[Comparison]] = {}
+    for row in rows:
+        title = f"{row.model}, {row.task}: loss minus {arm_name(row.found.baseline)}'s"
+        groups.setdefault(title, []).append(row.found)
+    return groups
 
 
 def _row(*cells: str) -> str:
@@ -99,17 +101,17 @@ def _differences(rows: list[Row]) -> str:
     ]
     for row in rows:
         found = row.found
-        interval = f"{_signed(found.ci_low)} to {_signed(found.ci_high)}"
+        interval = f"{signed(found.ci_low)} to {signed(found.ci_high)}"
         p = "–" if found.p_adjusted is None else f"{found.p_adjusted:.2g}"
         detectable = found.smallest_detectable
-        cells = [row.model, row.task, _arm(found.baseline), _arm(found.candidate)]
-        cells += [_signed(found.difference), interval, p, found.verdict]
+        cells = [row.model, row.task, arm_name(found.baseline), arm_name(found.candidate)]
+        cells += [signed(found.difference), interval, p, found.verdict]
         cells += ["–" if detectable is None else f"{detectable:.4f}", "yes" if found.equivalent else ""]
         lines.append(_row(*cells))
     return "\n".join(lines)
 
 
-def _details(reports: dict[tuple[str, str], Report]) -> list[str]:
+def _details(reports: dict[tuple[str, str], Report]) -> str:
     """For each arm: the loss before and after, the chosen learning rate, time and memory."""
     lines = [
         "## Arms",
@@ -142,7 +144,7 @@ def _details(reports: dict[tuple[str, str], Report]) -> list[str]:
                 cells = [
                     model,
                     task + "".join(f", β {value:g}" for value in grid.values()),
-                    _arm(arm.arm),
+                    arm_name(arm.arm),
                     rate + edge,
                 ]
                 cells += ["–" if before is None else f"{before:.4f}", _spread(losses)]
@@ -151,7 +153,31 @@ def _details(reports: dict[tuple[str, str], Report]) -> list[str]:
                 lines.append(_row(*cells))
     took = f"Training took {total / 3600:.2f} hours, the tries {tried / 3600:.2f}"
     took += f" without those of {', '.join(untimed)}, whose time was not kept" if untimed else ""
-    return ["\n".join([*lines, "", f"\\* at the edge of the tried values. {took}."])]
+    return "\n".join([*lines, "", f"\\* at the edge of the tried values. {took}."])
+
+
+def _tries(reports: dict[tuple[str, str], Report]) -> str:
+    """The loss of each arm at each learning rate that was tried."""
+    lines = [
+        "## Learning rates",
+        "",
+        "The loss on held-out training rows after one training (one seed) at each rate; the other seeds use the "
+        "rate with the lowest loss, in bold.",
+        "",
+        _row("model", "task", "arm", "rate: loss"),
+        _row(*["---"] * 4),
+    ]
+    for (model, task), report in reports.items():
+        for entry in report.tuning.tries if report.tuning else []:
+            chosen = (entry.chosen or {}).get("learning_rate")
+            cells = []
+            for name, value in entry.values.items():
+                rate = name.removeprefix("learning_rate=")
+                cell = f"{rate}: {'–' if value is None else f'{value:.4f}'}"
+                cells.append(f"**{cell}**" if rate == chosen else cell)
+            label = task + "".join(f", β {value:g}" for value in entry.grid.values())
+            lines.append(_row(model, label, arm_name(entry.arm), " · ".join(cells)))
+    return "\n".join(lines)
 
 
 def _spread(values: list[float]) -> str:
@@ -166,38 +192,6 @@ def _spread(values: list[float]) -> str:
 def _missing(reports: dict[tuple[str, str], Report]) -> str:
     left = [f"{model}/{task}" for model in SETTINGS for task in tasks(model) if (model, task) not in reports]
     return f"Not run: {', '.join(left) or 'nothing'}. β of DPO: {BETAS.replace(',', ' and ')}."
-
-
-def _draw(rows: list[Row], path: Path) -> None:
-    groups: dict[str, list[Comparison]] = {}
-    for row in rows:
-        title = f"{row.model}, {row.task}: loss minus {_arm(row.found.baseline)}'s"
-        groups.setdefault(title, []).append(row.found)
-    lines: list[tuple[str, Comparison | None]] = []
-    for title, members in groups.items():
-        lines += [(title, None), *((_arm(entry.candidate), entry) for entry in members)]
-    figure = Figure(figsize=(8, 0.27 * len(lines) + 0.9), layout="constrained")
-    axes = figure.subplots()
-    left = axes.get_yaxis_transform()
-    for y, (label, entry) in zip(range(0, -len(lines), -1), lines, strict=True):
-        axes.text(0.0, y, label, transform=left, va="center", fontsize=8, weight="normal" if entry else "bold")
-        if entry is None or entry.ci_low is None:
-            continue
-        colour = COLOURS[entry.verdict]
-        said = f"{_signed(entry.difference)} ({_signed(entry.ci_low)} to {_signed(entry.ci_high)})"
-        axes.text(1.01, y, said, transform=left, va="center", fontsize=8, color=colour)
-        ends = [min(max(end, -REACH), REACH) for end in (entry.ci_low, entry.ci_high)]
-        axes.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        if abs(entry.difference) <= REACH:
-            axes.plot(entry.difference, y, "o", color=colour, markersize=4.5)
-    axes.axvline(0, color="#1d2024", linewidth=0.8)
-    axes.axvspan(-REACH, 0, color=COLOURS["better"], alpha=0.06, linewidth=0)
-    ticks = [-REACH, -REACH / 2, 0, REACH / 2, REACH]
-    axes.set(xlim=(-2.4 * REACH, REACH), ylim=(0.7 - len(lines), 0.7), yticks=[], xticks=ticks)
-    axes.set_xlabel("left of 0 is better; 95 % interval over seeds and items", fontsize=8)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=140, facecolor="white", bbox_inches="tight")
 
 
 if __name__ == "__main__":
