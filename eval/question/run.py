@@ -46,7 +46,7 @@ SETTINGS = {
         {"calibration_tokens": "8192"},
     ),
     "smollm2": Setting(
-        ("native", "gelu", "relu", "crrelu"), (3, 3), (20, 20), ("1e-4,3e-4", "1e-5,3e-5"),
+        ("native", "gelu", "relu", "crrelu"), (3, 3), (20, 20), ("1e-4,3e-4,1e-3", "1e-5,3e-5"),
         {"calibration_tokens": "16384", "per_device_train_batch_size": "4"},
     ),
     "gemma": Setting(
@@ -62,6 +62,7 @@ EXTRAS = {
         *("native", "crrelu", f"crrelu{_FROZEN}", "crrelu:epsilon_per=layer", "crrelu:epsilon_learning_rate=0.01"),
         *(PLAIN, PLAIN + _FROZEN, "crrelu:calibration=none", f"{PLAIN}:epsilon_init=0.3"),
     ),
+    "rates": ("native", "crrelu", PLAIN),
     "layers": ("native", "crrelu", *(f"crrelu:layers={layer}" for layer in range(4))),
     "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted", "relu"),
     "long": ("native", "relu", "crrelu", PLAIN),
@@ -111,18 +112,22 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
         "max_steps": str(setting.steps[index]),
         **setting.options,
     }
-    tune, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
+    values, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
+    if index:
+        values += ["--grid", f"beta={BETAS}"]
     if task in EXTRAS:  # about the swap, with one learning rate for all arms
-        tune, seeds = [], 3
+        values, seeds = [], 3
         options["learning_rate"] = "3e-3"
+    if task == "rates":
+        values = ["--grid", f"learning_rate={setting.rates[index]}"]
+        del options["learning_rate"]
     if task == "long":
         options |= {"max_steps": "200", "eval_strategy": "steps", "eval_steps": "25"}
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
     words += [word for key, value in options.items() for word in (f"--{key}", value)]
     words += ["--arms", *arms, "--seeds", *map(str, range(seeds))]
     words += ["--baseline", "gelu" if "gelu" in setting.arms and task not in EXTRAS else "native"]
-    words += [*tune, *(["--grid", f"beta={BETAS}"] if index else [])]
-    words += ["--discard_models", "--patched_dir", str(output_dir / name / "patched")]
+    words += [*values, "--discard_models", "--patched_dir", str(output_dir / name / "patched")]
     return [*words, "--output_dir", str(output_dir / name / task)]
 
 

@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 from crrelu_llm import patch
 from crrelu_llm.comparison.arms import arm_dir, grid_name, parse_arms, parse_grid
+from crrelu_llm.comparison.definition import before_training
 from crrelu_llm.comparison.settings import SETTINGS
 from crrelu_llm.comparison.tuning import SEED, TUNING, parse_tune
 from crrelu_llm.report.schema import Point, Trajectory
@@ -24,7 +25,7 @@ QUESTION = Path(__file__).resolve().parents[2] / "eval" / "question"
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, by name."""
-    names = ("prepare", "run", "tables", "pictures", "why")
+    names = ("prepare", "run", "sections", "pictures", "tables", "why")
     sys.path.insert(0, str(QUESTION))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -107,16 +108,17 @@ def test_every_command_of_the_study_is_one_that_compare_takes(scripts, model):
         words = run.command(model, "builtin:nano", task, Path("data"), Path("out"))
         kind, options = words[1], words[2:]
         arms = options[options.index("--arms") + 1 : options.index("--seeds")]
-        assert options[options.index("--baseline") + 1] in arms and len(parse_arms(arms)) >= 4
+        assert options[options.index("--baseline") + 1] in arms and len(parse_arms(arms)) >= 3
         tries = parse_tune([options[options.index("--tune") + 1]] if "--tune" in options else [])
-        assert len(tries) == (0 if task in run.EXTRAS else 2 if model == "smollm2" else 3)
-        grid = [options[options.index("--grid") + 1]] if "--grid" in options else []
-        assert [point.get("beta") for point in parse_grid(grid)] == (["0.1", "1"] if kind == "dpo" else [None])
+        assert len(tries) == (0 if task in run.EXTRAS else 2 if model == "smollm2" and kind == "dpo" else 3)
+        grid = parse_grid([options[options.index("--grid") + 1]] if "--grid" in options else [])
+        assert [point.get("beta") for point in grid] == {"dpo": ["0.1", "1"]}.get(kind, [None] * len(grid))
+        assert ["learning_rate" in point for point in grid] == ([True] * 3 if task == "rates" else [False] * len(grid))
         recipe = parse(kind, options[: options.index("--arms")])
         assert recipe.training.max_steps == (200 if task == "long" else run.SETTINGS[model].steps[int(kind == "dpo")])
 
 
-def comparison(directory, scripts, task, points=({},), finished=True):
+def comparison(directory, scripts, task, points=({},), finished=True, before=4.5):
     """The files of a comparison that run.py would have left, with made-up losses: the plain swap is behind."""
     setting = scripts["run"].SETTINGS["nano"]
     arms, seeds = list(setting.arms), [0, 1, 2]
@@ -142,6 +144,9 @@ def comparison(directory, scripts, task, points=({},), finished=True):
             place.mkdir(parents=True)
             if finished or seed != 2:
                 (place / "run.json").write_text(json.dumps(run))
+    for arm in arms:
+        for point in points:
+            before_training(directory, arm, point).write_text(json.dumps({"loss": before}))
     for base in (directory, directory / TUNING):
         (base / SETTINGS).write_text(json.dumps(settings))
 
@@ -149,7 +154,7 @@ def comparison(directory, scripts, task, points=({},), finished=True):
 def test_the_tables_of_the_study(scripts, tmp_path, monkeypatch):
     out = tmp_path / "out" / "nano"
     comparison(out / "dolly", scripts, "dolly")
-    comparison(out / "hh", scripts, "hh", [{"beta": "0.1"}, {"beta": "1"}], finished=False)
+    comparison(out / "hh", scripts, "hh", [{"beta": "0.1"}, {"beta": "1"}], finished=False, before=3.5)
     monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path / "out"), str(tmp_path / "results")])
     scripts["tables"].main()
     text = (tmp_path / "results" / "question.md").read_text()
@@ -158,9 +163,11 @@ def test_the_tables_of_the_study(scripts, tmp_path, monkeypatch):
     ]
     plain = [row for row in rows if row[3] == "crrelu, plain swap"]
     assert [row[1] for row in plain] == ["dolly", "hh, β 0.1", "hh, β 1"]
-    assert plain[0][4].startswith("+0.50") and plain[0][7] == "worse"
-    crrelu = next(row for row in rows if row[:4] == ["nano", "dolly", "native", "crrelu"])
-    assert crrelu[7] == "undecided" and crrelu[9] == "yes"
+    assert plain[0][4].startswith("+0.50") and plain[0][7] == "worse" and plain[0][9:] == ["1.000", ""]
+    crrelu = next(row for row in rows if row[:4] == ["nano", "dolly", "native (GELU)", "crrelu"])
+    assert crrelu[7] == "undecided" and crrelu[10] == "yes"
+    assert {row[10] for row in rows if len(row) == 11 and row[1].startswith("hh")} == {"not learnt"}
+    assert text.index(" | ".join(crrelu)) < text.index("## The other arms") < text.index(" | ".join(plain[0]))
     arms = {(row[1], row[2]): row for row in rows if len(row) == 9}
     assert arms["dolly", "crrelu"][3] == "1e-4*" and arms["dolly", "crrelu"][6] == "3 of 3"
     assert arms["hh, β 1", "crrelu"][6] == "2 of 3"
