@@ -197,6 +197,11 @@ def _name_the_option(error: InputError) -> str:
 def _check(recipe: Recipe, where: str) -> None:
     script, training, model, mixture = recipe.script, recipe.training, recipe.model, recipe.mixture
     activation = recipe.activation
+    if activation.activation == "native":
+        raise InputError(
+            f"{where}native is an arm of `crrelu compare`; leave activation out (--activation null) to train the "
+            "unpatched model"
+        )
     if not model.model_name_or_path and getattr(training, "model_config", None) is None:
         raise InputError(f"{where}{_no_model(recipe.kind.name)}")
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -50,7 +50,7 @@ SETTINGS = {
         {"calibration_tokens": "16384", "per_device_train_batch_size": "4"},
     ),
     "gemma": Setting(
-        ("native", "relu", "crrelu", PLAIN), (3, 3), (12, 12), ("3e-5,1e-4,3e-4", "3e-6,1e-5,3e-5"),
+        ("native", "relu", "crrelu"), (3, 3), (12, 12), ("3e-5,1e-4,3e-4", "3e-6,1e-5,3e-5"),
         {"calibration_tokens": "8192", "per_device_train_batch_size": "4"},
     ),
 }  # fmt: skip
@@ -64,7 +64,11 @@ EXTRAS = {
     ),
     "rates": ("native", "crrelu", PLAIN),
     "layers": ("native", "crrelu", *(f"crrelu:layers={layer}" for layer in range(4))),
-    "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted", "relu"),
+    "learned": (  # minus a frozen ε
+        *(f"crrelu{_FROZEN}", "crrelu", "crrelu:epsilon_learning_rate=0.01", "crrelu:epsilon_learning_rate=0.1"),
+        f"{PLAIN}:epsilon_learning_rate=0.1",
+    ),
+    "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted"),
     "long": ("native", "relu", "crrelu", PLAIN),
     "activations": ("native", "relu", "leaky_relu", "prelu", "gelu", "silu", "mish", "relu2", "crrelu"),
 }
@@ -126,7 +130,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
     words = ["compare", kind, "--config", str(HERE / f"{kind}.yaml")]
     words += [word for key, value in options.items() for word in (f"--{key}", value)]
     words += ["--arms", *arms, "--seeds", *map(str, range(seeds))]
-    words += ["--baseline", "gelu" if "gelu" in setting.arms and task not in EXTRAS else "native"]
+    words += ["--baseline", arms[0] if task in EXTRAS or "gelu" not in setting.arms else "gelu"]
     words += [*values, "--discard_models", "--patched_dir", str(output_dir / name / "patched")]
     return [*words, "--output_dir", str(output_dir / name / task)]
 

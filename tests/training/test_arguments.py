@@ -162,6 +162,7 @@ def test_epsilon_per(mistake):
 
 def test_unknown_activation(mistake):
     assert mistake(activation="crelu").startswith("unknown activation 'crelu'; choose one of crrelu, ")
+    assert "leave activation out (--activation null)" in mistake(activation="native")
 
 
 def test_model_and_data_are_needed(mistake):
