@@ -15,7 +15,7 @@ ARMS = ("#b03a12", "#0b5a7a", "#5c626b")
 
 def draw_differences(lines: list[tuple[str, Comparison | None]], path: Path) -> None:
     """Draws a labelled line for each comparison; a label without one is a title."""
-    figure = Figure(figsize=(8, 0.27 * len(lines) + 0.9), layout="constrained")
+    figure = Figure(figsize=(8, 0.25 * len(lines) + 0.7), layout="constrained")
     axes = figure.subplots()
     left = axes.get_yaxis_transform()
     for y, (label, entry) in zip(range(0, -len(lines), -1), lines, strict=True):
@@ -34,7 +34,7 @@ def draw_differences(lines: list[tuple[str, Comparison | None]], path: Path) -> 
             axes.plot(entry.difference, y, "o", color=colour, markersize=4.5)
     axes.axvline(0, color="#1d2024", linewidth=0.8)
     axes.axvspan(-0.01, 0.01, color=COLOURS["undecided"], alpha=0.12, linewidth=0)
-    ticks = [-REACH, -REACH / 2, -0.01, 0, 0.01, REACH / 2, REACH]
+    ticks = [-REACH, -REACH / 2, 0, REACH / 2, REACH]
     axes.set(xlim=(-2.4 * REACH, REACH), ylim=(0.7 - len(lines), 0.7), yticks=[], xticks=ticks)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("nats; left of 0 is better; 95 % interval over seeds and items; the band is ±0.01", fontsize=8)

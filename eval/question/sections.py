@@ -11,8 +11,10 @@ from crrelu_llm.report.schema import Arm, Grid, Report, Run
 from crrelu_llm.statistics.paired import Comparison, compare_metric
 
 Reports = dict[tuple[str, str], Report]  # by model and task
-# The families of comparisons: each is corrected by itself, so that side questions do not weaken the main one.
-FAMILIES = ("CRReLU minus GELU", "The other arms", "Questions about the swap")
+# The families of comparisons and their pictures. Each is corrected by itself, so that side questions do not weaken the
+# main one.
+MAIN, OTHERS, SWAP = FAMILIES = ("CRReLU minus GELU", "The other arms", "Questions about the swap")
+PICTURES = dict(zip(FAMILIES, ("question.png", "arms.png", "extras.png"), strict=True))
 
 
 @dataclass
@@ -40,7 +42,7 @@ def rows_of(model: str, task: str, report: Report) -> list[Row]:
     for found in report.comparisons:
         if (found.metric, found.unit) != ("loss", "both"):
             continue
-        family = FAMILIES[2] if task in EXTRAS else FAMILIES[0] if found.candidate == "crrelu" else FAMILIES[1]
+        family = SWAP if task in EXTRAS else MAIN if found.candidate == "crrelu" else OTHERS
         baseline = next(arm for arm in report.arms if arm.arm == report.baseline)
         before, after = _before(baseline, found.grid), _losses(runs(baseline, found.grid))
         gain = before - statistics.fmean(after) if before is not None and after else None
@@ -76,7 +78,7 @@ def differences(rows: list[Row]) -> str:
         "less than 0.01, nothing was learnt that could differ.",
     ]
     for family in FAMILIES:
-        lines += ["", f"## {family}", ""]
+        lines += ["", f"## {family}", "", f"![Differences with their intervals]({PICTURES[family]})", ""]
         heads = ("model", "task", "baseline", "candidate", "difference", "interval", "p", "verdict", "detectable")
         lines += [_row(*heads, "gain", "equal"), _row(*["---"] * 4, *["---:"] * 3, "---", *["---:"] * 2, "---")]
         for row in rows:

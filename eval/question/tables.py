@@ -18,15 +18,13 @@ from pathlib import Path
 
 from pictures import draw_differences, draw_training
 from run import SETTINGS, tasks
-from sections import FAMILIES, Row, arm_name, arms, differences, fits, missing, rows_of, tries, untouched
+from sections import FAMILIES, PICTURES, Row, arm_name, arms, differences, fits, missing, rows_of, tries, untouched
 
 from crrelu_llm.cli.compare import write
 from crrelu_llm.comparison.matrix import is_done
 from crrelu_llm.comparison.tuning import TUNING
 from crrelu_llm.report.schema import Report
 from crrelu_llm.statistics.paired import Comparison, adjust
-
-PICTURES = dict(zip(FAMILIES, ("question.png", "arms.png", "extras.png"), strict=True))
 
 
 def main() -> None:
