@@ -5,6 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+from scipy import stats
 
 from crrelu_llm.evaluation.measured import exponential, wins
 
@@ -22,7 +23,9 @@ METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "kl": ("divergence from the reference", False, "{:.4f}", True),
     "answer_tokens": ("tokens of an answer", False, "{:.1f}", True),
     "longer_answer_accuracy": ("accuracy of “the longer answer wins”", True, "{:.3f}", True),
+    "length_correlation": ("rank correlation of margins with lengths", True, "{:.2f}", True),
 }
+_ROUNDING = 1e-4  # the margins of a policy that is its own reference spread less than this
 
 
 class LanguageModelling(evaluate.Metric):
@@ -47,7 +50,12 @@ class LanguageModelling(evaluate.Metric):
 
 
 class PairwisePreference(evaluate.Metric):
-    """Reward accuracy and margin of preference pairs, and the accuracy of preferring the longer answer."""
+    """Reward accuracy and margin of preference pairs, and two controls for the length of the answers.
+
+    The controls: the accuracy of preferring the longer answer, and the rank correlation (Spearman) of the margins with
+    the differences in length, 0 where either does not vary. Near 1, a model prefers the longer answer, whatever it
+    says.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         features = {
@@ -67,7 +75,15 @@ class PairwisePreference(evaluate.Metric):
             "reward_accuracy": float(np.mean(wins(margin))),
             "reward_margin": float(np.mean(margin)),
             "longer_answer_accuracy": float(np.mean(wins(longer))),
+            "length_correlation": _rank_correlation(margin, longer),
         }
+
+
+def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """The rank correlation of margins and differences in length; 0 if nothing but rounding orders them."""
+    if not np.isfinite(first).all() or np.ptp(first) < _ROUNDING or np.ptp(second) == 0:
+        return 0.0
+    return float(stats.spearmanr(first, second).statistic)
 
 
 def _info(description: str, features: dict[str, str]) -> evaluate.MetricInfo:

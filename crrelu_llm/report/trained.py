@@ -18,6 +18,8 @@ from crrelu_llm.statistics.paired import Comparison, Outcome, smallest_possible_
 
 # Perplexity is not a mean over documents; if it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
+LENGTH = "length_correlation"
+_FOLLOWS = 0.7  # a rank correlation from which the notes say that the margins follow the length
 
 
 def draw(report: Report) -> Verdict:
@@ -190,11 +192,30 @@ def notes(report: Report) -> list[str]:
         found.append(
             f"{failed} of {len(planned)} runs did not finish; comparisons use the seeds that finished in both arms."
         )
+    found += _of_length(report)
     for metric, description in report.metrics.items():
-        if description.reference:
+        if description.reference and metric != LENGTH:
             places = [(arm, grid) for arm in report.arms for grid in grids(report)]
             values = [value for arm, grid in places for value in by_seed(arm, grid, metric).values()]
             if values:
                 mean = text.number(statistics.fmean(values), description.format)
                 found.append(f"For reference: {description.label} is {mean}; it is a control, not a result.")
+    return found
+
+
+def _of_length(report: Report) -> list[str]:
+    """Names the arms whose reward margins follow the length of the answers."""
+    found = []
+    for grid in grids(report):
+        values = {arm.arm: list(by_seed(arm, grid, LENGTH).values()) for arm in report.arms}
+        means = {name: statistics.fmean(own) for name, own in values.items() if own}
+        said = ", ".join(f"{name} {mean:.2f}".replace("-", "−") for name, mean in means.items())
+        high = [name for name, mean in means.items() if abs(mean) >= _FOLLOWS]
+        if high:
+            where = f" ({text.grid_label(grid)})" if grid else ""
+            found.append(
+                f"The reward margins of {' and '.join(high)} follow the length of the answers{where}; rank "
+                f"correlations: {said}. Such a model may have learnt the length instead of the preference: compare "
+                "the reward accuracy with that of “the longer answer wins”."
+            )
     return found

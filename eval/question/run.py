@@ -50,7 +50,7 @@ SETTINGS = {
         {"calibration_tokens": "16384", "per_device_train_batch_size": "4"},
     ),
     "gemma": Setting(
-        ("native", "relu", "crrelu"), (3, 3), (12, 12), ("3e-5,1e-4,3e-4", "3e-6,1e-5,3e-5"),
+        ("native", "relu", "crrelu"), (3, 3), (12, 12), ("1e-5,3e-5,1e-4", "3e-6,1e-5,3e-5"),
         {"calibration_tokens": "8192", "per_device_train_batch_size": "4"},
     ),
 }  # fmt: skip
@@ -62,7 +62,7 @@ EXTRAS = {
         *("native", "crrelu", f"crrelu{_FROZEN}", "crrelu:epsilon_per=layer", "crrelu:epsilon_learning_rate=0.01"),
         *(PLAIN, PLAIN + _FROZEN, "crrelu:calibration=none", f"{PLAIN}:epsilon_init=0.3"),
     ),
-    "rates": ("native", "crrelu", PLAIN),
+    "rates": ("native", "crrelu"),
     "layers": ("native", "crrelu", *(f"crrelu:layers={layer}" for layer in range(4))),
     "learned": (  # minus a frozen ε
         *(f"crrelu{_FROZEN}", "crrelu", "crrelu:epsilon_learning_rate=0.01", "crrelu:epsilon_learning_rate=0.1"),

@@ -278,7 +278,8 @@ def test_dpo_with_a_grid_and_discarded_models(workshop):
         assert arm["before"]["reward_margin"] == pytest.approx(0, abs=1e-4)
         for run in arm["runs"]:
             assert set(run["metrics"]) == {
-                *("loss", "reward_accuracy", "reward_margin", "longer_answer_accuracy", "perplexity")
+                *("loss", "reward_accuracy", "reward_margin", "perplexity"),
+                *("longer_answer_accuracy", "length_correlation"),
             }
     assert {entry["grid"]["beta"] for entry in report["comparisons"]} == {0.1, 2}
     assert {entry["grid"]["beta"] for entry in report["examples"]} == {0.1, 2}

@@ -25,7 +25,7 @@ QUESTION = Path(__file__).resolve().parents[2] / "eval" / "question"
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, by name."""
-    names = ("prepare", "run", "sections", "pictures", "tables", "why")
+    names = ("prepare", "run", "sections", "pictures", "tables", "why", "length")
     sys.path.insert(0, str(QUESTION))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -211,3 +211,26 @@ def test_where_two_activations_differ(scripts):
         part for part in parts if part["to"] is not None and part["from"] is not None and abs(part["to"]) <= 0.25
     ]
     assert sum(part["slope"] for part in centre) > 0.5  # a tiny random model's inputs lie there
+
+
+def test_rewards_that_follow_the_length(scripts, tmp_path, monkeypatch, capsys):
+    directory, data = tmp_path / "pandalm", tmp_path / "test.jsonl"
+    comparison(directory, scripts, "pandalm", [{"beta": "0.1"}])
+    answers = [("long answer", "short"), ("no", "a longer one"), ("yes, a long answer", "no"), ("so", "so")]
+    sides = [
+        {side: chat("", text)[1:] for side, text in zip(("chosen", "rejected"), pair, strict=True)} for pair in answers
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in sides))
+    for path in directory.glob("*/beta=0.1/seed-*/run.json"):
+        run = json.loads(path.read_text())
+        margins = [1.0, -2.0, 3.0, 0.0] if path.parts[-4] == "relu" else [0.1, 0.2, -0.1, 0.3]
+        run["items"] |= {"reward_margin": margins, "reward_accuracy": [float(margin > 0) for margin in margins]}
+        path.write_text(json.dumps(run))
+    monkeypatch.setattr(sys, "argv", ["length.py", str(directory), str(data), str(tmp_path / "out.json")])
+    scripts["length"].main()
+    assert "| relu | 0.1 | 3 | 3.501 | 0.50 | 1.00 | 0.00 | 1.00 |" in capsys.readouterr().out
+    native, *_ = json.loads((tmp_path / "out.json").read_text())
+    assert (native["longer"], native["shorter"]) == (0.5, 1.0) and native["correlation"] < 0
+    data.write_text(data.read_text() * 2)
+    with pytest.raises(SystemExit, match="4 pairs and the data 8"):
+        scripts["length"].main()

@@ -31,8 +31,18 @@ def test_pairwise_preference():
         "reward_accuracy": (1 + 0.5 + 0 + 1) / 4,
         "reward_margin": 0.625,
         "longer_answer_accuracy": (0.5 + 1 + 0 + 0.5) / 4,
+        # Ranks of the margins 3, 2, 1, 4; of the differences in length (0, 1, -4, 0) 2.5, 4, 1, 2.5.
+        "length_correlation": 1.5 / math.sqrt(5 * 4.5),
     }
     assert computed == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("margins", [[1.0, 1.0, 1.0], [1e-6, 2e-6, 0.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]])
+def test_margins_without_an_order_do_not_correlate_with_lengths(margins):
+    computed = PairwisePreference(keep_in_memory=True).compute(
+        chosen_reward=margins, rejected_reward=[0.0] * 3, chosen_tokens=[3, 5, 2], rejected_tokens=[1, 1, 1]
+    )
+    assert computed["length_correlation"] == 0.0
 
 
 def test_every_metric_is_described():

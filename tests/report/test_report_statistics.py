@@ -21,6 +21,19 @@ def test_two_seeds_come_with_a_stronger_warning():
     )
 
 
+def test_a_note_names_the_arms_whose_margins_follow_the_length():
+    found = synthetic.dpo_report(items=20, betas=(0.1, 1))
+    length = {"label": "r", "higher_is_better": True, "format": "{}", "reference": True}
+    found["metrics"] = found["metrics"] | {"length_correlation": length}
+    for arm in found["arms"]:
+        for run in arm["runs"]:
+            high = arm["arm"] != "gelu" and run["grid"]["beta"] == 1
+            run["metrics"]["length_correlation"] = 0.91 + 0.01 * run["seed"] if high else -0.2
+    (note,) = [note for note in notes(Report.of(found)) if "the length of the answers" in note]
+    assert "of crrelu:calibration=fit follow the length of the answers (beta = 1)" in note
+    assert "gelu −0.20, crrelu:calibration=fit 0.92." in note
+
+
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
