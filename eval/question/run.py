@@ -55,7 +55,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 BETAS = "0.1,1"
-# Questions about the swap itself, answered with the nano GPT-2 on Dolly: task -> arms.
+# Questions about the swap itself, answered with the nano GPT-2 on Dolly (damage: on PandaLM): task -> arms.
 _FROZEN = ":epsilon_learning_rate=0"
 EXTRAS = {
     "epsilon": (
@@ -70,6 +70,7 @@ EXTRAS = {
     ),
     "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted"),
     "long": ("native", "relu", "crrelu", PLAIN),
+    "damage": ("native", PLAIN, f"{PLAIN}:epsilon_init=0.3"),  # DPO of a model that the swap damages more or less
     "activations": ("native", "relu", "leaky_relu", "prelu", "gelu", "silu", "mish", "relu2", "crrelu"),
 }
 
@@ -106,12 +107,13 @@ def tasks(name: str) -> tuple[str, ...]:
 
 def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> list[str]:
     """The words of one comparison."""
-    kind = "dpo" if task in DPO else "sft"
+    data_set = "pandalm" if task == "damage" else "dolly" if task in EXTRAS else task
+    kind = "dpo" if data_set in DPO else "sft"
     index, setting = int(kind == "dpo"), SETTINGS[name]
     arms = EXTRAS.get(task, setting.arms)
     options = {
         "model_name_or_path": path,
-        "dataset_name": str(data / ("dolly" if task in EXTRAS else task)),
+        "dataset_name": str(data / data_set),
         "calibration_data": str(data / "calibration.jsonl"),
         "max_steps": str(setting.steps[index]),
         **setting.options,
@@ -120,8 +122,8 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
     if index:
         values += ["--grid", f"beta={BETAS}"]
     if task in EXTRAS:  # about the swap, with one learning rate for all arms
-        values, seeds = [], 3
-        options["learning_rate"] = "3e-3"
+        values, seeds = [], 5 if task == "damage" else 3
+        options |= {"learning_rate": "3e-5", "beta": "0.1"} if task == "damage" else {"learning_rate": "3e-3"}
     if task == "rates":
         values = ["--grid", f"learning_rate={setting.rates[index]}"]
         del options["learning_rate"]
