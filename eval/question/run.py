@@ -55,7 +55,8 @@ SETTINGS = {
     ),
 }  # fmt: skip
 BETAS = "0.1,1"
-# Questions about the swap itself, answered with the nano GPT-2 on Dolly (damage: on PandaLM): task -> arms.
+# Questions about the swap itself, answered with the nano GPT-2 on Dolly (damage: on PandaLM; copies: with Gemma), with
+# one learning rate for all arms: task -> arms.
 _FROZEN = ":epsilon_learning_rate=0"
 EXTRAS = {
     "epsilon": (
@@ -70,6 +71,7 @@ EXTRAS = {
     ),
     "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted"),
     "long": ("native", "relu", "crrelu", PLAIN),
+    "copies": ("native", "crrelu", "silu"),  # is a difference CRReLU's, or that of any fitted copy?
     "damage": ("native", PLAIN, f"{PLAIN}:epsilon_init=0.3"),  # DPO of a model that the swap damages more or less
     "activations": ("native", "relu", "leaky_relu", "prelu", "gelu", "silu", "mish", "relu2", "crrelu"),
 }
@@ -102,7 +104,8 @@ def main() -> int:
 
 def tasks(name: str) -> tuple[str, ...]:
     """The tasks of a model."""
-    return (*SFT, *DPO, *(EXTRAS if name == "nano" else ()))
+    extras = (task for task in EXTRAS if name == ("gemma" if task == "copies" else "nano"))
+    return (*SFT, *DPO, *extras)
 
 
 def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> list[str]:
@@ -121,9 +124,11 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
     values, seeds = ["--tune", f"learning_rate={setting.rates[index]}"], setting.seeds[index]
     if index:
         values += ["--grid", f"beta={BETAS}"]
-    if task in EXTRAS:  # about the swap, with one learning rate for all arms
+    if task in EXTRAS:
         values, seeds = [], 5 if task == "damage" else 3
-        options |= {"learning_rate": "3e-5", "beta": "0.1"} if task == "damage" else {"learning_rate": "3e-3"}
+        options["learning_rate"] = "3e-5" if task in ("damage", "copies") else "3e-3"
+    if task == "damage":
+        options["beta"] = "0.1"
     if task == "rates":
         values = ["--grid", f"learning_rate={setting.rates[index]}"]
         del options["learning_rate"]
