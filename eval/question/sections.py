@@ -79,8 +79,9 @@ def differences(rows: list[Row]) -> str:
     ]
     for family in FAMILIES:
         lines += ["", f"## {family}", "", f"![Differences with their intervals]({PICTURES[family]})", ""]
-        heads = ("model", "task", "baseline", "candidate", "difference", "interval", "p", "verdict", "detectable")
-        lines += [_row(*heads, "gain", "equal"), _row(*["---"] * 4, *["---:"] * 3, "---", *["---:"] * 2, "---")]
+        heads = ("model", "task", "baseline", "candidate", "seeds", "difference", "interval", "p", "verdict")
+        lines += [_row(*heads, "detectable", "gain", "equal")]
+        lines += [_row(*["---"] * 4, *["---:"] * 4, "---", *["---:"] * 2, "---")]
         for row in rows:
             if row.family != family:
                 continue
@@ -89,7 +90,7 @@ def differences(rows: list[Row]) -> str:
             p = "–" if found.p_adjusted is None else f"{found.p_adjusted:.2g}"
             detectable = found.smallest_detectable
             cells = [row.model, row.task, *(arm_name(name, row.model) for name in (found.baseline, found.candidate))]
-            cells += [signed(found.difference), interval, p, found.verdict]
+            cells += [str(found.n_seeds), signed(found.difference), interval, p, found.verdict]
             cells += ["–" if detectable is None else f"{detectable:.4f}"]
             cells += ["–" if row.gain is None else f"{row.gain:.3f}".replace("-", "−"), row.equal]
             lines.append(_row(*cells))

@@ -164,10 +164,10 @@ def test_the_tables_of_the_study(scripts, tmp_path, monkeypatch):
     ]
     plain = [row for row in rows if row[3] == "crrelu, plain swap"]
     assert [row[1] for row in plain] == ["dolly", "hh, β 0.1", "hh, β 1"]
-    assert plain[0][4].startswith("+0.50") and plain[0][7] == "worse" and plain[0][9:] == ["1.000", ""]
+    assert plain[0][5].startswith("+0.50") and plain[0][8] == "worse" and plain[0][10:] == ["1.000", ""]
     crrelu = next(row for row in rows if row[:4] == ["nano", "dolly", "native (GELU)", "crrelu"])
-    assert crrelu[7] == "undecided" and crrelu[10] == "yes"
-    assert {row[10] for row in rows if len(row) == 11 and row[1].startswith("hh")} == {"not learnt"}
+    assert crrelu[4] == "3" and crrelu[8] == "undecided" and crrelu[11] == "yes"
+    assert {row[11] for row in rows if len(row) == 12 and row[1].startswith("hh")} == {"not learnt"}
     assert text.index(" | ".join(crrelu)) < text.index("## The other arms") < text.index(" | ".join(plain[0]))
     arms = {(row[1], row[2]): row for row in rows if len(row) == 9}
     assert arms["dolly", "crrelu"][3] == "1e-4*" and arms["dolly", "crrelu"][6] == "3 of 3"
