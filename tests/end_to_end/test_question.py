@@ -25,7 +25,7 @@ QUESTION = Path(__file__).resolve().parents[2] / "eval" / "question"
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, by name."""
-    names = ("prepare", "run", "sections", "pictures", "tables", "why", "length")
+    names = ("prepare", "run", "sections", "pictures", "tables", "why", "length", "positions")
     sys.path.insert(0, str(QUESTION))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -235,3 +235,18 @@ def test_rewards_that_follow_the_length(scripts, tmp_path, monkeypatch, capsys):
     data.write_text(data.read_text() * 2)
     with pytest.raises(SystemExit, match="4 pairs and the data 8"):
         scripts["length"].main()
+
+
+def test_the_difference_by_position(scripts):
+    positions = scripts["positions"]
+    model, documents = tiny_model("llama"), [[1, 2, 3, 4, 5], [1, 7, 8]]
+    losses = positions.token_losses(model, documents)
+    with torch.no_grad():
+        whole = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in documents]
+    assert [part.mean().item() for part in losses] == pytest.approx(whole)
+    better = [part - torch.tensor([1.0] + [0.0] * (len(part) - 1)) for part in losses]  # by 1 at the first token
+    first, second, last, others = positions.by_position(losses, better, [True, False], first=2)
+    assert (first["tokens"], first["count"], first["difference"], first["a_document"]) == ("1", 2, -1, -1)
+    assert second["count"] == 2 and second["difference"] == 0
+    assert (last["tokens"], last["count"], others["tokens"], others["count"]) == ("last", 1, "others", 1)
+    assert sum(part["a_document"] for part in (first, second, last, others)) == -1
