@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import LORA, dpo_rows, losses, sft_rows
+from runs import LORA, dpo_rows, kto_rows, losses, sft_rows
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm.evaluation.items import evaluate_dpo, evaluate_sft
@@ -60,6 +60,27 @@ def test_sft_items_are_the_documents_losses(workshop):
     np.testing.assert_allclose(items["token_accuracy"], np.divide(correct, tokens))
     assert metrics["loss"] == pytest.approx(np.average(wanted, weights=tokens), rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(sum(correct) / sum(tokens))
+
+
+def test_with_prompts_and_completions_the_completions_alone_count(workshop):
+    sides = ("prompt", "completion")
+    rows = {
+        split: [{side: row[side] for side in sides} for row in kto_rows(8, seed)]
+        for split, seed in (("train", 1), ("test", 2))
+    }
+    trainer = trained(workshop, "sft", dataset_name=workshop.data("sft", **rows))
+    metrics, items = evaluate_sft(trainer)
+    model = AutoModelForCausalLM.from_pretrained(workshop.folder / "run").eval()
+    tokenizer, wanted, tokens = trainer.processing_class, [], []
+    for row in rows["test"]:
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]])
+        labels, prompt = ids.clone(), len(tokenizer(row["prompt"])["input_ids"])
+        labels[:, :prompt] = -100
+        with torch.no_grad():
+            wanted.append(model(input_ids=ids, labels=labels).loss.item())
+        tokens.append(ids.shape[1] - prompt)
+    np.testing.assert_allclose(items["loss"], wanted, rtol=1e-5)
+    assert metrics["loss"] == pytest.approx(np.average(wanted, weights=tokens), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
