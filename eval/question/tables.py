@@ -16,7 +16,7 @@ A comparison that is not in OUTPUT_DIR keeps the report that it has in RESULTS_D
 import argparse
 from pathlib import Path
 
-from pictures import draw_differences, draw_training
+from figures import draw_differences, draw_training
 from run import SETTINGS, tasks
 from sections import FAMILIES, PICTURES, Row, arm_name, arms, differences, fits, missing, rows_of, tries, untouched
 

@@ -25,7 +25,7 @@ QUESTION = Path(__file__).resolve().parents[2] / "eval" / "question"
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, by name."""
-    names = ("prepare", "run", "sections", "pictures", "tables", "why", "length", "positions")
+    names = ("prepare", "run", "sections", "figures", "tables", "why", "length", "positions")
     sys.path.insert(0, str(QUESTION))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -188,7 +188,7 @@ def test_the_picture_of_a_difference_during_training(scripts, tmp_path):
     points = [Point(step=step, difference=0.01, ci_low=-0.01, ci_high=0.03, n=3) for step in (1, 2, 3)]
     arms = ("relu", "crrelu", scripts["run"].PLAIN, "silu")
     shown = [Trajectory(candidate=arm, grid={}, points=points) for arm in arms]
-    scripts["pictures"].draw_training(shown, "native", tmp_path / "training.png")
+    scripts["figures"].draw_training(shown, "native", tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
