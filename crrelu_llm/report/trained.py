@@ -20,6 +20,7 @@ from crrelu_llm.statistics.paired import Comparison, Outcome, smallest_possible_
 _STAND_IN = {"perplexity": "loss"}
 LENGTH = "length_correlation"
 _FOLLOWS = 0.7  # a rank correlation from which the notes say that the margins follow the length
+_ENOUGH = 20  # with fewer pairs, such a correlation may be chance
 
 
 def draw(report: Report) -> Verdict:
@@ -205,7 +206,9 @@ def notes(report: Report) -> list[str]:
 
 def _of_length(report: Report) -> list[str]:
     """Names the arms whose reward margins follow the length of the answers."""
-    found = []
+    found: list[str] = []
+    if max((entry.n for entry in report.comparisons if entry.unit == "item"), default=0) < _ENOUGH:
+        return found
     for grid in grids(report):
         values = {arm.arm: list(by_seed(arm, grid, LENGTH).values()) for arm in report.arms}
         means = {name: statistics.fmean(own) for name, own in values.items() if own}

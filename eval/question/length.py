@@ -18,6 +18,7 @@ from scipy import stats
 
 from crrelu_llm.comparison.arms import arm_dir, grid_name
 from crrelu_llm.comparison.settings import read_settings
+from crrelu_llm.errors import InputError
 
 
 def main() -> None:
@@ -26,7 +27,10 @@ def main() -> None:
     for name in ("comparison", "data", "output"):
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
-    found = by_arm(args.comparison, [json.loads(line) for line in args.data.read_text().splitlines()])
+    try:
+        found = by_arm(args.comparison, [json.loads(line) for line in args.data.read_text().splitlines()])
+    except (InputError, OSError) as error:
+        parser.error(str(error))
     print("| arm | β | seeds | loss | accuracy | chosen is longer | chosen is shorter | correlation |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for entry in found:
@@ -62,7 +66,7 @@ def by_arm(directory: Path, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]
 def _measured(run: dict[str, Any], longer: np.ndarray) -> dict[str, float]:
     right, margins = (np.array(run["items"][name]) for name in ("reward_accuracy", "reward_margin"))
     if len(margins) != len(longer):
-        raise SystemExit(
+        raise InputError(
             f"the comparison has {len(margins)} pairs and the data {len(longer)}; give its evaluation data"
         )
     return {

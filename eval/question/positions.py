@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import crrelu_llm  # noqa: F401  (loads patched checkpoints)
+from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading
 
 
@@ -30,13 +31,16 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=128)
     args = parser.parse_args()
-    tokenizer = loading.load_tokenizer(args.baseline)
-    documents = [
-        tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"]
-        for line in args.data.read_text().splitlines()
-    ]
-    cut = [document[: args.max_length] for document in documents]
-    losses = [token_losses(loading.load_model(path).eval(), cut) for path in (args.baseline, args.candidate)]
+    try:
+        tokenizer = loading.load_tokenizer(args.baseline)
+        documents = [
+            tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"]
+            for line in args.data.read_text().splitlines()
+        ]
+        cut = [document[: args.max_length] for document in documents]
+        losses = [token_losses(loading.load_model(path).eval(), cut) for path in (args.baseline, args.candidate)]
+    except (InputError, OSError) as error:
+        parser.error(str(error))
     ends = [len(document) <= args.max_length for document in documents]
     found = by_position(*losses, ends, args.first)
     for entry in found[: args.first]:

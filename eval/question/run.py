@@ -86,7 +86,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="MODEL[/TASK]")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    models = dict(text.split("=", 1) for text in args.models)
+    models = dict(text.partition("=")[::2] for text in args.models)
+    if not models.keys() <= SETTINGS.keys() or not all(models.values()):
+        parser.error(f"--models {' '.join(args.models)}: write NAME=PATH, with the names {', '.join(SETTINGS)}")
+    if not args.list and not args.data.is_dir():
+        parser.error(f"{args.data} is not a directory; make it with prepare.py")
     failed = False
     for name, path in models.items():
         for task in tasks(name):

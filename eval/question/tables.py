@@ -45,6 +45,8 @@ def main() -> None:
                     (target / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
             if (target / "report.json").is_file():
                 reports[model, task] = Report.read(target / "report.json")
+    if not reports:
+        parser.error(f"no comparison in {args.output_dir} or {args.results_dir}; run run.py first")
     rows = [row for key, report in reports.items() for row in rows_of(*key, report)]
     for family in FAMILIES:  # each is corrected by itself
         members = [row for row in rows if row.family == family]

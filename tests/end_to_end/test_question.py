@@ -233,8 +233,31 @@ def test_rewards_that_follow_the_length(scripts, tmp_path, monkeypatch, capsys):
     native, *_ = json.loads((tmp_path / "out.json").read_text())
     assert (native["longer"], native["shorter"]) == (0.5, 1.0) and native["correlation"] < 0
     data.write_text(data.read_text() * 2)
-    with pytest.raises(SystemExit, match="4 pairs and the data 8"):
+    with pytest.raises(SystemExit, match="2"):
         scripts["length"].main()
+    assert "4 pairs and the data 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        (
+            "run",
+            ["data", "out", "--models", "foo=builtin:nano"],
+            "write NAME=PATH, with the names nano, smollm2, gemma",
+        ),
+        ("run", ["nowhere", "out", "--models", "nano=builtin:nano"], "make it with prepare.py"),
+        ("tables", ["nowhere", "elsewhere"], "no comparison in nowhere or elsewhere"),
+        ("length", ["nowhere", "no.jsonl", "out.json"], "no.jsonl"),
+        ("positions", ["builtin:nano", "builtin:nano", "no.jsonl", "out.json"], "no.jsonl"),
+    ],
+)
+def test_wrong_words_end_with_status_2(scripts, tmp_path, monkeypatch, capsys, script, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        scripts[script].main()
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_difference_by_position(scripts):

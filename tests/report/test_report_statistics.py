@@ -32,6 +32,9 @@ def test_a_note_names_the_arms_whose_margins_follow_the_length():
     (note,) = [note for note in notes(Report.of(found)) if "the length of the answers" in note]
     assert "of crrelu:calibration=fit follow the length of the answers (beta = 1)" in note
     assert "gelu −0.20, crrelu:calibration=fit 0.92." in note
+    for entry in found["comparisons"]:
+        entry["n"] = 19  # so few pairs may correlate by chance
+    assert not any("the length of the answers" in note for note in notes(Report.of(found)))
 
 
 @pytest.mark.parametrize(
