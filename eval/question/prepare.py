@@ -1,4 +1,4 @@
-"""Makes the files of the study from the published data sets: three SFT tasks, three DPO tasks, the calibration text.
+"""Makes the files of the study from the published data sets: SFT tasks, DPO tasks, the calibration text.
 
     python prepare.py DATA_DIR OUTPUT_DIR
 
@@ -35,6 +35,7 @@ def main() -> None:
 
     for name, (train, test, take) in {
         "dolly": ("dolly-open-qa/train", "dolly-open-qa/eval", _messages),
+        "answers": ("dolly-open-qa/train", "dolly-open-qa/eval", _completion),  # the loss covers the answers alone
         "gsm8k": ("gsm8k/train", "gsm8k/eval", _question),
     }.items():
         _split(args.output_dir / name, rows(train), rows(test), take)
@@ -71,6 +72,11 @@ def _trees(threads: list[Row]) -> tuple[list[Row], list[Row]]:
 
 def _messages(row: Row) -> Row:
     return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
+
+
+def _completion(row: Row) -> Row:
+    messages = _messages(row)["messages"]
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def _question(row: Row) -> Row:

@@ -55,8 +55,8 @@ SETTINGS = {
     ),
 }  # fmt: skip
 BETAS = "0.1,1"
-# Questions about the swap itself, answered with the nano GPT-2 on Dolly (damage: on PandaLM; copies: with Gemma), with
-# one learning rate for all arms: task -> arms.
+# Questions about the swap itself, answered with the nano GPT-2 on Dolly (damage: on PandaLM) or with Gemma, with one
+# learning rate for all arms: task -> arms.
 _FROZEN = ":epsilon_learning_rate=0"
 EXTRAS = {
     "epsilon": (
@@ -72,9 +72,12 @@ EXTRAS = {
     "shape": ("native", "crrelu", "crrelu:affine_learning_rate=1e-3", "crrelu:density=fitted"),
     "long": ("native", "relu", "crrelu", PLAIN),
     "copies": ("native", "crrelu", "silu"),  # is a difference CRReLU's, or that of any fitted copy?
+    "answers": ("native", "crrelu"),  # a loss over the answers alone, without the chat template
     "damage": ("native", PLAIN, f"{PLAIN}:epsilon_init=0.3"),  # DPO of a model that the swap damages more or less
     "activations": ("native", "relu", "leaky_relu", "prelu", "gelu", "silu", "mish", "relu2", "crrelu"),
 }
+
+OF_GEMMA = ("copies", "answers")
 
 
 def main() -> int:
@@ -108,13 +111,13 @@ def main() -> int:
 
 def tasks(name: str) -> tuple[str, ...]:
     """The tasks of a model."""
-    extras = (task for task in EXTRAS if name == ("gemma" if task == "copies" else "nano"))
+    extras = (task for task in EXTRAS if name == ("gemma" if task in OF_GEMMA else "nano"))
     return (*SFT, *DPO, *extras)
 
 
 def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> list[str]:
     """The words of one comparison."""
-    data_set = "pandalm" if task == "damage" else "dolly" if task in EXTRAS else task
+    data_set = {"damage": "pandalm", "answers": "answers"}.get(task, "dolly" if task in EXTRAS else task)
     kind = "dpo" if data_set in DPO else "sft"
     index, setting = int(kind == "dpo"), SETTINGS[name]
     arms = EXTRAS.get(task, setting.arms)
@@ -130,7 +133,7 @@ def command(name: str, path: str, task: str, data: Path, output_dir: Path) -> li
         values += ["--grid", f"beta={BETAS}"]
     if task in EXTRAS:
         values, seeds = [], 5 if task == "damage" else 3
-        options["learning_rate"] = "3e-5" if task in ("damage", "copies") else "3e-3"
+        options["learning_rate"] = "3e-5" if task in ("damage", *OF_GEMMA) else "3e-3"
     if task == "damage":
         options["beta"] = "0.1"
     if task == "rates":

@@ -84,10 +84,13 @@ def test_the_data_of_the_study(scripts, published, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(published), str(tmp_path / "data")])
     scripts["prepare"].main()
     made = tmp_path / "data"
-    assert {path.name for path in made.iterdir()} == {*scripts["run"].SFT, *scripts["run"].DPO, "calibration.jsonl"}
+    tasks = {*scripts["run"].SFT, *scripts["run"].DPO, "answers"}
+    assert {path.name for path in made.iterdir()} == {*tasks, "calibration.jsonl"}
     for task in scripts["run"].SFT:
         rows = read(made / task / "train.jsonl") + read(made / task / "test.jsonl")
         assert rows and all(set(row) == {"messages"} for row in rows)
+    conversations = [row["prompt"] + row["completion"] for row in read(made / "answers" / "train.jsonl")]
+    assert conversations == [row["messages"] for row in read(made / "dolly" / "train.jsonl")]
     for task in scripts["run"].DPO:  # pairs of at most 500 characters
         rejected = [row["rejected"][0]["content"] for row in read(made / task / "train.jsonl")]
         assert sorted(map(len, rejected)) == [0, 100, 200, 300, 400]
