@@ -22,6 +22,9 @@ _NOT_INPUTS = {"completion_mask", "labels", "label", "ref_chosen_logps", "ref_re
 def evaluate_sft(trainer: Any) -> Evaluated:
     """Loss, perplexity and token accuracy; items are the documents.
 
+    If all documents begin with the same scored tokens, such as those of a chat template, the metrics contain the loss
+    of the other tokens too.
+
     Raises:
         InputError: The evaluation data is packed, and there is more than one process.
     """
@@ -29,10 +32,14 @@ def evaluate_sft(trainer: Any) -> Evaluated:
     if not alone and (trainer.args.packing if trainer.args.eval_packing is None else trainer.args.eval_packing):
         raise InputError("packed data can be evaluated by one process only; set eval_packing: false")
     parts: dict[str, list[Tensor]] = {"negative_log_likelihood": [], "tokens": [], "correct": []}
+    parts |= {"own_negative_log_likelihood": [], "own_tokens": []}
+    shared = _common_beginning(trainer)
     for batch, outputs in forward_passes(trainer):
         mask = outputs.label_mask
-        documents = _documents(batch, mask)
-        found = (-outputs.log_probs.double(), mask.long(), outputs.is_top1.long())
+        documents, begins = _documents(batch, mask), _positions(batch, mask) < shared
+        nll, tokens = -outputs.log_probs.double(), mask.long()
+        own = [values.masked_fill(begins, 0) for values in (nll, tokens)]
+        found = (nll, tokens, outputs.is_top1.long(), *own)
         for part, values in zip(parts.values(), found, strict=True):
             sums = _sum_by(values, documents)
             # A single process has nothing to gather, and gather_for_metrics would cut the last batch to its number of
@@ -41,7 +48,10 @@ def evaluate_sft(trainer: Any) -> Evaluated:
     columns = {name: torch.cat(values).numpy() for name, values in parts.items()}
     keep = columns["tokens"] > 0
     columns = {name: values[keep] for name, values in columns.items()}
+    own_nll, own_tokens = columns.pop("own_negative_log_likelihood").sum(), columns.pop("own_tokens").sum()
     metrics = LanguageModelling(keep_in_memory=True).compute(**columns)
+    if 0 < own_tokens < columns["tokens"].sum():
+        metrics["loss_after_beginning"] = float(own_nll / own_tokens)
     loss = columns["negative_log_likelihood"] / columns["tokens"]
     accuracy = columns["correct"] / columns["tokens"]
     return metrics, {"loss": loss.tolist(), "token_accuracy": accuracy.tolist()}
@@ -159,6 +169,24 @@ def forward_passes(trainer: Any) -> Iterator[tuple[Any, Any]]:
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 outputs = model(**kwargs, use_cache=False, labels=labels, fused_lm_head=True)
             yield inputs, outputs
+
+
+def _common_beginning(trainer: Any) -> int:
+    """The number of tokens with which all documents begin; 0 where a row may hold several documents."""
+    columns = columns_of(trainer.eval_dataset)
+    if "input_ids" not in columns or "seq_lengths" in columns or len(trainer.eval_dataset) < 2:
+        return 0
+    documents = list(trainer.eval_dataset["input_ids"])
+    first, last = min(documents), max(documents)
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+
+
+def _positions(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The index in its document of each predicted token."""
+    positions = batch.get("position_ids")
+    if positions is not None:
+        return positions[:, 1:]
+    return torch.arange(1, mask.size(1) + 1, device=mask.device).expand_as(mask)
 
 
 def _documents(batch: dict[str, Tensor], mask: Tensor) -> Tensor:

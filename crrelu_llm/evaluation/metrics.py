@@ -12,6 +12,7 @@ from crrelu_llm.evaluation.measured import exponential, wins
 # name -> (label, whether higher is better, format, whether it is a control without a verdict)
 METRICS: dict[str, tuple[str, bool, str, bool]] = {
     "loss": ("loss", False, "{:.4f}", False),
+    "loss_after_beginning": ("loss after the common beginning of all documents", False, "{:.4f}", True),
     "perplexity": ("perplexity", False, "{:.2f}", False),
     "accuracy": ("top-1 accuracy", True, "{:.4f}", False),
     "top5_accuracy": ("top-5 accuracy", True, "{:.4f}", False),

@@ -19,6 +19,8 @@ from crrelu_llm.statistics.paired import Comparison, Outcome, smallest_possible_
 # Perplexity is not a mean over documents; if it was not compared by document, its logarithm may have been.
 _STAND_IN = {"perplexity": "loss"}
 LENGTH = "length_correlation"
+AFTER_BEGINNING = "loss_after_beginning"
+_LIES_THERE = 0.01  # nats by which the documents' common beginning must change a difference to be named
 _FOLLOWS = 0.7  # a rank correlation from which the notes say that the margins follow the length
 _ENOUGH = 20  # with fewer pairs, such a correlation may be chance
 
@@ -193,9 +195,9 @@ def notes(report: Report) -> list[str]:
         found.append(
             f"{failed} of {len(planned)} runs did not finish; comparisons use the seeds that finished in both arms."
         )
-    found += _of_length(report)
+    found += _of_length(report) + _of_the_beginning(report)
     for metric, description in report.metrics.items():
-        if description.reference and metric != LENGTH:
+        if description.reference and metric not in (LENGTH, AFTER_BEGINNING):
             places = [(arm, grid) for arm in report.arms for grid in grids(report)]
             values = [value for arm, grid in places for value in by_seed(arm, grid, metric).values()]
             if values:
@@ -221,4 +223,27 @@ def _of_length(report: Report) -> list[str]:
                 f"correlations: {said}. Such a model may have learnt the length instead of the preference: compare "
                 "the reward accuracy with that of “the longer answer wins”."
             )
+    return found
+
+
+def _of_the_beginning(report: Report) -> list[str]:
+    """Names the arms whose difference in loss is another one after the tokens with which all documents begin."""
+    found: list[str] = []
+    base = find_arm(report, report.baseline)
+    if base is None:
+        return found
+    for grid in grids(report):
+        for name in (arm.arm for arm in report.arms if arm is not base):
+            means = []
+            for metric in ("loss", AFTER_BEGINNING):
+                differences = paired_seeds(report, base, name, grid, metric)
+                means += [statistics.fmean(differences)] if differences else []
+            if len(means) == 2 and abs(means[1] - means[0]) >= _LIES_THERE:
+                where = f" ({text.grid_label(grid)})" if grid else ""
+                whole, after = (text.signed(mean, "{:.4f}") for mean in means)
+                found.append(
+                    f"All documents begin with the same tokens, such as those of a chat template. {name} minus "
+                    f"{base.arm} is {whole} nats a token with them and {after} without them{where}. A loss over the "
+                    "answers alone leaves them out: use assistant_only_loss, or rows with prompt and completion."
+                )
     return found

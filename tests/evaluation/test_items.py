@@ -62,6 +62,34 @@ def test_sft_items_are_the_documents_losses(workshop):
     assert metrics["token_accuracy"] == pytest.approx(sum(correct) / sum(tokens))
 
 
+@pytest.mark.parametrize("options", [{}, FLATTENED["flattened"]], ids=["rows", "flattened"])
+def test_the_loss_without_the_beginning_that_all_documents_share(workshop, options):
+    rows = [{"text": f"A question: {row['text']}"} for row in sft_rows(8, seed=2, words=4)]
+    trainer = workshop.trainer("sft", "run", **options, dataset_name=workshop.data("sft", test=rows))[1]
+    metrics, _ = evaluate_sft(trainer)
+    documents = trainer.eval_dataset["input_ids"]
+    shared = next(i for i, tokens in enumerate(zip(*documents, strict=False)) if len(set(tokens)) > 1)
+    assert shared > 2
+    size = trainer.args.per_device_eval_batch_size if options else 1  # flattened documents see each other
+    losses = []
+    for group in (documents[i : i + size] for i in range(0, 8, size)):
+        ids = torch.tensor([[token for document in group for token in document]])
+        positions = torch.tensor([[i for document in group for i in range(len(document))]])
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits
+        found = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+        losses += found[positions[0, 1:] >= shared].tolist()
+    assert len(losses) == sum(len(document) - shared for document in documents)
+    assert metrics["loss_after_beginning"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_documents_without_a_common_beginning_have_no_loss_without_it(workshop):
+    rows = [{"text": f"{row['text']} {word}"} for word, row in zip("ab", sft_rows(2, seed=2), strict=True)]
+    rows[1]["text"] = rows[1]["text"][::-1]
+    trainer = workshop.trainer("sft", "run", dataset_name=workshop.data("sft", test=rows))[1]
+    assert "loss_after_beginning" not in evaluate_sft(trainer)[0]
+
+
 def test_with_prompts_and_completions_the_completions_alone_count(workshop):
     sides = ("prompt", "completion")
     rows = {

@@ -37,6 +37,19 @@ def test_a_note_names_the_arms_whose_margins_follow_the_length():
     assert not any("the length of the answers" in note for note in notes(Report.of(found)))
 
 
+def test_a_note_says_when_the_difference_lies_in_the_common_beginning():
+    found = synthetic.sft_report(arms=("gelu", "relu", "crrelu"), items=20)
+    about = {"label": "l", "higher_is_better": False, "format": "{}", "reference": True}
+    found["metrics"] = found["metrics"] | {"loss_after_beginning": about}
+    for arm, added in zip(found["arms"], (0.0, 0.009, 0.05), strict=True):
+        for run in arm["runs"]:
+            run["metrics"]["loss_after_beginning"] = run["metrics"]["loss"] + added
+    (note,) = [note for note in notes(Report.of(found)) if "begin" in note]
+    losses = [[run["metrics"]["loss"] for run in found["arms"][index]["runs"]] for index in (0, 2)]
+    whole = np.mean(losses[1]) - np.mean(losses[0])
+    assert f"crrelu minus gelu is +{whole:.4f} nats a token with them and +{whole + 0.05:.4f} without" in note
+
+
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
