@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from crrelu_llm.comparison.arms import number as grid_value
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import loading, mixture
 from crrelu_llm.patching.standalone import is_standalone
 from crrelu_llm.report.contents import is_evaluation
 from crrelu_llm.report.render import escape_markdown
 from crrelu_llm.report.schema import Arm, Data, Report
-from crrelu_llm.report.text import number
+from crrelu_llm.report.text import grid_label, number
 
 FILE = "README.md"
 PAPER = "arXiv 2405.12954"
@@ -40,6 +41,7 @@ def card(checkpoint: Path, report: Report | None = None, arm: str | None = None)
             f"--arm {entry.arm}: its activation is {entry.activation}, but {checkpoint} has "
             f"{section['activation']}; name the arm that this checkpoint belongs to"
         )
+    entry = None if entry is None else _at_its_grid(entry, run, checkpoint)
     base = patch.get("model") or (run.get("recipe") or {}).get("model_name_or_path")
     data = ModelCardData(
         library_name="peft" if (checkpoint / "adapter_config.json").is_file() else "transformers",
@@ -140,6 +142,22 @@ def _find(report: Report, name: str | None) -> Arm:
         found = ", ".join(arm.arm for arm in done) or "none"
         raise InputError(f"--arm {name}: no such arm with a finished run in the report; there are {found}")
     return chosen[0]
+
+
+def _at_its_grid(arm: Arm, run: dict[str, Any], checkpoint: Path) -> Arm:
+    """The arm with the runs at the grid values that the checkpoint was trained with."""
+    found = {json.dumps(one.grid, sort_keys=True): one.grid for one in arm.runs if one.done}
+    if len(found) < 2:
+        return arm
+    own = {key: grid_value(value) for key, value in (run.get("grid") or {}).items()}
+    runs = [one for one in arm.runs if one.grid == own]
+    if not any(one.done for one in runs):
+        known = ", ".join(map(grid_label, found.values()))
+        raise InputError(
+            f"{checkpoint}: its run.json names none of the report's grid values ({known}); give the directory of a "
+            "run of that comparison"
+        )
+    return arm.but(runs=runs)
 
 
 def _is_hub_name(name: str) -> bool:

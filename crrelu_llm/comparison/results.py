@@ -16,7 +16,7 @@ from crrelu_llm.comparison.matrix import TEXTS
 from crrelu_llm.comparison.settings import SETTINGS, Settings, read_settings
 from crrelu_llm.comparison.trajectories import trajectories
 from crrelu_llm.errors import InputError, reading
-from crrelu_llm.evaluation.measured import ItemText
+from crrelu_llm.evaluation.measured import WEIGHTS, ItemText, linearised, shares_of
 from crrelu_llm.patching.transform import read_report
 from crrelu_llm.report.schema import Arm, Grid, Headline, Metric, Report, Run, Tuning
 from crrelu_llm.statistics import single_items
@@ -87,7 +87,9 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
     with reading(str(directory / TEXTS), "remove it; the report then shows no examples", ours=True):
         texts = [ItemText.of(text) for text in _read_json(directory / TEXTS) or []]
     changes, examples = _single_items(kind.headline, settings, runs, metrics, texts)
-    packed = settings.recipe.get("eval_packing")
+    blocks = settings.recipe.get("packing_strategy") == "wrapped" and settings.recipe.get(
+        "eval_packing", settings.recipe.get("packing")
+    )
     pairs = [
         (name, grid, [(before.run, after.run) for before, after in found])
         for name, grid, found in _pairs(settings, runs)
@@ -99,9 +101,9 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         created=settings.created,
         trainer=settings.kind,
         trainer_label=kind.label,
-        items="blocks of text" if packed else kind.items,
+        items="blocks of text" if blocks else kind.items,
         recipe=settings.recipe,
-        environment=finished[0].environment if finished else {},
+        environment=_environment([outcome.environment for outcome in finished]),
         arms=[_arm(directory, name, settings, runs) for name in settings.arms],
         comparisons=compare_runs(settings, runs, metrics, margins),
         changes=changes,
@@ -114,6 +116,19 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         trajectories=trajectories(pairs, settings.baseline, *kind.logged),
         trajectory=Headline(metric=kind.logged[0].removeprefix("eval_"), higher_is_better=kind.logged[1]),
     )
+
+
+def _environment(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the runs were made; if they differ in an entry, with all its values."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in every for key in one):
+        values = [one[key] for one in every if key in one]
+        if all(isinstance(value, dict) for value in values):
+            merged[key] = _environment(values)
+        else:
+            distinct = list(dict.fromkeys(map(str, values)))
+            merged[key] = values[0] if len(distinct) == 1 else " or ".join(distinct)
+    return merged
 
 
 def _tuning(directory: Path, settings: Settings, metric: str, higher_is_better: bool) -> Tuning | None:
@@ -252,14 +267,18 @@ def _compare(
     metric: str, about: Metric, pairs: Pairs, unit: Unit, names: tuple[str, str], margins: dict[str, float]
 ) -> Comparison | None:
     columns: list[Any]
+    shares: Any = None
     if unit == "seed":
         columns = [[one.run.metrics.get(metric, math.nan) for one in side] for side in zip(*pairs, strict=True)]
     else:
-        tables = _items(metric, pairs)
+        tables, shares = _weighted(metric, pairs)
         if tables is None or (unit == "both" and len(pairs) < 2):
             return None
-        # An item's value is its mean over the seeds, so that the items of several runs are not counted as more data.
-        columns = tables if unit == "both" else [table.mean(axis=0) for table in tables]
+        columns = tables
+        if unit == "item":
+            # The value of an item is its mean over the seeds: the items of several runs are not more data.
+            columns = [table.mean(axis=0) for table in tables]
+            shares = [table.mean(axis=0) for table in shares] if shares else None
     return compare_metric(
         metric,
         about.higher_is_better,
@@ -270,6 +289,7 @@ def _compare(
         baseline_name=names[0],
         candidate_name=names[1],
         margin=margins.get(metric, _margin(metric, pairs)),
+        shares=shares if unit == "item" else None,
     )
 
 
@@ -280,6 +300,16 @@ def _items(metric: str, pairs: Pairs) -> list[np.ndarray] | None:
     if len({len(one.items[metric]) for pair in pairs for one in pair}) > 1:
         return None  # different evaluation data: the items cannot be paired
     return [np.array([one.items[metric] for one in side], dtype=float) for side in zip(*pairs, strict=True)]
+
+
+def _weighted(metric: str, pairs: Pairs) -> tuple[list[np.ndarray] | None, list[np.ndarray] | None]:
+    """Values of the items whose mean is the metric, and their shares in it: a long document counts by its tokens."""
+    tables, weights = _items(metric, pairs), _items(WEIGHTS, pairs)
+    if tables is None or weights is None or not all(np.isfinite(table).all() for table in tables):
+        return tables, None
+    sides = [list(zip(table * own, own, strict=True)) for table, own in zip(tables, weights, strict=True)]
+    values, shares = ([np.array([form(*row) for row in side]) for side in sides] for form in (linearised, shares_of))
+    return values, shares
 
 
 def _margin(metric: str, pairs: Pairs) -> float | None:

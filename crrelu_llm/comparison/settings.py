@@ -139,6 +139,8 @@ def _identity(comparison: Comparison, recipe: Recipe) -> dict[str, Any]:
     hidden = {} if recipe.hidden is None else {"hidden": recipe.hidden}
     more: dict[str, Any] = {"tune": comparison.tune} if comparison.tune else {}
     more |= {"after": str(comparison.after.resolve())} if comparison.after else {}
+    processes = PartialState().num_processes  # more processes are a larger batch
+    more |= {"num_processes": processes} if processes > 1 else {}
     return json.loads(json.dumps({"trainer": comparison.kind, **values, **hidden, **more}, default=str))
 
 

@@ -89,8 +89,6 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
         InputError: if there is no such split (the message lists the existing ones), the slice cannot be read or is
             empty, or the rows are streamed, so that nobody knows how many there are.
     """
-    import datasets
-
     if name in splits:
         return splits[name]
     base, bracket, _ = name.partition("[")
@@ -99,12 +97,20 @@ def get_split(splits: Mapping[str, Any], name: str, source: str) -> Any:
     if not hasattr(splits[base], "__len__"):
         raise InputError(f'{source}: "{name}" needs the number of rows, and streaming does not know it; name a split')
     try:
-        (part,) = datasets.ReadInstruction.from_spec(name).to_absolute({base: len(splits[base])})
+        rows = rows_of(name, len(splits[base]))
     except (ValueError, AssertionError) as error:
         raise InputError(f'{source}: cannot read the slice "{name}"; write one such as "{base}[:90%]"') from error
-    if part.from_ >= part.to:
+    if not rows:
         raise InputError(f'{source}: "{name}" has no rows; {base} has {len(splits[base])}')
-    return splits[base].select(range(part.from_, part.to))
+    return splits[base].select(rows)
+
+
+def rows_of(name: str, count: int) -> range:
+    """The indices of a split's rows, or of a slice's, in a split of `count` rows."""
+    import datasets
+
+    (part,) = datasets.ReadInstruction.from_spec(name).to_absolute({name.partition("[")[0]: count})
+    return range(part.from_ or 0, count if part.to is None else part.to)
 
 
 def texts(split: Dataset | IterableDataset, limit: int | None = None) -> Iterator[str]:

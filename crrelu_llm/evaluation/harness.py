@@ -48,6 +48,7 @@ class HarnessTask:
             self._loaded = manager.load([task])
         self._tasks: dict[str, Any] = self._loaded["tasks"]
         self._group_key = (spec.config or {}).get("metadata", {}).get("group_by")
+        _check_metrics(self._tasks, spec)
         documents = {name: _documents(task, spec) for name, task in self._tasks.items()}
         self._samples = self._sample(documents, limit) if limit is not None else None
         chosen: Any = documents if self._samples is None else self._samples
@@ -147,6 +148,8 @@ def manager_for(specs: list[TaskSpec]) -> Any:
     for spec in own:
         if spec.name not in manager.all_tasks:
             raise InputError(f"{spec.source}: lm-eval has no task {spec.name!r}; `lm-eval ls tasks` lists its tasks")
+        if spec.name in manager.all_tags:
+            raise InputError(f"{spec.source}: {spec.name!r} is a tag of lm-eval; name its tasks")
     return manager
 
 
@@ -222,6 +225,17 @@ def _documents(task: Any, spec: TaskSpec) -> Any:
     if key is not None and key not in row:
         raise InputError(no_column(spec, KeyError(key)))
     return rows
+
+
+def _check_metrics(tasks: dict[str, Any], spec: TaskSpec) -> None:
+    """Raises InputError if the tasks of a group have different metrics: then none has a value for every item."""
+    metrics = {name: frozenset(task.aggregation()) for name, task in tasks.items()}
+    if len(set(metrics.values())) > 1:
+        first, *others = metrics
+        other = next(name for name in others if metrics[name] != metrics[first])
+        raise InputError(
+            f"{spec.source}: the tasks of {spec.name} have different metrics ({first}, {other}); name single tasks"
+        )
 
 
 def _config(task: Any) -> Any:

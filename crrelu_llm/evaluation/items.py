@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crrelu_llm.errors import InputError
-from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, exponential, wins
+from crrelu_llm.evaluation.measured import SHOWN, WEIGHTS, Evaluated, ItemText, exponential, wins
 from crrelu_llm.evaluation.metrics import LanguageModelling, PairwisePreference
 
 # The columns of a batch that are not inputs of the model.
@@ -20,7 +20,7 @@ _NOT_INPUTS = {"completion_mask", "labels", "label", "ref_chosen_logps", "ref_re
 
 
 def evaluate_sft(trainer: Any) -> Evaluated:
-    """Loss, perplexity and token accuracy; items are the documents.
+    """Loss, perplexity and token accuracy; items are the documents, with their number of scored tokens.
 
     If all documents begin with the same scored tokens, such as those of a chat template, the metrics contain the loss
     of the other tokens too.
@@ -54,21 +54,22 @@ def evaluate_sft(trainer: Any) -> Evaluated:
         metrics["loss_after_beginning"] = float(own_nll / own_tokens)
     loss = columns["negative_log_likelihood"] / columns["tokens"]
     accuracy = columns["correct"] / columns["tokens"]
-    return metrics, {"loss": loss.tolist(), "token_accuracy": accuracy.tolist()}
+    return metrics, {"loss": loss.tolist(), "token_accuracy": accuracy.tolist(), WEIGHTS: columns["tokens"].tolist()}
 
 
 def evaluate_dpo(trainer: Any) -> Evaluated:
     """DPO loss, reward accuracy and margin; items are the pairs."""
     rows = []
     for batch, outputs in forward_passes(trainer):
-        lengths = batch["completion_mask"][:, 1:].sum(1)
-        logps = outputs.log_probs.double().sum(1)
+        mask = batch["completion_mask"][:, 1:]
+        lengths = mask.sum(1)
+        whole, logps = (_summed(outputs.log_probs, mask, alpha) for alpha in (None, trainer.ld_alpha))
         if "ref_chosen_logps" in batch:
             reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         else:
             reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
         rewards = trainer.beta * (logps - reference.double())
-        halves = [value.chunk(2) for value in (rewards, lengths, logps)]  # a batch is [chosen, rejected]
+        halves = [value.chunk(2) for value in (rewards, lengths, whole)]  # a batch is [chosen, rejected]
         row = torch.stack([half.double() for pair in halves for half in pair], dim=1)
         rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
     chosen, rejected, chosen_tokens, rejected_tokens, chosen_logps, _ = torch.cat(rows).numpy().T
@@ -76,13 +77,30 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
     margins = chosen - rejected
     items = {"reward_accuracy": wins(margins).tolist(), "reward_margin": margins.tolist()}
     metrics["perplexity"] = exponential(-chosen_logps.sum() / max(chosen_tokens.sum(), 1))
-    if trainer.loss_types == ["sigmoid"] and not trainer.label_smoothing and not trainer.use_weighting:
+    if _is_plain(trainer):
         losses = np.logaddexp(0.0, -margins)  # −log σ(margin)
         items["loss"] = losses.tolist()
         metrics["loss"] = float(losses.mean())
     else:
         metrics["loss"] = trainer.evaluate()["eval_loss"]
     return metrics, items
+
+
+def _summed(log_probs: Tensor, mask: Tensor, alpha: float | None) -> Tensor:
+    """The log-probability of each answer, `(answers,)`; a longer answer's tokens beyond the other's count `alpha`."""
+    log_probs = log_probs[:, -mask.size(1) :].double()
+    if alpha is None:
+        return log_probs.sum(1)
+    chosen, rejected = mask.sum(1).chunk(2)
+    shared = torch.minimum(chosen, rejected).repeat(2)
+    return (log_probs * torch.where(mask.cumsum(1) > shared[:, None], alpha, 1.0)).sum(1)
+
+
+def _is_plain(trainer: Any) -> bool:
+    """Whether DPO's loss is −log σ(margin)."""
+    plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
+    plain = plain and trainer.f_divergence_type == "reverse_kl"
+    return bool(plain and not trainer.label_smoothing and not trainer.use_weighting)
 
 
 def pair_metrics(
@@ -148,12 +166,13 @@ def batches(trainer: Any) -> Iterator[Any]:
     """The evaluation batches in the order of the data, with a progress bar."""
     # `disable=False` in the main process would override the user's TQDM_DISABLE.
     quiet, args = {} if trainer.accelerator.is_main_process else {"disable": True}, trainer.args
-    strategy = args.train_sampling_strategy  # transformers would also sample the evaluation rows by it
-    args.train_sampling_strategy = "sequential"
+    # transformers would also apply these to the evaluation rows.
+    strategy, drops = args.train_sampling_strategy, args.dataloader_drop_last
+    args.train_sampling_strategy, args.dataloader_drop_last = "sequential", False
     try:
         loader = trainer.get_eval_dataloader()
     finally:
-        args.train_sampling_strategy = strategy
+        args.train_sampling_strategy, args.dataloader_drop_last = strategy, drops
     for batch in tqdm(loader, desc="Evaluating", **quiet):
         yield trainer._prepare_inputs(batch)
 

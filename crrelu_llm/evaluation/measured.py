@@ -9,6 +9,7 @@ import numpy as np
 from crrelu_llm.records import Record
 from crrelu_llm.report.schema import Sparsity, Values
 
+WEIGHTS = "tokens"  # the name of the items' weights beside their values
 SHOWN = 600  # the characters of a prompt or an answer that are kept for the report
 # metric -> (label, whether higher is better, format); for the tasks of lm-eval and for our own
 KNOWN: dict[str, tuple[str, bool, str]] = {
@@ -38,7 +39,8 @@ _HELD = 5_000_000  # the largest number of values in memory during resampling
 
 Column = list[float | None]  # a value per item, in the order of the data; None stands for a number that is not finite
 Columns = dict[str, Column]  # by metric
-Evaluated = tuple[dict[str, float], dict[str, list[float]]]  # a trainer's metrics, and its values of items by metric
+# A trainer's metrics, and its values of items by metric; if metrics are ratios of sums, also the items' `WEIGHTS`.
+Evaluated = tuple[dict[str, float], dict[str, list[float]]]
 
 
 class Item(Record):

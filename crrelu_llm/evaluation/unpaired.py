@@ -21,7 +21,8 @@ def evaluate_kto(trainer: Any) -> Evaluated:
     estimated once, on all answers, each placed after the prompt of the next row; training estimates it on each batch.
     An answer counts as right if it is desirable and its reward is above the divergence (times β), or if it is
     undesirable and its reward is below; a tie, up to float32's rounding, counts one half. The answers to one prompt
-    are not independent, so their mean is one item. The intervals do not include the error of the estimated divergence.
+    are not independent, so a prompt is one item (see `by_prompt`). The intervals do not include the error of the
+    estimated divergence.
     """
     rows, divergences = [], []
     with _neighbours(trainer):
@@ -48,7 +49,7 @@ def evaluate_kto(trainer: Any) -> Evaluated:
         "reward_margin": _margins(rewards, desirable > 0),
     }
     groups = _groups(trainer, len(rewards))
-    items = {name: [float(values[group].mean()) for group in groups] for name, values in columns.items()}
+    items = by_prompt(columns, groups)
     metrics = {name: float(np.mean(values)) for name, values in items.items()}
     if desirable.any():
         tokens = max(lengths[desirable > 0].sum(), 1)
@@ -84,6 +85,20 @@ def _groups(trainer: Any, count: int) -> list[list[int]]:
     for row, prompt in enumerate(trainer.eval_dataset["prompt_ids"]):
         groups.setdefault(tuple(prompt), []).append(row)
     return list(groups.values())
+
+
+def by_prompt(columns: dict[str, np.ndarray], groups: list[list[int]]) -> dict[str, list[float]]:
+    """The values of each prompt: the means of its answers, and its share in the reward margin.
+
+    The margin is the mean of the desirable answers less that of the others, so that a prompt counts by its answers.
+
+    Args:
+        columns: The values of the answers, `(answers,)` each.
+        groups: The answers of each prompt.
+    """
+    items = {name: [float(values[group].mean()) for group in groups] for name, values in columns.items()}
+    margins = columns["reward_margin"]
+    return items | {"reward_margin": [float(margins[group].sum()) * len(groups) / len(margins) for group in groups]}
 
 
 def _margins(rewards: np.ndarray, desirable: np.ndarray) -> np.ndarray:

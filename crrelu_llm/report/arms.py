@@ -8,6 +8,8 @@ from crrelu_llm.report.tables import Cell, Table
 
 _NAMES = {"crrelu": "CRReLU", "relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "elu": "ELU"}
 
+_OF_A_RECIPE = ("calibration", "epsilon_per", "layers", "every", "epsilon_learning_rate", "activation_l1")
+
 
 def arms(report: Report) -> Table:
     """One row for each trained arm."""
@@ -25,8 +27,8 @@ def _native(originals: list[str]) -> str:
 
 
 def _swapped(arm: Arm, recipe: dict[str, Any]) -> str:
-    trained = {key: recipe[key] for key in ("epsilon_learning_rate", "activation_l1") if key in recipe}
-    options = {**trained, **((arm.patch or {}).get("options") or {}), **arm.options}
+    options = {key: recipe[key] for key in _OF_A_RECIPE if key in recipe}
+    options |= {**((arm.patch or {}).get("options") or {}), **arm.options}
     words = _name(arm.activation)
     if options.get("layers") is not None or options.get("every"):
         words += " in some layers only"

@@ -1,6 +1,7 @@
 """Prepares a training: the starting checkpoint, patched and saved, and the data."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from crrelu_llm.training.kinds import all_kinds
 from crrelu_llm.training.processes import main_process_first
 
 logger = logging.getLogger("crrelu_llm")
+_SPLIT_SEED = 42  # of the rows that a mixture holds out
 _DEFAULTS = SimpleNamespace(dataset_text_field="text")
 
 
@@ -101,15 +103,13 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     Raises:
         InputError: The data cannot be read, a split is missing, or the trainer cannot use the columns.
     """
-    from trl import get_dataset
-
     from crrelu_llm.data import get_split, load_dataset
 
     script = recipe.script
     with main_process_first():
         if recipe.mixture.datasets:
             with reading(f"{recipe.source}: datasets", "check their paths, splits and columns"):
-                data = get_dataset(recipe.mixture)
+                data = _mixed(recipe.mixture)
             name = "datasets"
         else:
             name = str(script.dataset_name)
@@ -117,6 +117,8 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
         train = get_split(data, script.dataset_train_split, name)
         evaluated = always_test or recipe.training.eval_strategy != "no"
         test = get_split(data, script.dataset_test_split, name) if evaluated else None
+        if test is not None:
+            _check_apart(script.dataset_train_split, script.dataset_test_split, data, name)
         for split in (train, test):
             _check_columns(recipe, split, name)
         train, test = (None if split is None else recipe.kind.prepare(split, recipe) for split in (train, test))
@@ -126,6 +128,32 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
             if test is not None:
                 check(recipe, test, f"{name} ({script.dataset_test_split})")
     return train, test
+
+
+def _mixed(mixture: Any) -> Any:
+    """TRL's mixture; its test split has a seed here, so that every process and every call gets the same rows."""
+    from trl import get_dataset
+
+    data = get_dataset(replace(mixture, test_split_size=None))
+    size = mixture.test_split_size
+    return data if size is None else data["train"].train_test_split(test_size=size, seed=_SPLIT_SEED)
+
+
+def _check_apart(train: str, test: str, data: Any, name: str) -> None:
+    """Raises InputError if the evaluation split contains rows of the training split."""
+    from crrelu_llm.data.sources import rows_of
+
+    base, other = (split.partition("[")[0] for split in (train, test))
+    if base != other:
+        return
+    if train != test:
+        first, second = (rows_of(split, len(data[base])) for split in (train, test))
+        if max(first.start, second.start) >= min(first.stop, second.stop):
+            return
+    raise InputError(
+        f'{name}: "{train}" (training) and "{test}" (evaluation) share rows; hold rows out: dataset_train_split '
+        f'"{base}[:90%]" and dataset_test_split "{base}[90%:]"'
+    )
 
 
 def _check_same_patch(model: str, config: PatchConfig, found: dict[str, Any]) -> None:

@@ -48,6 +48,18 @@ def test_the_card_says_what_was_done_and_measured(checkpoint, report, capsys):
     assert "lower \\| by &lt;b&gt;0.5" in card.text and "<b>" not in card.text
 
 
+def test_results_are_those_of_the_grid_values_of_the_checkpoint(checkpoint, report, capsys):
+    path = report / "report.json"
+    runs = [_run(seed, loss=loss) | {"grid": {"beta": beta}} for seed, beta, loss in ((0, 0.1, 1.0), (0, 1, 9.0))]
+    path.write_text(json.dumps(report_of(arms=[{"arm": "c", "activation": "crrelu", "runs": runs}]).as_dict()))
+    assert main(["card", str(checkpoint), "--report", str(path)]) == 2
+    assert "run.json names none of the report's grid values" in capsys.readouterr().err
+    (checkpoint / "run.json").write_text(json.dumps({"grid": {"beta": "1"}}))
+    assert main(["card", str(checkpoint), "--report", str(path)]) == 0
+    (result,) = ModelCard.load(checkpoint / "README.md").data.eval_results
+    assert result.metric_value == 9.0
+
+
 def test_results_of_an_evaluation_name_the_data_of_their_task(checkpoint, report):
     path = report / "report.json"
     arms = [

@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from runs import Workshop, dpo_rows, sft_rows, write_recipe
 
 from crrelu_llm.cli.main import main
+from crrelu_llm.comparison import settings
 from crrelu_llm.comparison.arms import directory_name
 from crrelu_llm.files import alone
 
@@ -239,6 +241,12 @@ def test_another_recipe_is_refused_and_nothing_is_lost(sft, workshop, capsys):
     assert {path: path.read_bytes() for path in sft.rglob("*.json")} == before
 
 
+def test_more_processes_are_another_comparison(sft, workshop, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    assert compare(workshop, "sft", sft, ARMS) == 2
+    assert "already holds another comparison (different: num_processes)" in capsys.readouterr().err
+
+
 def test_a_directory_with_something_else_is_refused(workshop, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert compare(workshop, "sft", tmp_path, ARMS) == 2
@@ -328,6 +336,10 @@ def test_one_failing_run_does_not_take_the_others_with_it(workshop, monkeypatch,
         (["--dataset_name", "absent.jsonl"], "absent.jsonl"),
         (["--model_name_or_path", "./absent"], "absent"),
         (["--dataset_test_split", "dev"], "dev"),
+        (["--dataset_test_split", "train"], "share rows"),
+        (["--shuffle_dataset", "true"], "another order"),
+        (["--grid", "num_train_epochs=1,2"], "no effect beside max_steps"),
+        (["--eval_packing", "true"], "eval_packing without packing"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_written(workshop, tmp_path, capsys, change, wrong):

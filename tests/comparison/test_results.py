@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crrelu_llm.cli.main import main
-from crrelu_llm.comparison.results import Outcome, compare_runs
+from crrelu_llm.comparison.results import Outcome, _environment, compare_runs
 from crrelu_llm.comparison.settings import Settings
 from crrelu_llm.report.schema import Metric, Run
 
@@ -57,6 +57,31 @@ def test_each_metric_is_compared_over_seeds_over_items_and_over_both():
     assert both.difference == pytest.approx((tables[1] - tables[0]).mean()) == found["loss", "item"].difference
     assert (both.n, both.n_seeds, both.test) == (12, 3, "t")
     assert both.verdict == "worse"
+
+
+def test_a_document_counts_by_its_tokens():
+    """Differences over items are those of the losses per token, which the report shows beside them."""
+    settings, runs = comparison()
+    tokens = np.array([5, 80] * 6)
+    for outcome in runs.values():
+        outcome.items["loss"] = (
+            np.array(outcome.items["loss"]) + 0.9 * (tokens > 50) * (outcome.run.seed > 0)
+        ).tolist()
+        outcome.items["tokens"] = tokens.tolist()
+        outcome.run.metrics["loss"] = float(np.average(outcome.items["loss"], weights=tokens))
+    found = rows(settings, runs)
+    assert {metric for metric, _ in found} == {"loss", "reward_accuracy"}
+    for unit in ("item", "both"):
+        assert found["loss", unit].difference == pytest.approx(found["loss", "seed"].difference)
+        assert found["loss", unit].baseline_mean == pytest.approx(found["loss", "seed"].baseline_mean)
+
+
+def test_machines_that_differ_are_all_named():
+    first = {"device": "cpu", "processes": 1, "versions": {"torch": "2.13.0", "trl": "1"}}
+    second = first | {"device": "H200", "versions": {"torch": "2.11.0", "trl": "1"}}
+    assert _environment([first, first]) == first and _environment([]) == {}
+    merged = {"device": "cpu or H200", "processes": 1, "versions": {"torch": "2.13.0 or 2.11.0", "trl": "1"}}
+    assert _environment([first, second, first]) == merged
 
 
 def test_one_seed_has_no_row_over_both():

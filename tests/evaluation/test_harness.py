@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from suite_data import arc, by_hand, language_model, prepared, write, write_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crrelu_llm.errors import InputError
+from crrelu_llm.evaluation import harness
 from crrelu_llm.evaluation.documents import truthful_share, wikitext_pages
 from crrelu_llm.evaluation.harness import HarnessTask, manager_for
 from crrelu_llm.evaluation.lm import build
-from crrelu_llm.evaluation.suites import read_suite
+from crrelu_llm.evaluation.suites import TaskSpec, read_suite
 
 PLAIN = {
     "output_type": "multiple_choice",
@@ -219,3 +221,19 @@ def test_what_decides_a_result_names_no_address_of_this_process(data_dir):
     """Else a restarted evaluation would compute again what it has: `<function wikitext_pages at 0x7f…>`."""
     for name in ("wikitext", "arc_easy", "blimp"):
         assert not re.search(r"\bat 0x[0-9a-f]+", json.dumps(prepared(name, data_dir).config)), name
+
+
+def test_a_tag_and_a_group_of_different_metrics_are_refused(monkeypatch):
+    manager = SimpleNamespace(all_tasks=["arc", "tag"], all_tags=["tag"])
+    monkeypatch.setattr(harness, "TaskManager", lambda **_: manager)
+    assert manager_for([TaskSpec("arc", None, "mine.yaml")]) is manager
+    for name, said in (("tag", "mine.yaml: 'tag' is a tag of lm-eval"), ("absent", "lm-eval has no task 'absent'")):
+        with pytest.raises(InputError, match=said):
+            manager_for([TaskSpec(name, None, "mine.yaml")])
+    tasks = {name: SimpleNamespace(aggregation=lambda own=own: dict.fromkeys(own)) for name, own in METRICS.items()}
+    with pytest.raises(InputError, match=r"different metrics \(a, c\); name single tasks"):
+        harness._check_metrics(tasks, TaskSpec("group", None, "mine.yaml"))
+    harness._check_metrics({name: tasks[name] for name in "ab"}, TaskSpec("group", None, "mine.yaml"))
+
+
+METRICS = {"a": ("acc",), "b": ("acc",), "c": ("acc", "acc_norm")}

@@ -9,6 +9,7 @@ from runs import LORA, dpo_rows, kto_rows, losses, sft_rows
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm.evaluation.items import evaluate_dpo, evaluate_sft
+from crrelu_llm.evaluation.unpaired import _margins, by_prompt
 from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import train_and_save
 
@@ -40,7 +41,9 @@ def test_sft_equals_trls_evaluation(workshop, options):
     assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     assert metrics["token_accuracy"] == pytest.approx(theirs["eval_mean_token_accuracy"], abs=1e-6)
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-    assert {name: len(values) for name, values in items.items()} == {"loss": 8, "token_accuracy": 8}
+    assert {name: len(values) for name, values in items.items()} == dict.fromkeys(
+        ("loss", "token_accuracy", "tokens"), 8
+    )
 
 
 def test_sft_items_are_the_documents_losses(workshop):
@@ -133,7 +136,9 @@ def test_flattened_batches_are_split_by_document(workshop, options):
     rows = [row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])] for row in trainer.eval_dataset]
     assert sum(map(len, rows)) == 8
     metrics, items = evaluate_sft(trainer)
-    assert {name: len(values) for name, values in items.items()} == {"loss": 8, "token_accuracy": 8}
+    assert {name: len(values) for name, values in items.items()} == dict.fromkeys(
+        ("loss", "token_accuracy", "tokens"), 8
+    )
     lengths = [length - 1 for row in rows for length in row]
     assert metrics["loss"] == pytest.approx(np.average(items["loss"], weights=lengths), rel=1e-6)
     assert metrics["token_accuracy"] == pytest.approx(np.average(items["token_accuracy"], weights=lengths))
@@ -189,6 +194,39 @@ def test_other_dpo_losses_come_from_trl(workshop):
     metrics, items = evaluate_dpo(trainer)
     assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
     assert set(items) == {"reward_accuracy", "reward_margin"}
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"ld_alpha": 0.5, "precompute_ref_log_probs": True}])
+def test_rewards_weight_the_end_of_the_longer_answer_as_trl_does(workshop, options):
+    _, trainer = workshop.trainer("dpo", "run", **options, per_device_eval_batch_size=8, learning_rate=1e-2)
+    assert evaluate_dpo(trainer)[1]["reward_margin"] == pytest.approx([0.0] * 8, abs=1e-5)
+    trainer.train()
+    metrics, theirs = evaluate_dpo(trainer)[0], trainer.evaluate()
+    assert metrics["loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert metrics["reward_margin"] == pytest.approx(theirs["eval_rewards/margins"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"f_divergence_type": "js_divergence"}, {"loss_weights": [0.5]}])
+def test_a_loss_that_is_not_plain_is_trls(workshop, options):
+    trainer = trained(workshop, "dpo", **options, learning_rate=1e-2)
+    metrics, items = evaluate_dpo(trainer)
+    assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert "loss" not in items
+
+
+def test_every_document_is_evaluated_whatever_training_drops(workshop):
+    options = {"dataloader_drop_last": True, "per_device_eval_batch_size": 3}
+    trainer = workshop.trainer("sft", "run", **options)[1]
+    assert len(evaluate_sft(trainer)[1]["loss"]) == 8 and trainer.args.dataloader_drop_last
+
+
+def test_a_common_reward_is_no_margin():
+    """One prompt with a desirable answer, one with three others, all with the same reward."""
+    desirable = np.array([True, False, False, False])
+    items = by_prompt({"reward_margin": _margins(np.ones(4), desirable), "loss": np.arange(4.0)}, [[0], [1, 2, 3]])
+    assert sum(items["reward_margin"]) == 0.0 and items["loss"] == [0.0, 2.0]
+    items = by_prompt({"reward_margin": _margins(np.array([3.0, 1.0, 1.0, 4.0]), desirable)}, [[0], [1, 2, 3]])
+    assert np.mean(items["reward_margin"]) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

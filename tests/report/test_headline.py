@@ -105,6 +105,9 @@ def test_arms_are_told_in_plain_words():
     ]
     frozen = report_of(arms=told_of, recipe={"epsilon_learning_rate": 0.0, "activation_l1": 0.1})
     assert arms(frozen).rows[3][1].text.endswith("pushes its outputs towards 0; ε is frozen, one per channel.")
+    unknown = [{"arm": "crrelu", "activation": "crrelu", "options": {}, "patch": None, "runs": []}]  # of --after
+    plain = report_of(arms=unknown, recipe={"calibration": "none", "epsilon_per": "layer"})
+    assert arms(plain).rows[0][1].text.endswith("without fitting; ε is learned, one per layer.")
     evaluated = report_of(trainer="eval", arms=told_of)
     assert page_of(evaluated).arms(evaluated).rows == []
 

@@ -3,13 +3,15 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 from runs import sft_rows
 from safetensors.torch import load_file, save_file
 
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching import PatchConfig
-from crrelu_llm.training.prepare import starting_checkpoint
+from crrelu_llm.training.arguments import parse
+from crrelu_llm.training.prepare import datasets_of, starting_checkpoint
 
 CONFIG = PatchConfig(calibration="none")
 
@@ -68,3 +70,31 @@ def test_sft_reads_the_text_column_that_the_recipe_names(workshop):
     others = [{"question": row["chosen"], "reply": "no"} for row in rows]
     with pytest.raises(InputError, match=r"sft needs a column messages or text, .*, not question, reply"):
         workshop.run("sft", "unnamed", dataset_name=workshop.data("sft", train=others, test=others))
+
+
+def test_a_mixture_holds_out_the_same_rows_in_every_call(workshop):
+    path = workshop.data("sft", train=sft_rows()) + "/train.jsonl"
+    mixed = {"datasets": [{"path": "json", "data_files": path, "split": "train"}], "test_split_size": 0.25}
+    options = {"dataset_name": None} | mixed
+    found = []
+    for seed in (1, 2):
+        np.random.seed(seed)
+        train, test = datasets_of(parse("sft", workshop.argv("sft", "mixed", **options)), always_test=True)
+        found.append((train["text"], test["text"]))
+    assert found[0] == found[1] and len(found[0][1]) == 4 and not set(found[0][0]) & set(found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shared"),
+    [
+        *(("train", "train", True), ("train", "train[50%:]", True), ("train[:60%]", "train[8:]", True)),
+        *(("train[:50%]", "train[50%:]", False), ("train", "test", False)),
+    ],
+)
+def test_evaluation_rows_that_are_training_rows_are_refused(workshop, train, test, shared):
+    recipe = parse("sft", workshop.argv("sft", "split", dataset_train_split=train, dataset_test_split=test))
+    if shared:
+        with pytest.raises(InputError, match="share rows; hold rows out"):
+            datasets_of(recipe, always_test=True)
+    else:
+        assert len(datasets_of(recipe, always_test=True)[1]) == 8

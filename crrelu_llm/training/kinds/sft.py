@@ -5,6 +5,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from crrelu_llm.data.pairs import as_completions, holds_pairs
+from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.items import document_texts, evaluate_sft
 from crrelu_llm.training.distillation import DistillationMixin
 from crrelu_llm.training.epsilon import EpsilonMixin
@@ -36,6 +37,15 @@ def _prepare(split: Any, recipe: Any) -> Any:
     return split
 
 
+def _check(recipe: Any, where: str) -> None:
+    args = recipe.training
+    if args.eval_packing and not args.packing and args.packing_strategy != "wrapped":
+        raise InputError(
+            f"{where}eval_packing without packing: the evaluation documents of a row would see each other; set "
+            "packing too, or leave it out"
+        )
+
+
 KIND = Kind(
     name="sft",
     label="supervised fine-tuning (SFT)",
@@ -49,4 +59,5 @@ KIND = Kind(
     evaluate=evaluate_sft,
     texts=document_texts,
     prepare=_prepare,
+    check=_check,
 )
