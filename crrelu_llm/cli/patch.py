@@ -111,12 +111,18 @@ def _measurement(args: argparse.Namespace, about: Any) -> tuple[Callable[[Any, A
             return None, {}
         found = measure_images(data, loading.load_processor(args.model, **code), about, _IMAGES)
         return (None, {}) if found is None else (lambda model, _: found[0](model), {"images": found[1], "data": data})
-    from crrelu_llm.data import language_modelling_blocks
+    from crrelu_llm.data.blocks import is_calibration_text, language_modelling_blocks
     from crrelu_llm.evaluation.perplexity import perplexity
     from crrelu_llm.patching.calibration.tokens import block_size
 
     tokenizer = loading.load_tokenizer(args.model, **code)
     blocks = language_modelling_blocks(data, tokenizer, tokens, block_size(about), split="test")
+    if args.calibration != "none" and is_calibration_text(args.calibration_data, data):
+        print(
+            f"{data} has one split: perplexity is measured on the calibration text, which flatters the patched model; "
+            "give other --perplexity_data",
+            file=sys.stderr,
+        )
     return (lambda model, _: perplexity(model, blocks)), {"tokens": blocks.numel(), "data": data}
 
 

@@ -295,16 +295,16 @@ def _check_everything(comparison: Comparison) -> Recipe:
     if comparison.tune and tuning.SEED in comparison.seeds:
         raise InputError(f"--seeds: {tuning.SEED} is the seed that --tune uses for its tries; choose another")
     check_grid(points, comparison.arms)
-    if base.kind.name == "sft" and base.training.shuffle_dataset:
-        raise InputError(
-            f"{base.source}: shuffle_dataset gives each seed the evaluation rows in another order, so they cannot be "
-            "paired; leave it out: training rows are shuffled anyway"
-        )
     if comparison.tune and (both := comparison.points[0].keys() & comparison.tune[0].keys()):
         raise InputError(f"--tune {min(both)}=…: --grid sets this key too; leave one of them out")
     for point in points:
         for arm in comparison.arms:
             recipe = comparison.recipe(arm, point, comparison.seeds[0])
+            if recipe.kind.name == "sft" and recipe.training.shuffle_dataset:
+                raise InputError(
+                    f"{base.source}: shuffle_dataset gives each seed the evaluation rows in another order, so they "
+                    "cannot be paired; leave it out: training rows are shuffled anyway"
+                )
             if "num_train_epochs" in point and recipe.training.max_steps > 0:
                 raise InputError("num_train_epochs has no effect beside max_steps; leave one of them out")
             config = recipe.activation.patch_config(f"{recipe.source}: ")

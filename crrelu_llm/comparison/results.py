@@ -77,6 +77,7 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         if [arm, grid_name(point), seed] in settings.asked
     }
     finished = [outcome for outcome in runs.values() if outcome.run.done]
+    _share_weights(runs)
     names = [name for name in METRICS if any(name in outcome.run.metrics for outcome in finished)]
     about = ("label", "higher_is_better", "format", "reference")
     metrics = {name: Metric.of(dict(zip(about, METRICS[name], strict=True))) for name in names}
@@ -116,6 +117,14 @@ def build_report(directory: Path, margins: dict[str, float] | None = None) -> Re
         trajectories=trajectories(pairs, settings.baseline, *kind.logged),
         trajectory=Headline(metric=kind.logged[0].removeprefix("eval_"), higher_is_better=kind.logged[1]),
     )
+
+
+def _share_weights(runs: Outcomes) -> None:
+    """Gives the items' weights, which are the rows' at a grid point, to runs from before they were saved."""
+    known = {point: one.items[WEIGHTS] for (_, point, _), one in runs.items() if WEIGHTS in one.items}
+    for (_, point, _), one in runs.items():
+        if point in known and len(one.items.get("loss", ())) == len(known[point]):
+            one.items.setdefault(WEIGHTS, known[point])
 
 
 def _environment(every: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crrelu_llm.data.sources import load_dataset, texts, token_blocks
 from crrelu_llm.errors import InputError
@@ -40,10 +40,27 @@ def language_modelling_blocks(
     return token_blocks(_documents(name, split), tokenizer, block_size, tokens)
 
 
+def is_calibration_text(calibration: str, test: str) -> bool:
+    """Whether the text that evaluates a model is the text that calibrates it."""
+    if calibration != test:
+        return False
+    if _is_plain(Path(test).expanduser()):
+        return True
+    splits = load_dataset(test)
+    return _split(splits, "calibration") == _split(splits, "test")
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and re.search(r"\.(txt|text)(\.gz|\.zst)?$", path.name) is not None
+
+
+def _split(splits: Mapping[str, Any], wanted: str) -> str | None:
+    return next((key for key in (wanted, *_FALLBACKS[wanted]) if key in splits), None)
+
+
 def _documents(name: str, split: str) -> Iterable[str]:
     path = Path(name).expanduser()
-    plain = re.search(r"\.(txt|text)(\.gz|\.zst)?$", path.name)
-    if path.is_file() and plain:
+    if _is_plain(path):
         import datasets
 
         try:
@@ -51,7 +68,7 @@ def _documents(name: str, split: str) -> Iterable[str]:
         except datasets.exceptions.DatasetGenerationError as error:
             raise InputError(f"{name}: cannot be read as text: {error.__cause__ or error}") from error
     splits = load_dataset(name)
-    chosen = next((key for key in (split, *_FALLBACKS[split]) if key in splits), None)
+    chosen = _split(splits, split)
     if chosen is None:
         raise InputError(f"{name}: no split to take {split} text from; it has: {', '.join(splits)}")
     return texts(splits[chosen])

@@ -82,7 +82,8 @@ def evaluate_dpo(trainer: Any) -> Evaluated:
         items["loss"] = losses.tolist()
         metrics["loss"] = float(losses.mean())
     else:
-        metrics["loss"] = trainer.evaluate()["eval_loss"]
+        with every_row_in_order(trainer.args):
+            metrics["loss"] = trainer.evaluate()["eval_loss"]
     return metrics, items
 
 
@@ -166,15 +167,28 @@ def batches(trainer: Any) -> Iterator[Any]:
     """The evaluation batches in the order of the data, with a progress bar."""
     # `disable=False` in the main process would override the user's TQDM_DISABLE.
     quiet, args = {} if trainer.accelerator.is_main_process else {"disable": True}, trainer.args
-    # transformers would also apply these to the evaluation rows.
-    strategy, drops = args.train_sampling_strategy, args.dataloader_drop_last
-    args.train_sampling_strategy, args.dataloader_drop_last = "sequential", False
-    try:
+    with every_row_in_order(args):
         loader = trainer.get_eval_dataloader()
-    finally:
-        args.train_sampling_strategy, args.dataloader_drop_last = strategy, drops
     for batch in tqdm(loader, desc="Evaluating", **quiet):
         yield trainer._prepare_inputs(batch)
+
+
+@contextlib.contextmanager
+def every_row_in_order(args: Any) -> Iterator[None]:
+    """A context without the options of training that transformers would apply to evaluation rows too.
+
+    Persistent workers would keep the loader of an evaluation outside of such a context.
+    """
+    without = {"train_sampling_strategy": "sequential", "dataloader_drop_last": False}
+    without["dataloader_persistent_workers"] = False
+    kept = {name: getattr(args, name) for name in without}
+    for name, value in without.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
 
 
 def forward_passes(trainer: Any) -> Iterator[tuple[Any, Any]]:
@@ -195,7 +209,7 @@ def _common_beginning(trainer: Any) -> int:
     columns = columns_of(trainer.eval_dataset)
     if "input_ids" not in columns or "seq_lengths" in columns or len(trainer.eval_dataset) < 2:
         return 0
-    documents = list(trainer.eval_dataset["input_ids"])
+    documents = list(trainer.eval_dataset.with_format(None)["input_ids"])
     first, last = min(documents), max(documents)
     return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 

@@ -9,7 +9,7 @@ import torch
 from scipy.special import expit
 
 from crrelu_llm.evaluation.items import columns_of, computing_model, forward_passes
-from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, exponential, wins
+from crrelu_llm.evaluation.measured import SHOWN, Evaluated, ItemText, exponential, linearised, wins
 
 _ROUNDING = 1e-6  # relative rounding error of a log-probability in float32
 
@@ -46,10 +46,9 @@ def evaluate_kto(trainer: Any) -> Evaluated:
     columns = {
         "loss": weights * expit(-gains),
         "answer_accuracy": wins(np.where(np.abs(gains) <= rounding, 0.0, gains)),
-        "reward_margin": _margins(rewards, desirable > 0),
     }
     groups = _groups(trainer, len(rewards))
-    items = by_prompt(columns, groups)
+    items = by_prompt(columns, groups) | {"reward_margin": margins(rewards, desirable > 0, groups)}
     metrics = {name: float(np.mean(values)) for name, values in items.items()}
     if desirable.any():
         tokens = max(lengths[desirable > 0].sum(), 1)
@@ -88,25 +87,28 @@ def _groups(trainer: Any, count: int) -> list[list[int]]:
 
 
 def by_prompt(columns: dict[str, np.ndarray], groups: list[list[int]]) -> dict[str, list[float]]:
-    """The values of each prompt: the means of its answers, and its share in the reward margin.
-
-    The margin is the mean of the desirable answers less that of the others, so that a prompt counts by its answers.
+    """The values of each prompt: the means of its answers.
 
     Args:
         columns: The values of the answers, `(answers,)` each.
         groups: The answers of each prompt.
     """
-    items = {name: [float(values[group].mean()) for group in groups] for name, values in columns.items()}
-    margins = columns["reward_margin"]
-    return items | {"reward_margin": [float(margins[group].sum()) * len(groups) / len(margins) for group in groups]}
+    return {name: [float(values[group].mean()) for group in groups] for name, values in columns.items()}
 
 
-def _margins(rewards: np.ndarray, desirable: np.ndarray) -> np.ndarray:
-    """Values whose mean is the reward margin: desirable answers minus the others; NaN if either kind is missing."""
-    shares = [desirable.mean(), 1 - desirable.mean()]
-    if not all(shares):
-        return np.full(len(rewards), np.nan)
-    return np.where(desirable, rewards / shares[0], -rewards / shares[1])
+def margins(rewards: np.ndarray, desirable: np.ndarray, groups: list[list[int]]) -> list[float]:
+    """Values of the prompts with the reward margin as their mean; NaN if all answers are of one kind.
+
+    The margin is the mean of the desirable answers less that of the others. Both are ratios of sums over prompts, so a
+    prompt's value is `linearised`: a reward that all answers have in common does not count.
+    """
+    if desirable.all() or not desirable.any():
+        return [float("nan")] * len(groups)
+    means = []
+    for kind in (desirable, ~desirable):
+        sums = [float(rewards[group][kind[group]].sum()) for group in groups]
+        means.append(np.array(linearised(sums, [int(kind[group].sum()) for group in groups]), dtype=float))
+    return (means[0] - means[1]).tolist()
 
 
 def answer_texts(trainer: Any) -> list[ItemText]:

@@ -234,11 +234,9 @@ def _of_the_beginning(report: Report) -> list[str]:
         return found
     for grid in grids(report):
         for name in (arm.arm for arm in report.arms if arm is not base):
-            means = []
-            for metric in ("loss", AFTER_BEGINNING):
-                differences = paired_seeds(report, base, name, grid, metric)
-                means += [statistics.fmean(differences)] if differences else []
-            if len(means) == 2 and abs(means[1] - means[0]) >= _LIES_THERE:
+            found_of = [paired_seeds(report, base, name, grid, metric) for metric in ("loss", AFTER_BEGINNING)]
+            means = [statistics.fmean(differences) for differences in found_of if differences]
+            if len(set(map(len, found_of))) == 1 and means and abs(means[1] - means[0]) >= _LIES_THERE:
                 where = f" ({text.grid_label(grid)})" if grid else ""
                 whole, after = (text.signed(mean, "{:.4f}") for mean in means)
                 found.append(

@@ -13,6 +13,7 @@ from crrelu_llm.errors import InputError
 from crrelu_llm.patching.blend import Blend, blend_weight
 
 logger = logging.getLogger("crrelu_llm")
+_OF_TOKENS = ("ld_alpha", "max_length", "truncation_mode")  # options that decide which tokens of a row count
 
 
 def blend_of(model: Any, section: dict[str, Any]) -> Blend:
@@ -100,9 +101,11 @@ class BlendedReferenceMixin:
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self.install_blend()
-        # TRL's cache key covers only the weights, but arms differ in the activation, which may have no weights.
+        # TRL's cache key covers only the weights and the rows, but arms differ in the activation, which may have no
+        # weights.
         activation = self.model.config.to_dict().get("crrelu")
         mark = f" {activation}, original: {self.blend is not None}"
+        mark += "".join(f", {key}: {getattr(self.args, key, None)}" for key in _OF_TOKENS)  # type: ignore
         if not self._precompute_model_hash.endswith(mark):  # type: ignore
             self._precompute_model_hash += mark  # type: ignore
         return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]

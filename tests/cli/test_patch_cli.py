@@ -92,6 +92,7 @@ def test_report_and_reload(tiny_llama_checkpoint, text_file, tmp_path, capsys):
     assert lines[1].startswith("  model.layers.0.mlp.act_fn  silu  48 channels  epsilon ")
     assert lines[-1].startswith(f"perplexity on 2048 tokens of {text_file}: {found['before']:.2f} before, ")
     assert f"saved to {out}" in printed.err
+    assert f"{text_file} has one split: perplexity is measured on the calibration text" in printed.err
 
 
 def test_refit_keeps_the_model_and_the_picture_shows_it(tiny_llama_checkpoint, text_file, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crrelu_llm.cli.main import main
-from crrelu_llm.comparison.results import Outcome, _environment, compare_runs
+from crrelu_llm.comparison.results import Outcome, _environment, _share_weights, compare_runs
 from crrelu_llm.comparison.settings import Settings
 from crrelu_llm.report.schema import Metric, Run
 
@@ -74,6 +74,15 @@ def test_a_document_counts_by_its_tokens():
     for unit in ("item", "both"):
         assert found["loss", unit].difference == pytest.approx(found["loss", "seed"].difference)
         assert found["loss", unit].baseline_mean == pytest.approx(found["loss", "seed"].baseline_mean)
+
+
+def test_runs_from_before_weights_were_saved_get_those_of_the_others():
+    _, runs = comparison()
+    runs["gelu", "", 0].items["tokens"] = list(range(12))
+    runs["crrelu", "", 2].items["loss"].pop()
+    _share_weights(runs)
+    assert runs["crrelu", "", 1].items["tokens"] == list(range(12))
+    assert "tokens" not in runs["crrelu", "", 2].items
 
 
 def test_machines_that_differ_are_all_named():

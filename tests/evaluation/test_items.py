@@ -9,7 +9,7 @@ from runs import LORA, dpo_rows, kto_rows, losses, sft_rows
 from transformers import AutoModelForCausalLM
 
 from crrelu_llm.evaluation.items import evaluate_dpo, evaluate_sft
-from crrelu_llm.evaluation.unpaired import _margins, by_prompt
+from crrelu_llm.evaluation.unpaired import by_prompt, margins
 from crrelu_llm.training.kinds import kind_of
 from crrelu_llm.training.run import train_and_save
 
@@ -223,10 +223,11 @@ def test_every_document_is_evaluated_whatever_training_drops(workshop):
 def test_a_common_reward_is_no_margin():
     """One prompt with a desirable answer, one with three others, all with the same reward."""
     desirable = np.array([True, False, False, False])
-    items = by_prompt({"reward_margin": _margins(np.ones(4), desirable), "loss": np.arange(4.0)}, [[0], [1, 2, 3]])
-    assert sum(items["reward_margin"]) == 0.0 and items["loss"] == [0.0, 2.0]
-    items = by_prompt({"reward_margin": _margins(np.array([3.0, 1.0, 1.0, 4.0]), desirable)}, [[0], [1, 2, 3]])
-    assert np.mean(items["reward_margin"]) == 1.0
+    groups = [[0], [1, 2, 3]]
+    assert margins(np.ones(4), desirable, groups) == [0.0, 0.0]
+    assert np.mean(margins(np.array([3.0, 1.0, 1.0, 4.0]), desirable, groups)) == 1.0
+    assert np.isnan(margins(np.ones(4), desirable | True, groups)).all()
+    assert by_prompt({"loss": np.arange(4.0)}, groups) == {"loss": [0.0, 2.0]}
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -246,7 +247,11 @@ def test_evaluating_first_does_not_change_the_training(workshop, kind):
 def test_items_are_in_the_order_of_the_data_whatever_the_sampler(workshop):
     """transformers would draw the evaluation rows by the training's strategy too, anew for each seed."""
     found = []
-    for options in ({}, {"train_sampling_strategy": "group_by_length"}):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 1}
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    for options in ({}, grouped, grouped | workers):
         _, trainer = workshop.trainer("sft", f"order-{len(found)}", **options)
+        if "max_steps" in options:
+            trainer.evaluate()  # keeps its loader
         found.append(evaluate_sft(trainer)[1]["loss"])
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[1:] == [pytest.approx(found[0], abs=1e-5)] * 2
