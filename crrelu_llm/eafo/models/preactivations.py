@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crrelu_llm.activation import Calibrated
 from crrelu_llm.eafo.density import Array
 from crrelu_llm.eafo.estimates import MIN_SAMPLES
 from crrelu_llm.errors import InputError
@@ -101,12 +102,18 @@ def measure(
         One entry per site that a token reaches, in the model's order.
 
     Raises:
-        InputError: The model has no sites, or a site's pre-activations are not finite, all the same, or too few.
+        InputError: The model has no sites, or a calibrated activation other than CRReLU; or a site's pre-activations
+            are not finite, all the same, or too few.
     """
     from tqdm.auto import tqdm
 
     if samples < MIN_SAMPLES:
         raise InputError(f"samples: {samples} per site are too few for a density; take at least {MIN_SAMPLES}")
+    if any(isinstance(module, Calibrated) for module in model.modules()):
+        raise InputError(
+            "the model has a calibrated activation, whose input is not the pre-activation; measure the original "
+            "checkpoint, or one patched to crrelu or with calibration: none"
+        )
     sites = find_sites(model)
     hidden = [site.path for site in sites if site.kind == "functional"]
     expose(model, hidden)

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from tiny import tiny_config, tiny_lfm2, tiny_model, token_ids
 
+from crrelu_llm.activation import Calibrated
 from crrelu_llm.eafo.models import preactivations
 from crrelu_llm.errors import InputError
 
@@ -97,6 +98,13 @@ def test_pre_activations_without_a_density_are_refused():
         preactivations.measure(model, token_ids(), samples=200)
     with pytest.raises(InputError, match="too few for a density; give more tokens"):
         preactivations.measure(tiny_model("llama"), token_ids(1, 2), samples=200)
+
+
+def test_a_calibrated_activation_is_refused():
+    model = tiny_model("gpt2")
+    model.transformer.h[1].mlp.act = Calibrated(model.transformer.h[1].mlp.act, 8)
+    with pytest.raises(InputError, match="calibrated activation, whose input is not the pre-activation"):
+        preactivations.measure(model, token_ids(10, 16))
 
 
 def test_a_model_without_sites_is_refused():
