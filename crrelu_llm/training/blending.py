@@ -9,11 +9,13 @@ from transformers import TrainerCallback
 
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.compat.peft import site_path
+from crrelu_llm.data import sha256
 from crrelu_llm.errors import InputError
 from crrelu_llm.patching.blend import Blend, blend_weight
 
 logger = logging.getLogger("crrelu_llm")
-_OF_TOKENS = ("ld_alpha", "max_length", "truncation_mode")  # options that decide which tokens of a row count
+# Options that change the log-probabilities of the same rows.
+_OF_A_ROW = ("ld_alpha", "max_length", "truncation_mode", "bf16", "fp16")
 
 
 def blend_of(model: Any, section: dict[str, Any]) -> Blend:
@@ -99,16 +101,21 @@ class BlendedReferenceMixin:
         with contextlib.nullcontext() if alone else self.blend.original():  # type: ignore[union-attr]
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         self.install_blend()
-        # TRL's cache key covers only the weights and the rows, but arms differ in the activation, which may have no
-        # weights.
+        # TRL's cache key covers only the weights and the history of the rows. But arms differ in the activation, which
+        # may have no weights, and the history contains all options, such as the seed and the output_dir: without the
+        # hash of the tokens themselves, runs on the same rows would not share the cache.
         activation = self.model.config.to_dict().get("crrelu")
         mark = f" {activation}, original: {self.blend is not None}"
-        mark += "".join(f", {key}: {getattr(self.args, key, None)}" for key in _OF_TOKENS)  # type: ignore
+        mark += "".join(f", {key}: {getattr(self.args, key, None)}" for key in _OF_A_ROW)  # type: ignore
         if not self._precompute_model_hash.endswith(mark):  # type: ignore
             self._precompute_model_hash += mark  # type: ignore
-        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+        names = set(dataset.column_names or ())
+        tokens = sorted(name for name in names if name.endswith("_ids"))
+        if tokens and not names & {"image", "images"}:
+            dataset._fingerprint = sha256(dataset.select_columns(tokens))[:32]
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def _disable_adapter(self, disable: Any) -> Any:
         @contextlib.contextmanager

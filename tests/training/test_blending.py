@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from crrelu_llm.activation import CRReLU
 from crrelu_llm.errors import InputError
 from crrelu_llm.evaluation.items import evaluate_sft
+from crrelu_llm.training.blending import BlendedReferenceMixin
 from crrelu_llm.training.epsilon import epsilon_means
 from crrelu_llm.training.run import train_and_save
 
@@ -213,6 +214,20 @@ class TestReference:
             _, trainer = workshop.trainer("dpo", str(number), **arm, precompute_ref_log_probs=True)
             keys.add(trainer._precompute_model_hash)
         assert len(keys) == 3
+
+    def test_runs_on_the_same_rows_share_what_is_computed_in_advance(self, workshop, monkeypatch):
+        calls = []
+        whole = BlendedReferenceMixin.compute_ref_log_probs
+        monkeypatch.setattr(
+            BlendedReferenceMixin, "compute_ref_log_probs", lambda self, *args: calls.append(1) or whole(self, *args)
+        )
+        counts = []
+        arms = {"a": {}, "b": {"seed": 7, "learning_rate": 0.1, "beta": 0.5}, "c": {"ld_alpha": 0.5}}
+        for name, options in arms.items():
+            more = {"activation": "gelu", "precompute_ref_log_probs": True, **options}
+            workshop.run("dpo", f"shared-{name}", **more)
+            counts.append(len(calls))
+        assert counts[0] > 0 and counts[1] == counts[0] and counts[2] == 2 * counts[0]
 
     def test_computed_in_advance_or_not_is_the_same(self, workshop):
         options = LORA | BLEND
