@@ -306,7 +306,8 @@ def _check_everything(comparison: Comparison) -> Recipe:
                     "cannot be paired; leave it out: training rows are shuffled anyway"
                 )
             if "num_train_epochs" in point and recipe.training.max_steps > 0:
-                raise InputError("num_train_epochs has no effect beside max_steps; leave one of them out")
+                option = "--tune" if comparison.tune and "num_train_epochs" in comparison.tune[0] else "--grid"
+                raise InputError(f"{option} num_train_epochs=…: no effect beside max_steps; leave one of them out")
             config = recipe.activation.patch_config(f"{recipe.source}: ")
             if config is not None and recipe.activation.affine_learning_rate > 0:
                 check_calibrated(f"the arm {arm.name}", config, None)

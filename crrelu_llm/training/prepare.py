@@ -108,9 +108,7 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     script = recipe.script
     with main_process_first():
         if recipe.mixture.datasets:
-            with reading(f"{recipe.source}: datasets", "check their paths, splits and columns"):
-                data = _mixed(recipe.mixture)
-            name = "datasets"
+            data, name = _mixed(recipe), "datasets"
         else:
             name = str(script.dataset_name)
             data = load_dataset(name, script.dataset_config, script.dataset_streaming)
@@ -130,13 +128,19 @@ def datasets_of(recipe: Recipe, always_test: bool = False) -> tuple[Any, Any]:
     return train, test
 
 
-def _mixed(mixture: Any) -> Any:
+def _mixed(recipe: Recipe) -> Any:
     """TRL's mixture; its test split has a seed here, so that every process and every call gets the same rows."""
     from trl import get_dataset
 
-    data = get_dataset(replace(mixture, test_split_size=None))
-    size = mixture.test_split_size
-    return data if size is None else data["train"].train_test_split(test_size=size, seed=_SPLIT_SEED)
+    mixture, size = recipe.mixture, recipe.mixture.test_split_size
+    if size is not None and mixture.streaming:
+        raise InputError(f"{recipe.source}: test_split_size does not go with streaming; leave one of them out")
+    with reading(f"{recipe.source}: datasets", "check their paths, splits and columns"):
+        data = get_dataset(replace(mixture, test_split_size=None))
+    if size is None:
+        return data
+    with reading(f"{recipe.source}: test_split_size", "give a share between 0 and 1, such as 0.1"):
+        return data["train"].train_test_split(test_size=size, seed=_SPLIT_SEED)
 
 
 def _check_apart(train: str, test: str, data: Any, name: str) -> None:

@@ -85,6 +85,20 @@ def test_a_mixture_holds_out_the_same_rows_in_every_call(workshop):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"streaming": True, "test_split_size": 0.25}, "test_split_size does not go with streaming"),
+        ({"test_split_size": 2.5}, r"test_split_size: .*2\.5.*; give a share between 0 and 1"),
+    ],
+)
+def test_a_test_split_that_cannot_be_is_refused(workshop, options, said):
+    path = workshop.data("sft", train=sft_rows()) + "/train.jsonl"
+    options |= {"dataset_name": None, "datasets": [{"path": "json", "data_files": path, "split": "train"}]}
+    with pytest.raises(InputError, match=said):
+        datasets_of(parse("sft", workshop.argv("sft", "mixed", **options)), always_test=True)
+
+
+@pytest.mark.parametrize(
     ("train", "test", "shared"),
     [
         *(("train", "train", True), ("train", "train[50%:]", True), ("train[:60%]", "train[8:]", True)),
